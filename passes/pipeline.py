@@ -1,0 +1,74 @@
+"""What a pass is, and how passes run.
+
+The contract: a pass may assume a valid graph and must leave one. Valid means that the graph lints,
+that ``node.meta["val"]`` of every node is an example of its value, and that no node writes into
+another's value. In between, anything goes. Linting, dead code and recompiling happen here, between
+passes, and so can printing or timing, through the one callback.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import fx, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass(ABC):
+    """One rewrite of a graph; its options are its fields."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def apply(self, gm: fx.GraphModule) -> int:
+        """Rewrite ``gm.graph`` in place; returns the number of places changed."""
+
+
+Callback = Callable[[Pass, fx.GraphModule, int], None]
+
+
+def run_passes(
+    gm: fx.GraphModule, passes: Sequence[Pass], after_each: Callback | None = None
+) -> fx.GraphModule:
+    """Run passes in order, in place, and return the graph module.
+
+    Args:
+        gm: a captured graph; see `toma_fx.passes.capture`.
+        passes: what to run.
+        after_each: called with the pass, the graph module and the number of places changed.
+    """
+    for each in passes:
+        changed = each.apply(gm)
+        if changed:
+            gm.graph.eliminate_dead_code()
+            refresh_values(gm)
+            gm.graph.lint()
+            gm.recompile()
+        if after_each is not None:
+            after_each(each, gm, changed)
+    return gm
+
+
+LEAF_VALUE = "toma_leaf_value"
+"""The key in ``gm.meta`` of the function that gives an example of what a submodule returns."""
+
+LeafValue = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
+
+
+def example_value(node: fx.Node, root: nn.Module, leaf_value: LeafValue) -> Any:
+    """What a call node returns for the example values of its arguments."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    if node.op == "call_module":
+        return leaf_value(root.get_submodule(str(node.target)), args, dict(kwargs))
+    assert callable(node.target)
+    return node.target(*args, **kwargs)
+
+
+def refresh_values(gm: fx.GraphModule) -> None:
+    """Compute the example value of every call again, after a rewrite."""
+    for node in gm.graph.nodes:
+        if node.op.startswith("call_"):
+            node.meta["val"] = example_value(node, gm, gm.meta[LEAF_VALUE])

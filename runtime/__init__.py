@@ -1,0 +1,3 @@
+"""What the inserted nodes call: pure functions of tensors, and the little state a schedule needs."""
+
+from toma_fx.runtime import ops as ops

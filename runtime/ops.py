@@ -1,0 +1,26 @@
+"""The operators as named nodes, ``torch.ops.toma.*``, in FX, Dynamo and export graphs.
+
+Composite operators: a graph shows them by name until it is lowered, and then holds only ATen
+operators, which Inductor can fuse and which an exported file can run without this package.
+"""
+
+import torch
+
+from toma_fx.runtime import merging, selector, token_order
+
+LIBRARY = torch.library.Library("toma", "DEF")
+
+for schema, function in {
+    "tile_order(Tensor like, int height, int width) -> Tensor": token_order.tile_order,
+    "tile_order_of_ids(Tensor ids) -> Tensor": token_order.tile_order_of_ids,
+    "reorder(Tensor tokens, Tensor order) -> Tensor": token_order.reorder,
+    "select(Tensor tokens, int region_tokens, float ratio, str selector) -> Tensor": selector.select,
+    "weigh(Tensor tokens, Tensor destinations, float temperature, str merge_over, str unmerge)"
+    " -> (Tensor, Tensor)": merging.weigh,
+    "fixed_weights(Tensor tokens, Tensor destinations) -> (Tensor, Tensor)": merging.fixed_weights,
+    "gather(Tensor tokens, Tensor destinations) -> Tensor": merging.gather,
+    "merge(Tensor tokens, Tensor weight) -> Tensor": merging.merge,
+    "unmerge(Tensor tokens, Tensor weight) -> Tensor": merging.unmerge,
+}.items():
+    LIBRARY.define(schema)
+    LIBRARY.impl(schema.partition("(")[0], function, "CompositeImplicitAutograd")

@@ -1,0 +1,184 @@
+"""Plans that last for several denoising steps (section 4.3.2, Table 7), kept as tensors.
+
+The decision to plan again is made of tensors and a conditional node, so a compiled or exported
+model holds one graph for all steps. A plan is used only in the denoising run that made it:
+
+* a timestep that rises, or other conditioning, starts a new run;
+* every plan carries the number of its run, and one of another run is made again;
+* plans are kept apart by the shape, dtype and device of the tokens.
+
+What cannot be told apart is two images with the same prompt that take turns, step by step, on one
+model. Give each its own ``transform``: the weights are shared, so it costs no memory.
+"""
+
+import torch
+from torch import Tensor, nn
+
+# What torch.cond calls once it has compiled its branches; called directly, eager mode stays eager.
+from torch._higher_order_ops.cond import cond_op
+
+
+class DenoisingClock(nn.Module):
+    """Counts denoising steps from the timesteps that it sees; never asks for their number.
+
+    All its buffers are integers, because casting a model to bfloat16 also casts floating buffers:
+    the two floating values are kept as the bits of a float64. None is part of the state dict.
+    """
+
+    timestep_bits: Tensor
+    conditioning_bits: Tensor
+    step: Tensor
+    run: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("timestep_bits", "conditioning_bits", "step", "run"):
+            self.register_buffer(name, torch.tensor(0), persistent=False)
+
+    def forward(self, timestep: Tensor | float, conditioning: Tensor) -> tuple[Tensor, Tensor]:
+        """Note a call of the model.
+
+        Args:
+            timestep: scalar or ``(B,)``; the batch shares one denoising step.
+            conditioning: the prompt's hidden states; other values mean another image.
+
+        Returns:
+            The step of the run, from 0, and the number of the run, both int64 scalars.
+        """
+        device = self.step.device
+        now = torch.as_tensor(timestep, device=device).flatten()[0].double()
+        prompt = conditioning.double().sum().to(device)
+        before = self.timestep_bits.view(torch.float64)
+        new_run = (now > before) | (prompt != self.conditioning_bits.view(torch.float64))
+        self.run.add_(new_run)
+        self.step.copy_(torch.where(new_run, 0, self.step + (now < before)))
+        self.timestep_bits.copy_(now.view(torch.int64))
+        self.conditioning_bits.copy_(prompt.view(torch.int64))
+        return self.step.clone(), self.run.clone()
+
+    def reset(self) -> None:
+        """Forget the run, so that the next call makes new plans."""
+        self.run.add_(1)
+        self.step.zero_()
+
+
+class PlanSlot(nn.Module):
+    """One kept plan: destinations, merge weight, unmerge weight, and the run that made them."""
+
+    destinations: Tensor
+    merge_weight: Tensor
+    unmerge_weight: Tensor
+    run: Tensor
+
+    def __init__(self, destinations: Tensor, merge_weight: Tensor, unmerge_weight: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("destinations", torch.zeros_like(destinations), persistent=False)
+        self.register_buffer("merge_weight", torch.zeros_like(merge_weight), persistent=False)
+        self.register_buffer("unmerge_weight", torch.zeros_like(unmerge_weight), persistent=False)
+        self.register_buffer(
+            "run", torch.full((), -1, device=destinations.device), persistent=False
+        )
+
+
+class PlanMemory(nn.Module):
+    """Keeps the plan of a group's first block between calls, one slot for each shape of tokens.
+
+    Args:
+        region_tokens, ratio, selector: as in `toma_fx.runtime.selector.select`.
+        temperature, merge_over, unmerge: as in `toma_fx.runtime.merging.weigh`.
+        select_every, weigh_every: steps between two selections and two computations of weights.
+    """
+
+    def __init__(
+        self,
+        *,
+        region_tokens: int,
+        ratio: float,
+        selector: str,
+        temperature: float,
+        merge_over: str,
+        unmerge: str,
+        select_every: int,
+        weigh_every: int,
+    ) -> None:
+        super().__init__()
+        self.selection = (region_tokens, ratio, selector)
+        self.weighing = (temperature, merge_over, unmerge)
+        self.select_every = select_every
+        self.weigh_every = weigh_every
+        self.slots = nn.ModuleDict()
+
+    def forward(self, tokens: Tensor, step: Tensor, run: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The plan for this step, made again when its time has come.
+
+        Args:
+            tokens: ``(B, N, D)``.
+            step: int64 scalar, from `DenoisingClock`.
+            run: int64 scalar, from `DenoisingClock`.
+
+        Returns:
+            destinations ``(B, R, m)``, merge weight and unmerge weight, as `weigh` returns them.
+        """
+        key = "x".join(map(str, (*tokens.shape, tokens.dtype, tokens.device))).replace(".", "_")
+        _ensure_slot(self, key, tuple(tokens.shape), tokens.dtype, tokens.device)
+        slot = self.slots[key]
+        assert isinstance(slot, PlanSlot)
+        selection, weighing = self.selection, self.weighing
+        tokens = tokens.detach()
+
+        def select(tokens: Tensor, kept: Tensor) -> tuple[Tensor]:
+            return (torch.ops.toma.select(tokens, *selection),)
+
+        def keep(tokens: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
+            return tuple(part.clone() for part in kept)
+
+        def weigh(
+            tokens: Tensor, merge: Tensor, unmerge: Tensor, destinations: Tensor
+        ) -> tuple[Tensor, ...]:
+            merge, unmerge = torch.ops.toma.weigh(tokens, destinations, *weighing)
+            return merge.contiguous(), unmerge.contiguous()
+
+        def keep_weights(
+            tokens: Tensor, merge: Tensor, unmerge: Tensor, destinations: Tensor
+        ) -> tuple[Tensor, ...]:
+            return merge.clone(), unmerge.clone()
+
+        select_now = (step % self.select_every == 0) | (slot.run != run)
+        weigh_now = (step % self.weigh_every == 0) | select_now
+        (destinations,) = cond_op(select_now, select, keep, (tokens, slot.destinations))
+        merge, unmerge = cond_op(
+            weigh_now,
+            weigh,
+            keep_weights,
+            (tokens, slot.merge_weight, slot.unmerge_weight, destinations),
+        )
+        slot.destinations.copy_(destinations)
+        slot.merge_weight.copy_(merge)
+        slot.unmerge_weight.copy_(unmerge)
+        slot.run.copy_(run)
+        return destinations, merge, unmerge
+
+    def blank(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A plan of the right shapes, without a search."""
+        destinations = torch.ops.toma.select(tokens, *self.selection[:2], "grid")
+        merge, unmerge = torch.ops.toma.weigh(
+            tokens, destinations, 1.0, self.weighing[1], "transpose"
+        )
+        return destinations, merge.contiguous(), unmerge
+
+
+# A slot must exist before the first compiled call reads it, or that call would be traced twice:
+# once without the slot and once with it. This runs while the call is being traced.
+@torch.compiler.assume_constant_result
+def _ensure_slot(
+    memory: PlanMemory,
+    key: str,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> bool:
+    if key in memory.slots and memory.slots[key].merge_weight.dtype == dtype:
+        return True
+    with torch.inference_mode(mode=False), torch.no_grad():
+        memory.slots[key] = PlanSlot(*memory.blank(torch.zeros(shape, dtype=dtype, device=device)))
+    return True

@@ -1,0 +1,133 @@
+"""Which tokens to keep: destinations, chosen region by region (Eq. 5, Alg. 1 and 2)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Private, and the only way to write a loop whose trip count is no part of the graph. In eager mode
+# it is a Python loop; under torch.compile and torch.export it stays one node, compiled once.
+from torch._higher_order_ops.while_loop import while_loop_op
+
+from toma_fx.errors import InputError
+from toma_fx.runtime.regions import kept_tokens, region_size
+
+
+_GAIN_STEPS = 2.0**12
+"""Gains are compared in steps of ``1 / _GAIN_STEPS``. Two tokens that are nearest to each other have
+exactly the same gain, ``1 + S_ij - c_i - c_j``, so ties are the rule; without the steps rounding
+would decide them, and eager, compiled and exported models would pick differently."""
+
+
+def unit_tokens(tokens_BND: Tensor) -> Tensor:
+    """Tokens of length 1 in float32, ``(B, N, D)``: their products are cosine similarities.
+
+    float32 because one bf16 step of a cosine near 1 is 0.004, four logits at a temperature of
+    0.001. Detached because a plan is a choice, not a function to differentiate.
+    """
+    return F.normalize(tokens_BND.detach().float(), dim=-1)
+
+
+def facility_location(similarity: Tensor, keep: int) -> Tensor:
+    """Greedy maximisation of ``f(T) = sum_i max_{j in T} S_ij`` (Eq. 5) in every group at once.
+
+    Each pick is the token with the largest gain ``sum_i max(0, S_ij - c_i)``, where ``c_i`` is the
+    best similarity of token ``i`` to the picks so far, -1 before the first. A picked token is
+    masked: in flat areas all gains are 0, and an unmasked maximum would repeat itself.
+
+    Args:
+        similarity: ``(G, n, n)`` float32, symmetric, at least -1 everywhere, no NaN.
+        keep: picks per group, at most ``n``.
+
+    Returns:
+        ``(G, keep)`` int64, in the order of picking, without repetition.
+    """
+
+    def unfinished(step: Tensor, *_: Tensor) -> Tensor:
+        return step < keep
+
+    def pick(
+        step: Tensor, covered: Tensor, free: Tensor, picks: Tensor, similarity: Tensor
+    ) -> tuple[Tensor, ...]:
+        gain = (similarity - covered[:, None, :]).relu().sum(-1)
+        best = ((gain * _GAIN_STEPS).round() + free).argmax(-1, keepdim=True)
+        row = torch.take_along_dim(similarity, best[:, :, None], dim=1).squeeze(1)
+        here = torch.arange(picks.shape[1], device=picks.device) == step.to(picks.device)
+        return (
+            step + 1,
+            torch.maximum(covered, row),
+            free.scatter(1, best, float("-inf")),
+            torch.where(here, best, picks),
+        )
+
+    groups, tokens, _ = similarity.shape
+    start = (
+        torch.zeros((), dtype=torch.int64),  # on the CPU, so that the loop never waits for a GPU
+        similarity.new_full((groups, tokens), -1.0),
+        similarity.new_zeros((groups, tokens)),
+        similarity.new_zeros((groups, keep), dtype=torch.int64),
+    )
+    picks: Tensor = while_loop_op(unfinished, pick, start, (similarity,))[3]
+    return picks
+
+
+def _facility_location(tokens_GnD: Tensor, keep: int) -> Tensor:
+    unit = unit_tokens(tokens_GnD)
+    # A token with NaN resembles nothing, so it is picked last; its NaN still shows in the output.
+    return facility_location((unit @ unit.transpose(1, 2)).nan_to_num(nan=-1.0), keep)
+
+
+def _random(tokens_GnD: Tensor, keep: int) -> Tensor:
+    return pseudo_random(tokens_GnD, tokens_GnD.shape[:2]).argsort(dim=-1)[:, :keep]
+
+
+def _grid(tokens_GnD: Tensor, keep: int) -> Tensor:
+    groups, tokens, _ = tokens_GnD.shape
+    place = torch.arange(keep, device=tokens_GnD.device)
+    return ((2 * place + 1) * tokens // (2 * keep)).expand(groups, keep)
+
+
+def pseudo_random(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Fixed numbers in [0, 1), float32, the same at every call: a hash of each element's index.
+
+    Not `torch.rand`, because the global random state is the user's.
+    """
+    count = 1
+    for size in shape:
+        count *= size
+    x = torch.arange(1, count + 1, device=like.device)
+    for multiplier in (0x45D9F3B, 0x119DE1F3):
+        x = ((x ^ (x >> 16)) * multiplier) & 0xFFFFFFFF
+    return ((x ^ (x >> 16)) & 0xFFFFFF).reshape(shape).float() / 2**24
+
+
+SELECTORS = {"facility_location": _facility_location, "random": _random, "grid": _grid}
+"""Each ``(G, n, D), keep -> (G, keep)`` indices inside the group."""
+
+
+def select(tokens: Tensor, region_tokens: int, ratio: float, selector: str) -> Tensor:
+    """Destinations of every region.
+
+    Args:
+        tokens: ``(B, N, D)`` in token order, any floating dtype.
+        region_tokens: tokens wanted in a region; see `region_size`. 0: one region.
+        ratio: share of a region's tokens that is merged away, in [0, 1).
+        selector: ``"facility_location"``, ``"random"`` or ``"grid"``.
+
+    Returns:
+        ``(B, R, m)`` int64: indices into the ``N`` tokens, distinct within a region.
+
+    Raises:
+        InputError: when ``tokens`` is not 3-dimensional or ``selector`` is unknown.
+    """
+    if tokens.ndim != 3:
+        raise InputError(f"select: tokens of shape {tuple(tokens.shape)} must be (B, N, D)")
+    if selector not in SELECTORS:
+        raise InputError(f"select: selector={selector!r} must be one of {', '.join(SELECTORS)}")
+    batch, count, width = tokens.shape
+    size = region_size(count, region_tokens)
+    regions = count // size
+    inside = SELECTORS[selector](
+        tokens.reshape(batch * regions, size, width), kept_tokens(size, ratio)
+    )
+    first = size * torch.arange(regions, device=tokens.device)
+    return inside.reshape(batch, regions, -1) + first[:, None]

@@ -1,0 +1,8 @@
+"""Token Merge with Attention as a torch.fx graph transformation of diffusers models."""
+
+from toma_fx.config import MergeConfig, Schedule
+from toma_fx.errors import TomaError
+from toma_fx.transform import restore, transform
+
+__version__ = "0.1.0"
+__all__ = ["MergeConfig", "Schedule", "TomaError", "restore", "transform"]

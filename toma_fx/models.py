@@ -1,0 +1,130 @@
+"""The borders of a model: where tokens enter and leave, and where a call begins.
+
+Each class stands in for diffusers' class of the same name. It changes the order of the tokens where
+that is free or nearly so, opens the scope in which blocks share a plan, and leaves the rest to
+diffusers.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.models.transformers import transformer_2d
+from torch import Tensor, nn
+
+from toma_fx.config import MergeConfig
+from toma_fx.runtime.plan import SCOPE, PlanScope
+from toma_fx.runtime.schedule import DenoisingClock
+
+toma = torch.ops.toma
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """What `toma_fx.transform` did to a model; kept on it as ``_toma``.
+
+    Attributes:
+        config: the options.
+        original: the untouched model, which shares every tensor with the transformed one.
+        skipped: block path to the reason why it was left unmerged.
+        merged: block path to the components that run on merged tokens.
+    """
+
+    config: MergeConfig
+    original: nn.Module
+    skipped: Mapping[str, str]
+    merged: Mapping[str, tuple[str, ...]]
+
+
+def _keyword_only(function: Callable[..., Any]) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
+    """How to give every argument of a method a name, whatever the version of diffusers."""
+    names = tuple(inspect.signature(function).parameters)[1:]
+    return lambda args, kwargs: {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+class _Clocked(nn.Module):
+    """A model whose blocks share plans during a call."""
+
+    _toma: Rewrite
+
+    def _open_scope(self, attention_kwargs: Any, timestep: Any, conditioning: Tensor) -> Any:
+        """The attention kwargs of a call, with the scope in which its blocks share plans."""
+        clock = getattr(self, "toma_clock", None)
+        time = None if clock is None else clock(timestep, conditioning)
+        return {**(attention_kwargs or {}), SCOPE: PlanScope(time)}
+
+    def _reset_stateful_cache(self, *args: Any, **kwargs: Any) -> None:
+        """Called by every diffusers pipeline when an image is done."""
+        reset = getattr(super(), "_reset_stateful_cache", None)
+        if reset is not None:
+            reset(*args, **kwargs)
+        clock = getattr(self, "toma_clock", None)
+        if isinstance(clock, DenoisingClock):
+            clock.reset()
+
+
+class UNet2DConditionModel(_Clocked, diffusers.UNet2DConditionModel):  # type: ignore[misc]
+    """The UNet; its tokens are put in order by each `Transformer2DModel` inside it."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As diffusers' ``forward``."""
+        call = _unet_arguments(args, kwargs)
+        call["cross_attention_kwargs"] = self._open_scope(
+            call.get("cross_attention_kwargs"), call["timestep"], call["encoder_hidden_states"]
+        )
+        return super().forward(**call)
+
+
+class Transformer2DModel(transformer_2d.Transformer2DModel):  # type: ignore[misc]
+    """A stage of the UNet: ``(B, C, H, W)`` becomes ``(B, H * W, D)`` in tile order, and back."""
+
+    def _operate_on_continuous_inputs(self, hidden_states: Tensor) -> tuple[Tensor, int]:
+        height, width = hidden_states.shape[-2:]
+        tokens, inner_dim = super()._operate_on_continuous_inputs(hidden_states)
+        return toma.reorder(tokens, toma.tile_order(tokens, height, width)), inner_dim
+
+    def _get_output_for_continuous_inputs(
+        self, hidden_states: Tensor, residual: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        height, width = residual.shape[-2:]
+        raster = toma.tile_order(hidden_states, height, width).argsort()
+        tokens = toma.reorder(hidden_states, raster)
+        output: Tensor = super()._get_output_for_continuous_inputs(tokens, residual, *args, **kwargs)
+        return output
+
+
+class FluxTransformer2DModel(_Clocked, diffusers.FluxTransformer2DModel):  # type: ignore[misc]
+    """The Flux transformer; image tokens and their position ids are put in tile order together."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As diffusers' ``forward``."""
+        call = _flux_arguments(args, kwargs)
+        call["joint_attention_kwargs"] = self._open_scope(
+            call.get("joint_attention_kwargs"), call["timestep"], call["encoder_hidden_states"]
+        )
+        if self._toma.config.region != "tile":
+            return super().forward(**call)
+        ids = call["img_ids"]
+        ids = ids if ids.ndim == 2 else ids[0]
+        order = toma.tile_order_of_ids(ids)
+        call["hidden_states"] = toma.reorder(call["hidden_states"], order)
+        call["img_ids"] = ids[order]
+        for residuals in ("controlnet_block_samples", "controlnet_single_block_samples"):
+            if call.get(residuals) is not None:
+                call[residuals] = [toma.reorder(each, order) for each in call[residuals]]
+        raster = order.argsort()
+        output = super().forward(**call)
+        if isinstance(output, tuple):
+            return (toma.reorder(output[0], raster), *output[1:])
+        output.sample = toma.reorder(output.sample, raster)
+        return output
+
+
+# Pipelines and hooks look at the signature of a model's forward.
+for _class in (UNet2DConditionModel, FluxTransformer2DModel):
+    _class.forward.__signature__ = inspect.signature(_class.__mro__[2].forward)
+_unet_arguments = _keyword_only(diffusers.UNet2DConditionModel.forward)
+_flux_arguments = _keyword_only(diffusers.FluxTransformer2DModel.forward)

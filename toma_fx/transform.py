@@ -1,0 +1,278 @@
+"""``transform`` and ``restore``: the whole story in one file.
+
+A copy of the model shares every tensor with the original. The graph of each transformer block is
+captured, rewritten by passes, and installed as the block's forward.
+"""
+
+import copy
+import fnmatch
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import fx, nn
+
+from toma_fx.config import MergeConfig, build_config
+from toma_fx.errors import ModelError
+from toma_fx.families import Block, Family, example_inputs, family_of, leaf_value
+from toma_fx.models import Rewrite
+from toma_fx.passes.capture import capture_block
+from toma_fx.passes.cleanup import Cleanup
+from toma_fx.passes.guard_inputs import GuardInputs
+from toma_fx.passes.install import install
+from toma_fx.passes.merge_components import MergeComponents
+from toma_fx.passes.merge_once import MergeOnce
+from toma_fx.passes.pipeline import Pass, run_passes
+from toma_fx.passes.plan_nodes import PlanOptions, TokenFlow
+from toma_fx.passes.share_plan import SharePlan
+from toma_fx.passes.sites import SITES, FindSites
+from toma_fx.runtime.regions import WHOLE_IMAGE
+from toma_fx.runtime.schedule import DenoisingClock, PlanMemory
+
+Model = TypeVar("Model")
+
+Role = Literal["alone", "lead", "follow"]
+
+PIPELINE_PARTS = ("unet", "transformer")
+"""Names under which a pipeline holds its denoising model."""
+
+
+def transform(model: Model, config: MergeConfig | None = None, **options: Any) -> Model:
+    """Merge tokens in a diffusers model; returns a new model, or the same pipeline with one.
+
+    A model is copied, but every tensor is shared with the original, which stays as it was. A
+    pipeline is changed in place, so that everything that refers to it sees the faster model;
+    `restore` puts the original back.
+
+    Args:
+        model: a ``UNet2DConditionModel`` or ``FluxTransformer2DModel``, or a pipeline with one.
+            Transform before ``torch.compile``.
+        config: what to do; `MergeConfig` with its defaults when left out.
+        **options: fields of `MergeConfig`, in place of ``config``: ``transform(unet, ratio=0.4)``.
+
+    Returns:
+        A model of the same class (a subclass with the same name), or the given pipeline.
+
+    Raises:
+        ConfigError: when an option is unknown or holds a value it cannot take.
+        ModelError: when the model is unknown, compiled or transformed already, or when no block
+            would be merged.
+    """
+    if config is not None and options:
+        raise ModelError(
+            f"transform got both a config and the options {', '.join(options)}; put them into the "
+            "config: MergeConfig.preset('default', ...) or dataclasses.replace(config, ...)"
+        )
+    config = build_config(**options) if config is None else config
+    if isinstance(model, nn.Module):
+        return _transform_model(model, config)  # type: ignore[return-value]
+    part = _pipeline_part(model)
+    setattr(model, part, _transform_model(getattr(model, part), config))
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Undo `transform`.
+
+    Args:
+        model: a transformed model, or a pipeline that holds one.
+
+    Returns:
+        The original model; or the given pipeline, with the original model in place.
+
+    Raises:
+        ModelError: when nothing was transformed.
+    """
+    if isinstance(model, nn.Module):
+        return rewrite_of(model).original  # type: ignore[return-value]
+    part = _pipeline_part(model)
+    setattr(model, part, rewrite_of(getattr(model, part)).original)
+    return model
+
+
+def rewrite_of(model: nn.Module) -> Rewrite:
+    """What `transform` did to a model.
+
+    Raises:
+        ModelError: when it was not transformed.
+    """
+    rewrite = getattr(model, "_toma", None)
+    if not isinstance(rewrite, Rewrite):
+        raise ModelError(
+            f"this {type(model).__name__} was not transformed by toma_fx; call toma_fx.transform first"
+        )
+    return rewrite
+
+
+def _pipeline_part(pipeline: object) -> str:
+    for part in PIPELINE_PARTS:
+        if isinstance(getattr(pipeline, part, None), nn.Module):
+            return part
+    raise ModelError(
+        f"{type(pipeline).__name__} is neither a torch module nor a pipeline with a module named "
+        f"{' or '.join(PIPELINE_PARTS)}; pass the model itself"
+    )
+
+
+def _transform_model(model: nn.Module, config: MergeConfig) -> nn.Module:
+    _check_model(model)
+    family = family_of(model)
+    copied = copy.deepcopy(model, {id(t): t for t in [*model.parameters(), *model.buffers()]})
+    blocks = {path: (block, row) for path, block, row in _blocks(copied, family)}
+    skipped = _skipped(list(blocks), config, family)
+    merging = [path for path in blocks if path not in skipped]
+    if config.ratio > 0 and not merging:
+        reasons = "; ".join(sorted(set(skipped.values()))) or "the model has no transformer block"
+        raise ModelError(
+            f"nothing to merge in this {type(model).__name__}: {reasons}. Pass skip=() to merge all"
+        )
+    leaders = set(_leaders(merging))
+    merged = {}
+    graphs: dict[Any, fx.GraphModule] = {}
+    for path, (block, row) in blocks.items():
+        role = None if path in skipped else _role(path, leaders, config)
+        key = (_structure(block), role)
+        if key not in graphs:
+            graphs[key] = rewritten_graph(block, row, config, role)
+        install(block, graphs[key])
+        if role is not None:
+            merged[path] = _components(graphs[key], config)
+    _install_borders(copied, family, config)
+    copied._toma = Rewrite(config, model, skipped, merged)  # type: ignore[assignment]
+    return copied
+
+
+def rewritten_graph(
+    block: nn.Module, row: Block, config: MergeConfig, role: Role | None
+) -> fx.GraphModule:
+    """The graph of a block: as captured, or with merge and unmerge nodes when it has a role."""
+    gm = capture_block(block, example_inputs(row, block), row.attention_kwargs, leaf_value)
+    return gm if role is None else run_passes(gm, passes_for(row, config, role))
+
+
+def passes_for(row: Block, config: MergeConfig, role: Role) -> tuple[Pass, ...]:
+    """The passes that turn the captured graph of a block into its merged one.
+
+    Args:
+        row: the block's row in the table of block structures.
+        config: the options.
+        role: whether the block makes its group's plan, follows it, or makes one for itself alone.
+    """
+    plan = PlanOptions(
+        region_tokens=WHOLE_IMAGE if config.region == "image" else config.region_tokens,
+        ratio=config.ratio,
+        selector=config.selector,
+        temperature=config.temperature,
+        merge_over=config.merge_over,
+        unmerge=config.unmerge,
+    )
+    flow = TokenFlow(
+        output=row.output, text=row.text, text_first=row.text_first, rotary=row.rotary
+    )
+    memory = None
+    if role == "lead" and not config.schedule.stateless and config.selector != "fixed":
+        memory = PlanMemory(
+            **asdict(plan),
+            select_every=config.schedule.select_every,
+            weigh_every=config.schedule.weigh_every,
+        )
+    find = FindSites(sites=row.sites, components=config.components)
+    merge: tuple[Pass, ...] = (MergeOnce(options=plan, flow=flow, residual=config.residual),)
+    if config.placement == "component":
+        merge = (find, MergeComponents(options=plan, flow=flow))
+    return (
+        *merge,
+        GuardInputs(components=config.components, masks=row.masks),
+        SharePlan(attention_kwargs=row.attention_kwargs, role=role, memory=memory),
+        Cleanup(),
+    )
+
+
+def _check_model(model: nn.Module) -> None:
+    if hasattr(model, "_toma"):
+        raise ModelError(
+            f"this {type(model).__name__} is already transformed with {model._toma.config}; "
+            "transform the original: toma_fx.restore(model)"
+        )
+    if isinstance(model, torch._dynamo.OptimizedModule) or any(
+        module._compiled_call_impl is not None for module in model.modules()
+    ):
+        raise ModelError(
+            f"this {type(model).__name__} is compiled, and compiled code cannot be rewritten; "
+            "call toma_fx.transform first and compile its result"
+        )
+
+
+def _blocks(model: nn.Module, family: Family) -> Iterator[tuple[str, nn.Module, Block]]:
+    for path, module in model.named_modules():
+        for row in family.blocks:
+            if isinstance(module, row.cls):
+                yield path, module, row
+
+
+def _skipped(paths: list[str], config: MergeConfig, family: Family) -> dict[str, str]:
+    """The blocks to leave unmerged, each with the reason."""
+    if config.ratio == 0:
+        return dict.fromkeys(paths, "ratio is 0")
+    if config.skip is not None:
+        unused = [p for p in config.skip if not fnmatch.filter(paths, p)]
+        if unused:
+            raise ModelError(
+                f"skip={unused!r} matches no block; block paths look like {paths[0]!r}"
+            )
+        return {
+            path: f"skip={pattern!r}"
+            for pattern in config.skip
+            for path in fnmatch.filter(paths, pattern)
+        }
+    skipped = {}
+    for parent, (first, of) in family.spared.items():
+        siblings = [path for path in paths if path.rpartition(".")[0] == parent]
+        for path in siblings[: len(siblings) * first // of]:
+            skipped[path] = "spared by default, as in the paper"
+    return skipped
+
+
+def _leaders(merging: list[str]) -> Iterator[str]:
+    """The first merged block of each group: the merged blocks of one module list."""
+    groups = set()
+    for path in merging:
+        group = path.rpartition(".")[0]
+        if group not in groups:
+            groups.add(group)
+            yield path
+
+
+def _role(path: str, leaders: set[str], config: MergeConfig) -> Role:
+    if config.share == "block":
+        return "alone"
+    return "lead" if path in leaders else "follow"
+
+
+def _structure(block: nn.Module) -> Any:
+    """What decides the graph of a block: the classes in it and its plain attributes."""
+    plain = str | int | float | bool | None
+    attributes = {k: v for k, v in vars(block).items() if isinstance(v, plain) and k != "training"}
+    classes = [(name, type(m), type(getattr(m, "processor", None))) for name, m in block.named_modules()]
+    return type(block), tuple(attributes.items()), tuple(classes)
+
+
+def _components(gm: fx.GraphModule, config: MergeConfig) -> tuple[str, ...]:
+    if config.placement == "block":
+        return ("block",)
+    return tuple(c for found in gm.meta[SITES] for c in found.site.components)
+
+
+def _install_borders(model: nn.Module, family: Family, config: MergeConfig) -> None:
+    for module in model.modules():
+        border = family.borders.get(type(module))
+        if border is not None and _is_needed(module is model, config):
+            module.__class__ = border
+    if not config.schedule.stateless:
+        model.toma_clock = DenoisingClock()
+
+
+def _is_needed(is_model: bool, config: MergeConfig) -> bool:
+    """At ratio 0 nothing is reordered; a stage only when there are tiles; a model always."""
+    return config.ratio > 0 and (is_model or config.region == "tile")
