@@ -107,10 +107,8 @@ class SharePlan(Pass):
         at = through
         for index, tensor in enumerate(tensors):
             with graph.inserting_after(at):
-                at = item(graph, through, index)
-            tensor.replace_all_uses_with(
-                at, delete_user_cb=lambda user: user is not through
-            )
+                at = item(graph, through, index, name=f"{self.role}_{tensor.name}")
+            tensor.replace_all_uses_with(at, delete_user_cb=lambda user: user is not through)
 
 
 def _plan_tensors(graph: fx.Graph) -> list[fx.Node]:

@@ -23,6 +23,7 @@ def region_size(tokens: int, region_tokens: int) -> int:
     >>> region_size(4096, 64), region_size(38 * 26, 64), region_size(4096, WHOLE_IMAGE)
     (64, 76, 4096)
     """
+    tokens = int(tokens)  # under symbolic shapes: the token count is part of the graph
     if region_tokens == WHOLE_IMAGE:
         return tokens
     small = [d for d in range(1, math.isqrt(tokens) + 1) if tokens % d == 0]

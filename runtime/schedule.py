@@ -5,11 +5,13 @@ model holds one graph for all steps. A plan is used only in the denoising run th
 
 * a timestep that rises, or other conditioning, starts a new run;
 * every plan carries the number of its run, and one of another run is made again;
-* plans are kept apart by the shape, dtype and device of the tokens.
+* plans are kept apart by the shape and device of the tokens.
 
 What cannot be told apart is two images with the same prompt that take turns, step by step, on one
 model. Give each its own ``transform``: the weights are shared, so it costs no memory.
 """
+
+import operator
 
 import torch
 from torch import Tensor, nn
@@ -119,9 +121,7 @@ class PlanMemory(nn.Module):
         Returns:
             destinations ``(B, R, m)``, merge weight and unmerge weight, as `weigh` returns them.
         """
-        key = "x".join(map(str, (*tokens.shape, tokens.dtype, tokens.device))).replace(".", "_")
-        _ensure_slot(self, key, tuple(tokens.shape), tokens.dtype, tokens.device)
-        slot = self.slots[key]
+        slot = self.slots[_key(tokens)]
         assert isinstance(slot, PlanSlot)
         selection, weighing = self.selection, self.weighing
         tokens = tokens.detach()
@@ -135,8 +135,8 @@ class PlanMemory(nn.Module):
         def weigh(
             tokens: Tensor, merge: Tensor, unmerge: Tensor, destinations: Tensor
         ) -> tuple[Tensor, ...]:
-            merge, unmerge = torch.ops.toma.weigh(tokens, destinations, *weighing)
-            return merge.contiguous(), unmerge.contiguous()
+            weights = torch.ops.toma.weigh(tokens, destinations, *weighing)
+            return weights[0].to(merge.dtype).contiguous(), weights[1].to(unmerge.dtype)
 
         def keep_weights(
             tokens: Tensor, merge: Tensor, unmerge: Tensor, destinations: Tensor
@@ -156,7 +156,7 @@ class PlanMemory(nn.Module):
         slot.merge_weight.copy_(merge)
         slot.unmerge_weight.copy_(unmerge)
         slot.run.copy_(run)
-        return destinations, merge, unmerge
+        return destinations, merge.to(tokens.dtype), unmerge.to(tokens.dtype)
 
     def blank(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A plan of the right shapes, without a search."""
@@ -167,18 +167,28 @@ class PlanMemory(nn.Module):
         return destinations, merge.contiguous(), unmerge
 
 
-# A slot must exist before the first compiled call reads it, or that call would be traced twice:
-# once without the slot and once with it. This runs while the call is being traced.
+def _key(tokens: Tensor) -> str:
+    # An index cannot be symbolic: a slot is for one shape.
+    batch, count, width = map(operator.index, tokens.shape)
+    return f"{batch}x{count}x{width} {tokens.device}"
+
+
+# A slot must exist before the first compiled call of a block reads it, or that call would be traced
+# twice: once without the slot and once with it. So the borders of a stage or model make it, and when
+# they are compiled themselves, this runs while the call is being traced.
 @torch.compiler.assume_constant_result
-def _ensure_slot(
-    memory: PlanMemory,
-    key: str,
-    shape: tuple[int, int, int],
-    dtype: torch.dtype,
-    device: torch.device,
+def _make_slots(
+    module: nn.Module, key: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> bool:
-    if key in memory.slots and memory.slots[key].merge_weight.dtype == dtype:
-        return True
     with torch.inference_mode(mode=False), torch.no_grad():
-        memory.slots[key] = PlanSlot(*memory.blank(torch.zeros(shape, dtype=dtype, device=device)))
+        for memory in module.modules():
+            if isinstance(memory, PlanMemory) and key not in memory.slots:
+                tokens = torch.zeros(shape, dtype=dtype, device=device)
+                memory.slots[key] = PlanSlot(*memory.blank(tokens))
     return True
+
+
+def make_slots(module: nn.Module, tokens: Tensor) -> None:
+    """Make room for the plans of the blocks in ``module`` for tokens ``(B, N, D)`` of this shape."""
+    shape = tuple(map(operator.index, tokens.shape))
+    _make_slots(module, _key(tokens), shape, tokens.dtype, tokens.device)

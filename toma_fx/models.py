@@ -7,7 +7,7 @@ diffusers.
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import diffusers
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from toma_fx.config import MergeConfig
 from toma_fx.runtime.plan import SCOPE, PlanScope
-from toma_fx.runtime.schedule import DenoisingClock
+from toma_fx.runtime.schedule import DenoisingClock, make_slots
 
 toma = torch.ops.toma
 
@@ -34,9 +34,12 @@ class Rewrite:
     """
 
     config: MergeConfig
-    original: nn.Module
+    original: nn.Module = field(repr=False)
     skipped: Mapping[str, str]
     merged: Mapping[str, tuple[str, ...]]
+
+    def __deepcopy__(self, memo: object) -> "Rewrite":
+        return self  # a copy of the transformed model has the same original
 
 
 def _keyword_only(function: Callable[..., Any]) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
@@ -79,20 +82,29 @@ class UNet2DConditionModel(_Clocked, diffusers.UNet2DConditionModel):  # type: i
 
 
 class Transformer2DModel(transformer_2d.Transformer2DModel):  # type: ignore[misc]
-    """A stage of the UNet: ``(B, C, H, W)`` becomes ``(B, H * W, D)`` in tile order, and back."""
+    """A stage of the UNet: ``(B, C, H, W)`` becomes ``(B, H * W, D)`` in token order, and back."""
+
+    _toma: Rewrite
 
     def _operate_on_continuous_inputs(self, hidden_states: Tensor) -> tuple[Tensor, int]:
         height, width = hidden_states.shape[-2:]
         tokens, inner_dim = super()._operate_on_continuous_inputs(hidden_states)
-        return toma.reorder(tokens, toma.tile_order(tokens, height, width)), inner_dim
+        if not self._toma.config.schedule.stateless:
+            make_slots(self, tokens)
+        if self._toma.config.region == "tile":
+            tokens = toma.reorder(tokens, toma.tile_order(tokens, height, width))
+        return tokens, inner_dim
 
     def _get_output_for_continuous_inputs(
         self, hidden_states: Tensor, residual: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
-        height, width = residual.shape[-2:]
-        raster = toma.tile_order(hidden_states, height, width).argsort()
-        tokens = toma.reorder(hidden_states, raster)
-        output: Tensor = super()._get_output_for_continuous_inputs(tokens, residual, *args, **kwargs)
+        if self._toma.config.region == "tile":
+            height, width = residual.shape[-2:]
+            raster = toma.tile_order(hidden_states, height, width).argsort()
+            hidden_states = toma.reorder(hidden_states, raster)
+        output: Tensor = super()._get_output_for_continuous_inputs(
+            hidden_states, residual, *args, **kwargs
+        )
         return output
 
 
@@ -105,6 +117,9 @@ class FluxTransformer2DModel(_Clocked, diffusers.FluxTransformer2DModel):  # typ
         call["joint_attention_kwargs"] = self._open_scope(
             call.get("joint_attention_kwargs"), call["timestep"], call["encoder_hidden_states"]
         )
+        if not self._toma.config.schedule.stateless:
+            tokens = call["hidden_states"]
+            make_slots(self, tokens[:, :, :1].expand(-1, -1, self.inner_dim))
         if self._toma.config.region != "tile":
             return super().forward(**call)
         ids = call["img_ids"]

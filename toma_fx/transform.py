@@ -138,8 +138,8 @@ def _transform_model(model: nn.Module, config: MergeConfig) -> nn.Module:
         install(block, graphs[key])
         if role is not None:
             merged[path] = _components(graphs[key], config)
-    _install_borders(copied, family, config)
-    copied._toma = Rewrite(config, model, skipped, merged)  # type: ignore[assignment]
+    rewrite = Rewrite(config, model, skipped, merged)
+    _install_borders(copied, family, rewrite)
     return copied
 
 
@@ -264,15 +264,13 @@ def _components(gm: fx.GraphModule, config: MergeConfig) -> tuple[str, ...]:
     return tuple(c for found in gm.meta[SITES] for c in found.site.components)
 
 
-def _install_borders(model: nn.Module, family: Family, config: MergeConfig) -> None:
+def _install_borders(model: nn.Module, family: Family, rewrite: Rewrite) -> None:
+    model._toma = rewrite  # type: ignore[assignment]
+    if rewrite.config.ratio == 0:
+        return
     for module in model.modules():
-        border = family.borders.get(type(module))
-        if border is not None and _is_needed(module is model, config):
-            module.__class__ = border
-    if not config.schedule.stateless:
+        if type(module) in family.borders:
+            module.__class__ = family.borders[type(module)]
+            module._toma = rewrite  # type: ignore[assignment]
+    if not rewrite.config.schedule.stateless:
         model.toma_clock = DenoisingClock()
-
-
-def _is_needed(is_model: bool, config: MergeConfig) -> bool:
-    """At ratio 0 nothing is reordered; a stage only when there are tiles; a model always."""
-    return config.ratio > 0 and (is_model or config.region == "tile")
