@@ -19,6 +19,7 @@ recorded as nodes and never frozen, so one graph serves every size.
 
 import dataclasses
 import inspect
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -97,21 +98,24 @@ class ValueTracer(fx.Tracer):
             return forward(*args, **kwargs)
         return super().call_module(m, forward, args, kwargs)
 
-    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> Any:
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if self._evaluating:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def create_proxy(
+        self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any
+    ) -> Any:
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **named)
-        if kind == "get_attr":
-            proxy.node.meta["val"] = self._attribute(str(target))
-        elif kind.startswith("call_"):
+        if kind not in ("placeholder", "output"):
             proxy.node.meta["val"] = self._evaluate(proxy.node)
         return proxy
-
-    def _attribute(self, path: str) -> Any:
-        owner, _, name = path.rpartition(".")
-        return getattr(self.root.get_submodule(owner), name)
 
     def _evaluate(self, node: fx.Node) -> Any:
         self._evaluating = True
         try:
+            if node.op == "get_attr":
+                return operator.attrgetter(str(node.target))(self.root)
             return example_value(node, self.root, self._leaf_value)
         finally:
             self._evaluating = False

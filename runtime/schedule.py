@@ -14,7 +14,7 @@ model. Give each its own ``transform``: the weights are shared, so it costs no m
 import operator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 # What torch.cond calls once it has compiled its branches; called directly, eager mode stays eager.
 from torch._higher_order_ops.cond import cond_op
@@ -121,6 +121,8 @@ class PlanMemory(nn.Module):
         Returns:
             destinations ``(B, R, m)``, merge weight and unmerge weight, as `weigh` returns them.
         """
+        if not torch.compiler.is_compiling():
+            make_slots(self, tokens)
         slot = self.slots[_key(tokens)]
         assert isinstance(slot, PlanSlot)
         selection, weighing = self.selection, self.weighing
@@ -190,5 +192,7 @@ def _make_slots(
 
 def make_slots(module: nn.Module, tokens: Tensor) -> None:
     """Make room for the plans of the blocks in ``module`` for tokens ``(B, N, D)`` of this shape."""
+    if isinstance(tokens, fx.Proxy):
+        return  # a symbolic trace keeps no plan; its graph makes room when it runs
     shape = tuple(map(operator.index, tokens.shape))
     _make_slots(module, _key(tokens), shape, tokens.dtype, tokens.device)

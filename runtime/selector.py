@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Private, and the only way to write a loop whose trip count is no part of the graph. In eager mode
-# it is a Python loop; under torch.compile and torch.export it stays one node, compiled once.
+# Private, and the only way to write a loop whose trip count is no part of the graph.
 from torch._higher_order_ops.while_loop import while_loop_op
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from toma_fx.errors import InputError
 from toma_fx.runtime.regions import kept_tokens, region_size
@@ -34,6 +34,9 @@ def facility_location(similarity: Tensor, keep: int) -> Tensor:
     best similarity of token ``i`` to the picks so far, -1 before the first. A picked token is
     masked: in flat areas all gains are 0, and an unmasked maximum would repeat itself.
 
+    In eager mode the picks are a Python loop over all groups at once; in a graph they are one loop
+    node, compiled once whatever the number of picks.
+
     Args:
         similarity: ``(G, n, n)`` float32, symmetric, at least -1 everywhere, no NaN.
         keep: picks per group, at most ``n``.
@@ -60,14 +63,18 @@ def facility_location(similarity: Tensor, keep: int) -> Tensor:
         )
 
     groups, tokens, _ = similarity.shape
-    start = (
+    start: tuple[Tensor, ...] = (
         torch.zeros((), dtype=torch.int64),  # on the CPU, so that the loop never waits for a GPU
         similarity.new_full((groups, tokens), -1.0),
         similarity.new_zeros((groups, tokens)),
         similarity.new_zeros((groups, keep), dtype=torch.int64),
     )
-    picks: Tensor = while_loop_op(unfinished, pick, start, (similarity,))[3]
-    return picks
+    if torch.compiler.is_compiling() or get_proxy_mode() is not None:
+        picks: Tensor = while_loop_op(unfinished, pick, start, (similarity,))[3]
+        return picks
+    for _ in range(keep):
+        start = pick(*start, similarity)
+    return start[3]
 
 
 def _facility_location(tokens_GnD: Tensor, keep: int) -> Tensor:

@@ -105,6 +105,11 @@ def rewrite_of(model: nn.Module) -> Rewrite:
     return rewrite
 
 
+def model_of(model: Any) -> nn.Module:
+    """The denoising model: the given one, or that of the given pipeline."""
+    return model if isinstance(model, nn.Module) else getattr(model, _pipeline_part(model))
+
+
 def _pipeline_part(pipeline: object) -> str:
     for part in PIPELINE_PARTS:
         if isinstance(getattr(pipeline, part, None), nn.Module):

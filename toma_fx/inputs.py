@@ -1,0 +1,105 @@
+"""Inputs of a whole model at a given image size, for reports, traces and benchmarks.
+
+Their values mean nothing; their shapes are those that diffusers' pipelines pass.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from toma_fx.errors import ModelError
+
+VAE_SCALE = 8
+"""Pixels per latent along a side, in every model that toma_fx knows."""
+FLUX_PATCH = 2
+"""Latents per token along a side, in Flux."""
+CLIP_TOKENS = 77
+FLUX_TEXT_TOKENS = 512
+
+
+def random_inputs(
+    model: nn.Module, *, height: int | None = None, width: int | None = None, batch: int = 1
+) -> dict[str, Any]:
+    """Keyword arguments for a call of ``model``, on its device and in its dtype.
+
+    Args:
+        model: a UNet or a Flux transformer.
+        height: of the image, in pixels; the model's native size when left out.
+        width: of the image, in pixels; like ``height`` when left out.
+        batch: images.
+
+    Raises:
+        ModelError: when the size is no multiple of what a token covers.
+    """
+    parameter = next(model.parameters())
+    like = torch.empty(0, device=parameter.device, dtype=parameter.dtype)
+    flux = hasattr(model, "single_transformer_blocks")
+    native = 1024 if flux else _square(model.config.sample_size) * VAE_SCALE
+    height = native if height is None else height
+    width = height if width is None else width
+    step = VAE_SCALE * (FLUX_PATCH if flux else 1)
+    if height % step or width % step or height < step or width < step:
+        raise ModelError(f"an image of {height} x {width} pixels must be a multiple of {step} pixels")
+    make = _flux_inputs if flux else _unet_inputs
+    return make(model.config, like, batch, height // step, width // step)
+
+
+def _square(sample_size: Any) -> int:
+    return int(sample_size if isinstance(sample_size, int) else max(sample_size))
+
+
+def _random(like: Tensor, *shape: int) -> Tensor:
+    # A generator of its own: the global random state is the user's.
+    if like.device.type == "meta":
+        return like.new_empty(shape)
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return values.to(like)
+
+
+def _unet_inputs(config: Any, like: Tensor, batch: int, rows: int, columns: int) -> dict[str, Any]:
+    width = config.cross_attention_dim
+    inputs = {
+        "sample": _random(like, batch, config.in_channels, rows, columns),
+        "timestep": torch.tensor(500.0, device=like.device),
+        "encoder_hidden_states": _random(
+            like, batch, CLIP_TOKENS, width if isinstance(width, int) else width[0]
+        ),
+    }
+    if config.addition_embed_type == "text_time":
+        ids = 6
+        pooled = config.projection_class_embeddings_input_dim - ids * config.addition_time_embed_dim
+        inputs["added_cond_kwargs"] = {
+            "text_embeds": _random(like, batch, pooled),
+            "time_ids": _random(like, batch, ids),
+        }
+    return inputs
+
+
+def _flux_inputs(config: Any, like: Tensor, batch: int, rows: int, columns: int) -> dict[str, Any]:
+    device = like.device
+    row = torch.arange(rows, device=device)[:, None].expand(rows, columns)
+    column = torch.arange(columns, device=device).expand(rows, columns)
+    ids = torch.stack([torch.zeros_like(row), row, column], dim=-1).flatten(0, 1)
+    inputs = {
+        "hidden_states": _random(like, batch, rows * columns, config.in_channels),
+        "encoder_hidden_states": _random(
+            like, batch, FLUX_TEXT_TOKENS, config.joint_attention_dim
+        ),
+        "pooled_projections": _random(like, batch, config.pooled_projection_dim),
+        "timestep": torch.full((batch,), 0.5, device=device, dtype=like.dtype),
+        "img_ids": ids.to(like.dtype),
+        "txt_ids": torch.zeros(FLUX_TEXT_TOKENS, 3, device=device, dtype=like.dtype),
+    }
+    if config.guidance_embeds:
+        inputs["guidance"] = torch.full((batch,), 3.5, device=device, dtype=torch.float32)
+    return inputs
+
+
+def weightless(model: nn.Module) -> nn.Module:
+    """A copy whose tensors have shapes and no data, to count or trace a call without computing it."""
+    tensors = [*model.parameters(), *model.buffers()]
+    memo = {id(t): t.to("meta") for t in tensors}
+    memo |= {id(p): nn.Parameter(memo[id(p)], requires_grad=False) for p in model.parameters()}
+    return copy.deepcopy(model, memo)

@@ -1,0 +1,202 @@
+"""What was rewritten, what it saves, and what was left alone and why."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from toma_fx.config import MergeConfig
+from toma_fx.inputs import random_inputs, weightless
+from toma_fx.runtime.regions import WHOLE_IMAGE, kept_tokens, region_size
+from toma_fx.transform import model_of, rewrite_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupReport:
+    """Consecutive blocks of one list that were treated alike."""
+
+    path: str
+    """Path of the list."""
+    blocks: tuple[int, int]
+    """First and last index in it."""
+    merged: tuple[str, ...]
+    """What runs on merged tokens: ``("block",)``, components, or nothing."""
+    skipped: str
+    """Why nothing does; empty when something does."""
+    tokens_before: int
+    tokens_after: int
+    flops_before: int
+    flops_after: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What `transform` did to a model; ``print`` it.
+
+    Arithmetic is counted by running both models on tensors without data: floating-point operations
+    of matrix products, convolutions and attention, merging and planning included.
+    """
+
+    model: str
+    image: str
+    config: MergeConfig
+    groups: tuple[GroupReport, ...]
+    flops_before: int
+    flops_after: int
+
+    @property
+    def saved(self) -> float:
+        """Share of the model's arithmetic that is saved, in [0, 1)."""
+        return _saved(self.flops_before, self.flops_after)
+
+    def __str__(self) -> str:
+        rows: list[tuple[Any, ...]] = [
+            (
+                f"{group.path}.{_range(*group.blocks)}",
+                group.blocks[1] - group.blocks[0] + 1,
+                _merged(group),
+                _arrow(group.tokens_before, group.tokens_after),
+                _arrow(_tera(group.flops_before), _tera(group.flops_after)),
+                f"{_saved(group.flops_before, group.flops_after):.1%}",
+            )
+            for group in self.groups
+        ]
+        whole = _arrow(_tera(self.flops_before), _tera(self.flops_after))
+        blocks = sum(row[1] for row in rows)
+        rows.append(("whole model", blocks, "", "", whole, f"{self.saved:.1%}"))
+        headers = ("group", "blocks", "merged", "image tokens", "arithmetic, TFLOP", "saved")
+        return (
+            f"{self.model}, {self.image}, ratio {self.config.ratio}\n"
+            f"{tabulate(rows, headers, disable_numparse=True)}\n"
+            f"plan: {_plan(self.config)}"
+        )
+
+
+def report(
+    model: Any, *, height: int | None = None, width: int | None = None, batch: int = 1
+) -> Report:
+    """What `transform` did to a model and what it saves at an image size.
+
+    Args:
+        model: a transformed model, or a pipeline that holds one.
+        height: of the image, in pixels; the model's native size when left out.
+        width: of the image, in pixels; like ``height`` when left out.
+        batch: images (with guidance, a UNet sees two for each).
+
+    Raises:
+        ModelError: when the model was not transformed, or the size is impossible.
+    """
+    model = model_of(model)
+    rewrite = rewrite_of(model)
+    paths = [*rewrite.merged, *rewrite.skipped]
+    tokens, before, flops_before = _count(rewrite.original, paths, height, width, batch)
+    _, after, flops_after = _count(model, paths, height, width, batch)
+    shape = random_inputs(weightless(model), height=height, width=width, batch=batch)
+    image = shape.get("sample", shape.get("hidden_states"))
+    groups = []
+    for (parent, merged, skipped), members in _alike(model, rewrite):
+        kept = sum(tokens[path] for path in members[:1])
+        groups.append(
+            GroupReport(
+                path=parent,
+                blocks=(int(members[0].rpartition(".")[2]), int(members[-1].rpartition(".")[2])),
+                merged=merged,
+                skipped=skipped,
+                tokens_before=kept,
+                tokens_after=tokens_after(kept, rewrite.config) if merged else kept,
+                flops_before=sum(before[path] for path in members),
+                flops_after=sum(after[path] for path in members),
+            )
+        )
+    return Report(
+        model=type(model).__name__,
+        image=f"latents {' x '.join(map(str, image.shape))}",
+        config=rewrite.config,
+        groups=tuple(groups),
+        flops_before=flops_before,
+        flops_after=flops_after,
+    )
+
+
+def tokens_after(tokens: int, config: MergeConfig) -> int:
+    """Image tokens that are left of ``tokens`` when a model with ``config`` merges them."""
+    size = region_size(tokens, WHOLE_IMAGE if config.region == "image" else config.region_tokens)
+    return tokens // size * kept_tokens(size, config.ratio)
+
+
+def _alike(model: nn.Module, rewrite: Any) -> Iterator[tuple[Any, list[str]]]:
+    def treatment(path: str) -> tuple[str, tuple[str, ...], str]:
+        merged = rewrite.merged.get(path, ())
+        return path.rpartition(".")[0], merged, rewrite.skipped.get(path, "")
+
+    known = rewrite.merged.keys() | rewrite.skipped.keys()
+    in_order = [path for path, _ in model.named_modules() if path in known]
+    for key, members in groupby(in_order, treatment):
+        yield key, list(members)
+
+
+def _count(
+    model: nn.Module, paths: list[str], height: int | None, width: int | None, batch: int
+) -> tuple[dict[str, int], dict[str, int], int]:
+    """Image tokens and operations of each block, and operations of the model."""
+    model = weightless(model)
+    tokens: dict[str, int] = {}
+
+    def note(path: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            tokens[path] = (args[0] if args else kwargs["hidden_states"]).shape[1]
+
+        return hook
+
+    for path in paths:
+        model.get_submodule(path).register_forward_pre_hook(note(path), with_kwargs=True)
+    inputs = random_inputs(model, height=height, width=width, batch=batch)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(**inputs)
+    root, counts = type(model).__name__, counter.get_flop_counts()
+    return (
+        tokens,
+        {path: sum(counts[f"{root}.{path}"].values()) for path in paths},
+        counter.get_total_flops(),
+    )
+
+
+def _plan(config: MergeConfig) -> str:
+    where = config.region if config.region == "image" else f"{config.region} of {config.region_tokens}"
+    times = config.schedule
+    return (
+        f"{config.selector} in each {where}, weights over the {config.merge_over} at temperature "
+        f"{config.temperature:g}, unmerge by {config.unmerge}, one for each {config.share}, selected "
+        f"every {_steps(times.select_every)} and weighed every {_steps(times.weigh_every)}"
+    )
+
+
+def _merged(group: GroupReport) -> str:
+    if not group.merged:
+        return f"nothing: {group.skipped}"
+    return "whole block" if group.merged == ("block",) else ", ".join(group.merged)
+
+
+def _steps(count: int) -> str:
+    return "step" if count == 1 else f"{count} steps"
+
+
+def _range(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first}-{last}"
+
+
+def _arrow(before: Any, after: Any) -> str:
+    return str(before) if before == after else f"{before} -> {after}"
+
+
+def _tera(flops: int) -> str:
+    return f"{flops / 1e12:.3g}"
+
+
+def _saved(before: int, after: int) -> float:
+    return 1 - after / before if before else 0.0
