@@ -42,10 +42,11 @@ def trace(model: Any, inputs: Mapping[str, Any] | None = None) -> fx.GraphModule
     inputs = pytree.tree_map_only(torch.Tensor, lambda t: t.to("meta"), dict(inputs))
     tracer = _ModelTracer({**inputs, "return_dict": False})
     graph = tracer.trace(skeleton)
-    graph.eliminate_dead_code()
-    graph.lint()
     gm = fx.GraphModule(model, graph, class_name=type(model).__name__)
     gm.meta[LEAF_VALUE] = _leaf_value
+    graph.eliminate_dead_code()
+    graph.lint()
+    gm.recompile()
     return gm
 
 
