@@ -1,4 +1,6 @@
-"""Graph in, graph out: one pass per file. In the order in which a block goes through them:
+"""Graph in, graph out: one pass per file.
+
+In the order in which a block goes through them:
 
 =================== ==================================================================
 capture             a block's forward becomes a graph

@@ -4,17 +4,17 @@ Before, in diffusers' source::
 
     norm_hidden_states = self.norm1(hidden_states)
     ...
-    attn_output = self.attn1(norm_hidden_states, attention_mask=attention_mask, **cross_attention_kwargs)
+    attn_output = self.attn1(norm_hidden_states, **cross_attention_kwargs)
 
 After::
 
     carry = toma_fx_runtime_plan_carry(cross_attention_kwargs, 'gligen')
     norm1 = self.norm1(hidden_states)
-    attn1 = self.attn1(norm1, attention_mask = attention_mask, **carry)
+    attn1 = self.attn1(norm1, **carry)
 
 Plain `torch.fx.symbolic_trace` stops at the first ``if x.ndim == 4``. Here every proxy also carries
-an example value, and a branch is decided as it would be at run time. Attributes such as ``shape`` are
-recorded as nodes and never frozen, so one graph serves every size.
+an example value, and a branch is decided as it would be at run time. Attributes such as ``shape``
+are recorded as nodes and never frozen, so one graph serves every size.
 """
 
 import dataclasses
@@ -33,6 +33,7 @@ from toma_fx.runtime import plan
 STAR = "**"
 """The keyword under which a call node holds a whole dictionary of keyword arguments."""
 
+
 class ValueProxy(fx.Proxy):
     """A proxy that knows an example of its value, and answers questions about it."""
 
@@ -43,7 +44,7 @@ class ValueProxy(fx.Proxy):
 
     # ``isinstance(x, torch.Tensor)`` in a traced forward must hold for a traced tensor.
     @property
-    def __class__(self) -> type:
+    def __class__(self) -> type:  # type: ignore[misc]
         return torch.Tensor if isinstance(self.node.meta.get("val"), torch.Tensor) else type(self)
 
     def __getattr__(self, name: str) -> Any:
@@ -89,11 +90,9 @@ class ValueTracer(fx.Tracer):
         return bool(obj.node.meta["val"])
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
-        return iter([obj[i] for i in range(len(obj.node.meta["val"]))])
+        return (obj[i] for i in range(len(obj.node.meta["val"])))  # type: ignore[index]
 
-    def call_module(
-        self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
-    ) -> Any:
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if self._evaluating:
             return forward(*args, **kwargs)
         return super().call_module(m, forward, args, kwargs)
@@ -152,7 +151,9 @@ class _WholeKwargs:
 
 
 class _BlockTracer(ValueTracer):
-    def __init__(self, examples: Mapping[str, Any], kwargs_name: str, leaf_value: LeafValue) -> None:
+    def __init__(
+        self, examples: Mapping[str, Any], kwargs_name: str, leaf_value: LeafValue
+    ) -> None:
         super().__init__(lambda module: True, leaf_value)
         self._examples = examples
         self._kwargs_name = kwargs_name

@@ -7,7 +7,7 @@ Before::
 
 After::
 
-    carry = toma_fx_runtime_plan_carry(cross_attention_kwargs, 'gligen', 'ip_adapter_masks', 'attention_mask')
+    carry = toma_fx_runtime_plan_carry(cross_attention_kwargs, 'gligen', 'ip_adapter_masks', ...)
     mask = toma_fx_runtime_plan_carry_mask(attention_mask, 'attention_mask', merged_keys = True)
     attn1 = self.attn1(norm1, attention_mask = mask, **carry)
 """
@@ -19,7 +19,7 @@ from typing import ClassVar
 from torch import fx
 
 from toma_fx.passes.pipeline import Pass
-from toma_fx.passes.plan_nodes import placeholder
+from toma_fx.passes.plan_nodes import placeholder, redirect
 from toma_fx.runtime import plan
 
 
@@ -51,8 +51,6 @@ class GuardInputs(Pass):
                         (mask, name),
                         {"merged_keys": component == "self_attention"},
                     )
-                mask.replace_all_uses_with(
-                    guarded, delete_user_cb=lambda user, guarded=guarded: user is not guarded
-                )
+                redirect(mask, guarded)
                 changed += 1
         return changed

@@ -20,7 +20,7 @@ from torch import fx, nn
 Helpers = tuple[tuple[str, Any], ...]
 
 
-def generated_class(base: type[nn.Module], gm: fx.GraphModule) -> type[nn.Module]:
+def generated_class(base: Any, gm: fx.GraphModule) -> type[Any]:
     """The subclass of ``base`` that runs a graph.
 
     Args:
@@ -36,7 +36,7 @@ def generated_class(base: type[nn.Module], gm: fx.GraphModule) -> type[nn.Module
 
 
 def install(block: nn.Module, gm: fx.GraphModule) -> None:
-    """Let ``block`` run the graph, together with a copy of each submodule that passes added to it."""
+    """Let ``block`` run the graph, with a copy of each submodule that passes added to it."""
     for name, child in gm.named_children():
         if name not in block._modules:
             block.add_module(name, copy.deepcopy(child))
@@ -44,14 +44,14 @@ def install(block: nn.Module, gm: fx.GraphModule) -> None:
 
 
 @functools.cache
-def _class_of(base: type[nn.Module], source: str, helpers: Helpers) -> type[nn.Module]:
+def _class_of(base: Any, source: str, helpers: Helpers) -> type[Any]:
     filename = f"<toma_fx {base.__name__} {sha256(source.encode()).hexdigest()[:12]}>"
     # So that a traceback into the generated code shows its lines.
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
     namespace: dict[str, Any] = {"torch": torch, **dict(helpers)}
     exec(compile(source, filename, "exec"), namespace)
 
-    def reduce(self: nn.Module, protocol: object) -> tuple[Callable[..., Any], Any, Any]:
+    def reduce(self: Any, protocol: object) -> tuple[Callable[..., Any], Any, Any]:
         # A generated class cannot be found by name, so a pickle holds what makes it.
         return _new, (base, source, helpers), self.__getstate__()
 
@@ -65,6 +65,6 @@ def _class_of(base: type[nn.Module], source: str, helpers: Helpers) -> type[nn.M
     return type(base.__name__, (base,), attributes)
 
 
-def _new(base: type[nn.Module], source: str, helpers: Helpers) -> nn.Module:
-    cls = _class_of(base, source, helpers)
+def _new(base: Any, source: str, helpers: Helpers) -> Any:
+    cls: Any = _class_of(base, source, helpers)
     return cls.__new__(cls)

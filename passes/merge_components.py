@@ -25,7 +25,7 @@ from typing import ClassVar
 from torch import fx
 
 from toma_fx.passes.pipeline import Pass
-from toma_fx.passes.plan_nodes import PlanOptions, TokenFlow, call, insert_plan, toma
+from toma_fx.passes.plan_nodes import PlanOptions, TokenFlow, call, insert_plan, redirect, toma
 from toma_fx.passes.sites import SITES, FoundSite
 
 
@@ -60,4 +60,4 @@ class MergeComponents(Pass):
             with graph.inserting_after(output):
                 args = (output, plan.unmerge_weight)
                 back = call(graph, toma.unmerge.default, args, name="unmerged")
-            output.replace_all_uses_with(back, delete_user_cb=lambda user, back=back: user is not back)
+            redirect(output, back)

@@ -43,7 +43,9 @@ class MergeOnce(Pass):
     def apply(self, gm: fx.GraphModule) -> int:
         graph = gm.graph
         tokens = placeholder(graph, self.flow.tokens)
-        first = next(n for n in graph.nodes if n.op != "placeholder" and tokens in n.all_input_nodes)
+        first = next(
+            n for n in graph.nodes if n.op != "placeholder" and tokens in n.all_input_nodes
+        )
         layers = [n for n in graph.nodes if n.op == "call_module"]
         users = list(tokens.users)
         with graph.inserting_before(first):
@@ -62,7 +64,7 @@ class MergeOnce(Pass):
     ) -> None:
         output = graph.output_node()
         (returned,) = output.args
-        result = returned if self.flow.output is None else returned[self.flow.output]  # type: ignore[index,call-overload]
+        result = returned if self.flow.output is None else returned[self.flow.output]  # type: ignore[index]
         with graph.inserting_before(output):
             if self.residual == "replace":
                 back = call(graph, toma.unmerge.default, (result, unmerge_weight), "unmerged")

@@ -1,4 +1,4 @@
-"""The nodes that make a plan, as the merge passes insert them and as the sharing pass finds them."""
+"""The nodes that make a plan: inserted by the merge passes, found again by the sharing pass."""
 
 import operator
 from dataclasses import dataclass
@@ -51,7 +51,7 @@ class PlanNodes:
     rotary: fx.Node | None
 
 
-def placeholder(graph: fx.Graph, name: str) -> fx.Node:
+def placeholder(graph: fx.Graph, name: str) -> Any:
     """The argument called ``name``.
 
     Raises:
@@ -88,7 +88,7 @@ def insert_plan(
             tokens = call(graph, operator.getitem, (tokens, image), name="image_tokens")
     region_tokens, ratio, selector = options.region_tokens, options.ratio, options.selector
     if selector == "fixed":
-        args = (tokens, region_tokens, ratio, "grid")
+        args: tuple[Any, ...] = (tokens, region_tokens, ratio, "grid")
         destinations = call(graph, toma.select.default, args, name="destinations")
         weights = call(graph, toma.fixed_weights.default, (tokens, destinations), name="weights")
     else:
@@ -111,6 +111,11 @@ def insert_plan(
 def call(graph: fx.Graph, target: Any, args: tuple[Any, ...], name: str | None = None) -> fx.Node:
     """A function call at the insertion point, named as the paper names its result."""
     return graph.create_node("call_function", target, args, name=name)
+
+
+def redirect(node: fx.Node, through: fx.Node) -> None:
+    """Let every other use of ``node`` use ``through``, a call that takes it."""
+    node.replace_all_uses_with(through, delete_user_cb=lambda user: user is not through)
 
 
 def item(graph: fx.Graph, node: fx.Node, index: int, name: str | None = None) -> fx.Node:

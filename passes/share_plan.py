@@ -8,7 +8,7 @@ Before, with a plan for each site::
     select_1 = torch.ops.toma.select(norm2, ...)
     weigh_1 = torch.ops.toma.weigh(norm2, select_1, ...)
 
-After, with ``role="alone"``: the first plan serves the block. With ``role="lead"`` it is also handed on::
+After, with ``role="alone"``, the first plan serves the block; with ``"lead"``, others too::
 
     select = torch.ops.toma.select(norm1, ...)
     weigh = torch.ops.toma.weigh(norm1, select, ...)
@@ -89,7 +89,7 @@ class SharePlan(Pass):
             made = graph.call_module(MEMORY, (select.args[0], *now))
             destinations = item(graph, made, 0)
         for use in list(weigh.users):
-            use.args = (made, use.args[1] + 1)  # type: ignore[operator]
+            use.args = (made, use.args[1] + 1)
         graph.erase_node(weigh)
         select.replace_all_uses_with(destinations)
         graph.erase_node(select)
@@ -124,4 +124,4 @@ def _plan_tensors(graph: fx.Graph) -> list[fx.Node]:
         for part in node.users
         if part.target is operator.getitem and part.args[1] == index
     ]
-    return [merge_weight, unmerge_weight, *rotary]  # type: ignore[list-item]
+    return [merge_weight, unmerge_weight, *rotary]

@@ -1,6 +1,6 @@
 """Finding the sites of a block: where its tokens can be merged and where they must come back.
 
-Nothing is rewritten. Before and after are the same graph, and ``gm.meta["toma_sites"]`` then holds::
+Nothing is rewritten. Before and after are the same graph; ``gm.meta["toma_sites"]`` then holds::
 
     FoundSite(components=('self_attention',), enter=(attn1,), tokens=norm1, leave=(attn1,))
     FoundSite(components=('mlp',), enter=(ff,), tokens=norm3, leave=(ff,))

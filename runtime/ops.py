@@ -14,7 +14,8 @@ for schema, function in {
     "tile_order(Tensor like, int height, int width) -> Tensor": token_order.tile_order,
     "tile_order_of_ids(Tensor ids) -> Tensor": token_order.tile_order_of_ids,
     "reorder(Tensor tokens, Tensor order) -> Tensor": token_order.reorder,
-    "select(Tensor tokens, int region_tokens, float ratio, str selector) -> Tensor": selector.select,
+    "select(Tensor tokens, int region_tokens, float ratio, str selector)"
+    " -> Tensor": selector.select,
     "weigh(Tensor tokens, Tensor destinations, float temperature, str merge_over, str unmerge)"
     " -> (Tensor, Tensor)": merging.weigh,
     "fixed_weights(Tensor tokens, Tensor destinations) -> (Tensor, Tensor)": merging.fixed_weights,

@@ -167,7 +167,7 @@ def rotary_tables(cos: Tensor, sin: Tensor) -> tuple[RotaryTable, RotaryTable]:
 
 
 def clip_float16(hidden_states: Tensor, low: float, high: float) -> Tensor:
-    """Flux's clipping of float16 overflow, decided when the block runs and not when it is captured."""
+    """Flux's clipping of float16 overflow, decided when the block runs, not when it is captured."""
     return hidden_states.clip(low, high) if hidden_states.dtype == torch.float16 else hidden_states
 
 

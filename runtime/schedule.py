@@ -176,9 +176,9 @@ def _key(tokens: Tensor) -> str:
 
 
 # A slot must exist before the first compiled call of a block reads it, or that call would be traced
-# twice: once without the slot and once with it. So the borders of a stage or model make it, and when
-# they are compiled themselves, this runs while the call is being traced.
-@torch.compiler.assume_constant_result
+# twice: once without the slot and once with it. So the borders of a stage or model make it, and
+# when they are compiled themselves, this runs while the call is being traced.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _make_slots(
     module: nn.Module, key: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> bool:
@@ -191,7 +191,7 @@ def _make_slots(
 
 
 def make_slots(module: nn.Module, tokens: Tensor) -> None:
-    """Make room for the plans of the blocks in ``module`` for tokens ``(B, N, D)`` of this shape."""
+    """Make room for the plans of all blocks in ``module``, for ``(B, N, D)`` tokens like these."""
     if isinstance(tokens, fx.Proxy):
         return  # a symbolic trace keeps no plan; its graph makes room when it runs
     shape = tuple(map(operator.index, tokens.shape))

@@ -1,5 +1,7 @@
 """Which tokens to keep: destinations, chosen region by region (Eq. 5, Alg. 1 and 2)."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,11 +13,10 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from toma_fx.errors import InputError
 from toma_fx.runtime.regions import kept_tokens, region_size
 
-
 _GAIN_STEPS = 2.0**12
-"""Gains are compared in steps of ``1 / _GAIN_STEPS``. Two tokens that are nearest to each other have
-exactly the same gain, ``1 + S_ij - c_i - c_j``, so ties are the rule; without the steps rounding
-would decide them, and eager, compiled and exported models would pick differently."""
+"""Gains are compared in steps of ``1 / _GAIN_STEPS``. Two tokens that are nearest to each other
+have exactly the same gain, ``1 + S_ij - c_i - c_j``, so ties are the rule; without the steps
+rounding would decide them, and eager, compiled and exported models would pick differently."""
 
 
 def unit_tokens(tokens_BND: Tensor) -> Tensor:
@@ -48,9 +49,8 @@ def facility_location(similarity: Tensor, keep: int) -> Tensor:
     def unfinished(step: Tensor, *_: Tensor) -> Tensor:
         return step < keep
 
-    def pick(
-        step: Tensor, covered: Tensor, free: Tensor, picks: Tensor, similarity: Tensor
-    ) -> tuple[Tensor, ...]:
+    def pick(*state: Tensor) -> tuple[Tensor, ...]:
+        step, covered, free, picks, similarity = state
         gain = (similarity - covered[:, None, :]).relu().sum(-1)
         best = ((gain * _GAIN_STEPS).round() + free).argmax(-1, keepdim=True)
         row = torch.take_along_dim(similarity, best[:, :, None], dim=1).squeeze(1)
@@ -70,7 +70,8 @@ def facility_location(similarity: Tensor, keep: int) -> Tensor:
         similarity.new_zeros((groups, keep), dtype=torch.int64),
     )
     if torch.compiler.is_compiling() or get_proxy_mode() is not None:
-        picks: Tensor = while_loop_op(unfinished, pick, start, (similarity,))[3]
+        loop: Any = while_loop_op  # typed for carried values of one kind
+        picks: Tensor = loop(unfinished, pick, start, (similarity,))[3]
         return picks
     for _ in range(keep):
         start = pick(*start, similarity)

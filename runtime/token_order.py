@@ -25,7 +25,7 @@ def _hilbert_index(row: Tensor, column: Tensor, bits: int) -> Tensor:
         down = (row >> bit) & 1
         right = (column >> bit) & 1
         position = position * 4 + ((3 * right) ^ down)
-        # The quadrant fixes how the curve inside it is turned: swapped, and mirrored if on the right.
+        # The quadrant fixes how the curve inside it is turned: swapped, mirrored on the right.
         mirrored = right == 1
         swapped = down == 0
         flip = torch.where(mirrored & swapped, (1 << bit) - 1, 0)

@@ -21,7 +21,9 @@ Share = Literal["group", "block"]
 
 def _check_choice(name: str, value: object, choices: tuple[Any, ...]) -> None:
     if value not in choices:
-        raise ConfigError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}")
+        raise ConfigError(
+            f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}"
+        )
 
 
 def _check_count(name: str, value: object) -> None:
@@ -149,7 +151,9 @@ class MergeConfig:
                 "Schedule(select_every=10, weigh_every=5)"
             )
         if isinstance(self.skip, str):
-            raise ConfigError(f"skip={self.skip!r} must be a tuple of patterns: skip=({self.skip!r},)")
+            raise ConfigError(
+                f"skip={self.skip!r} must be a tuple of patterns: skip=({self.skip!r},)"
+            )
         if self.skip is not None:
             object.__setattr__(self, "skip", tuple(self.skip))
         self._check_combinations()
@@ -186,8 +190,9 @@ class MergeConfig:
         Raises:
             ConfigError: when the preset or a field is unknown.
         """
-        _check_choice("preset", name, tuple(_PRESETS))
-        return build_config(cls, **{**_PRESETS[name], **changes})
+        _check_choice("preset", name, tuple(PRESETS))
+        config: Self = build_config(cls, **{**PRESETS[name], **changes})
+        return config
 
 
 def build_config(cls: type[MergeConfig] = MergeConfig, **options: Any) -> Any:
@@ -199,7 +204,9 @@ def build_config(cls: type[MergeConfig] = MergeConfig, **options: Any) -> Any:
     names = [field.name for field in fields(cls)]
     for option, value in options.items():
         if option not in names:
-            raise ConfigError(f"{option}={value!r} is not an option; choose from {', '.join(names)}")
+            raise ConfigError(
+                f"{option}={value!r} is not an option; choose from {', '.join(names)}"
+            )
     return cls(**options)
 
 
@@ -219,7 +226,7 @@ _PAPER: dict[str, Any] = {
     "schedule": Schedule(select_every=10, weigh_every=5),
 }
 
-_PRESETS: dict[str, dict[str, Any]] = {
+PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "toma": {**_PAPER, "merge_over": "image"},
     "toma_tile": _PAPER,

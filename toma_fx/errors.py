@@ -1,4 +1,4 @@
-"""One class per kind of user mistake; every message names the value, the expectation and the fix."""
+"""One class per kind of mistake; every message names the value, the expectation and the fix."""
 
 
 class TomaError(ValueError):

@@ -56,8 +56,8 @@ class Family:
     borders: Mapping[type[nn.Module], type[nn.Module]]
     """Classes that bring the tokens into tile order and back, each in place of diffusers' own."""
     spared: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    """Blocks left unmerged unless ``skip`` says otherwise: of the list at a path, the first ``a`` of
-    ``b``, and as large a share of a list of another length."""
+    """Blocks left unmerged unless ``skip`` says otherwise: of the list at a path, the first ``a``
+    of ``b``, and as large a share of a list of another length."""
 
 
 def _normed_with_modulation(count: int) -> Callable[..., tuple[Tensor, ...]]:

@@ -36,14 +36,17 @@ def random_inputs(
     parameter = next(model.parameters())
     like = torch.empty(0, device=parameter.device, dtype=parameter.dtype)
     flux = hasattr(model, "single_transformer_blocks")
-    native = 1024 if flux else _square(model.config.sample_size) * VAE_SCALE
+    config: Any = model.config
+    native = 1024 if flux else _square(config.sample_size) * VAE_SCALE
     height = native if height is None else height
     width = height if width is None else width
     step = VAE_SCALE * (FLUX_PATCH if flux else 1)
     if height % step or width % step or height < step or width < step:
-        raise ModelError(f"an image of {height} x {width} pixels must be a multiple of {step} pixels")
+        raise ModelError(
+            f"an image of {height} x {width} pixels must be a multiple of {step} pixels"
+        )
     make = _flux_inputs if flux else _unet_inputs
-    return make(model.config, like, batch, height // step, width // step)
+    return make(config, like, batch, height // step, width // step)
 
 
 def _square(sample_size: Any) -> int:
@@ -60,7 +63,7 @@ def _random(like: Tensor, *shape: int) -> Tensor:
 
 def _unet_inputs(config: Any, like: Tensor, batch: int, rows: int, columns: int) -> dict[str, Any]:
     width = config.cross_attention_dim
-    inputs = {
+    inputs: dict[str, Any] = {
         "sample": _random(like, batch, config.in_channels, rows, columns),
         "timestep": torch.tensor(500.0, device=like.device),
         "encoder_hidden_states": _random(
@@ -84,9 +87,7 @@ def _flux_inputs(config: Any, like: Tensor, batch: int, rows: int, columns: int)
     ids = torch.stack([torch.zeros_like(row), row, column], dim=-1).flatten(0, 1)
     inputs = {
         "hidden_states": _random(like, batch, rows * columns, config.in_channels),
-        "encoder_hidden_states": _random(
-            like, batch, FLUX_TEXT_TOKENS, config.joint_attention_dim
-        ),
+        "encoder_hidden_states": _random(like, batch, FLUX_TEXT_TOKENS, config.joint_attention_dim),
         "pooled_projections": _random(like, batch, config.pooled_projection_dim),
         "timestep": torch.full((batch,), 0.5, device=device, dtype=like.dtype),
         "img_ids": ids.to(like.dtype),
@@ -98,7 +99,7 @@ def _flux_inputs(config: Any, like: Tensor, batch: int, rows: int, columns: int)
 
 
 def weightless(model: nn.Module) -> nn.Module:
-    """A copy whose tensors have shapes and no data, to count or trace a call without computing it."""
+    """A copy whose tensors have shapes but no data, to count or trace a call that is not run."""
     tensors = [*model.parameters(), *model.buffers()]
     memo = {id(t): t.to("meta") for t in tensors}
     memo |= {id(p): nn.Parameter(memo[id(p)], requires_grad=False) for p in model.parameters()}

@@ -140,6 +140,7 @@ class FluxTransformer2DModel(_Clocked, diffusers.FluxTransformer2DModel):  # typ
 
 # Pipelines and hooks look at the signature of a model's forward.
 for _class in (UNet2DConditionModel, FluxTransformer2DModel):
-    _class.forward.__signature__ = inspect.signature(_class.__mro__[2].forward)
+    _forward: Any = _class.forward
+    _forward.__signature__ = inspect.signature(_class.__mro__[2].forward)
 _unet_arguments = _keyword_only(diffusers.UNet2DConditionModel.forward)
 _flux_arguments = _keyword_only(diffusers.FluxTransformer2DModel.forward)

@@ -97,7 +97,7 @@ def report(
     tokens, before, flops_before = _count(rewrite.original, paths, height, width, batch)
     _, after, flops_after = _count(model, paths, height, width, batch)
     shape = random_inputs(weightless(model), height=height, width=width, batch=batch)
-    image = shape.get("sample", shape.get("hidden_states"))
+    image = shape["sample"] if "sample" in shape else shape["hidden_states"]
     groups = []
     for (parent, merged, skipped), members in _alike(model, rewrite):
         kept = sum(tokens[path] for path in members[:1])
@@ -167,12 +167,14 @@ def _count(
 
 
 def _plan(config: MergeConfig) -> str:
-    where = config.region if config.region == "image" else f"{config.region} of {config.region_tokens}"
+    where = (
+        config.region if config.region == "image" else f"{config.region} of {config.region_tokens}"
+    )
     times = config.schedule
     return (
         f"{config.selector} in each {where}, weights over the {config.merge_over} at temperature "
-        f"{config.temperature:g}, unmerge by {config.unmerge}, one for each {config.share}, selected "
-        f"every {_steps(times.select_every)} and weighed every {_steps(times.weigh_every)}"
+        f"{config.temperature:g}, unmerge by {config.unmerge}, one for each {config.share}, "
+        f"selected every {_steps(times.select_every)} and weighed every {_steps(times.weigh_every)}"
     )
 
 

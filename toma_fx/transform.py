@@ -100,7 +100,7 @@ def rewrite_of(model: nn.Module) -> Rewrite:
     rewrite = getattr(model, "_toma", None)
     if not isinstance(rewrite, Rewrite):
         raise ModelError(
-            f"this {type(model).__name__} was not transformed by toma_fx; call toma_fx.transform first"
+            f"this {type(model).__name__} was not transformed; call toma_fx.transform first"
         )
     return rewrite
 
@@ -156,6 +156,25 @@ def rewritten_graph(
     return gm if role is None else run_passes(gm, passes_for(row, config, role))
 
 
+def block_graphs(
+    model: nn.Module, config: MergeConfig
+) -> Iterator[tuple[str, fx.GraphModule, fx.GraphModule]]:
+    """Path of each block to be merged, its graph as captured, and as rewritten; for looking at."""
+    family = family_of(model)
+    blocks = {path: (block, row) for path, block, row in _blocks(model, family)}
+    skipped = _skipped(list(blocks), config, family)
+    merging = [path for path in blocks if path not in skipped]
+    leaders = set(_leaders(merging))
+    for path in merging:
+        block, row = blocks[path]
+        role = _role(path, leaders, config)
+        yield (
+            path,
+            rewritten_graph(block, row, config, None),
+            rewritten_graph(block, row, config, role),
+        )
+
+
 def passes_for(row: Block, config: MergeConfig, role: Role) -> tuple[Pass, ...]:
     """The passes that turn the captured graph of a block into its merged one.
 
@@ -172,9 +191,7 @@ def passes_for(row: Block, config: MergeConfig, role: Role) -> tuple[Pass, ...]:
         merge_over=config.merge_over,
         unmerge=config.unmerge,
     )
-    flow = TokenFlow(
-        output=row.output, text=row.text, text_first=row.text_first, rotary=row.rotary
-    )
+    flow = TokenFlow(output=row.output, text=row.text, text_first=row.text_first, rotary=row.rotary)
     memory = None
     if role == "lead" and not config.schedule.stateless and config.selector != "fixed":
         memory = PlanMemory(
@@ -197,7 +214,7 @@ def passes_for(row: Block, config: MergeConfig, role: Role) -> tuple[Pass, ...]:
 def _check_model(model: nn.Module) -> None:
     if hasattr(model, "_toma"):
         raise ModelError(
-            f"this {type(model).__name__} is already transformed with {model._toma.config}; "
+            f"this {type(model).__name__} is already transformed with {rewrite_of(model).config}; "
             "transform the original: toma_fx.restore(model)"
         )
     if isinstance(model, torch._dynamo.OptimizedModule) or any(
@@ -259,7 +276,9 @@ def _structure(block: nn.Module) -> Any:
     """What decides the graph of a block: the classes in it and its plain attributes."""
     plain = str | int | float | bool | None
     attributes = {k: v for k, v in vars(block).items() if isinstance(v, plain) and k != "training"}
-    classes = [(name, type(m), type(getattr(m, "processor", None))) for name, m in block.named_modules()]
+    classes = [
+        (name, type(m), type(getattr(m, "processor", None))) for name, m in block.named_modules()
+    ]
     return type(block), tuple(attributes.items()), tuple(classes)
 
 

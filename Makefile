@@ -1,0 +1,29 @@
+# `make demo` and `make test` need nothing but Python 3.11 or later: they make .venv and install into it.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/installed
+
+.PHONY: demo test lint wheel clean
+
+demo: $(STAMP)  ## the main job on the real architectures; DEMO="--quick" for two minutes
+	$(BIN)/toma-fx demo $(DEMO)
+
+test: $(STAMP) lint wheel  ## lint, types, tests, and the wheel tested outside the tree
+	$(BIN)/python -m pytest -n 2 -m "not slow" $(PYTEST)
+
+lint: $(STAMP)
+	$(BIN)/ruff check toma_fx/ toma_fx/passes/ toma_fx/runtime/ tests examples
+	$(BIN)/ruff format --check toma_fx/ toma_fx/passes/ toma_fx/runtime/ tests examples
+	$(BIN)/mypy
+
+wheel: $(STAMP)
+	$(BIN)/python tests/check_wheel.py
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet -c constraints.txt --editable . --group dev
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info

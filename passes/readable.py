@@ -1,0 +1,31 @@
+"""A graph as the Python that it stands for, for people.
+
+Before, as torch.fx prints it::
+
+    carry = toma_fx_runtime_plan_carry(attention_kwargs, 'gligen');  attention_kwargs = None
+    merged = torch.ops.toma.merge.default(hidden_states, merge_weight);  merge_weight = None
+
+After::
+
+    carry = carry(attention_kwargs, 'gligen')
+    merged = torch.ops.toma.merge(hidden_states, merge_weight)
+"""
+
+import re
+
+from torch import fx
+
+
+def readable(gm: fx.GraphModule) -> str:
+    """The body of a graph's ``forward``, without what only the interpreter needs."""
+    source = gm.graph.python_code("self").src
+    body = source[source.index("def forward") :].partition("\n")[2]
+    for pattern, text in (
+        (r";  [\w = ]*None$", ""),  # freeing of values that are not used again
+        (r"\b(torch\.ops\.toma\.\w+)\.default\b", r"\1"),
+        (r"\btoma_fx_runtime_plan_", ""),
+        (r"\bslice\(None, None, None\)", ":"),
+        (r"^ {4}", ""),
+    ):
+        body = re.sub(pattern, text, body, flags=re.MULTILINE)
+    return body.strip()

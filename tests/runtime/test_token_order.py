@@ -1,0 +1,149 @@
+"""Tile order: every contiguous run of tokens is a patch of the image."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from toma_fx.runtime.regions import region_size
+from toma_fx.runtime.token_order import reorder, tile_order, tile_order_of_ids
+
+# SDXL's resolution buckets at both of its attention levels, then edge cases.
+BUCKETS = [(64, 64), (72, 56), (56, 72), (38, 26), (26, 38), (96, 40), (104, 60), (32, 32)]
+ODD = [(1, 1), (1, 77), (77, 1), (2, 2), (13, 29), (15, 15), (3, 200), (31, 17)]
+
+
+def order_of(height: int, width: int) -> Tensor:
+    return tile_order(torch.empty(0), height, width)
+
+
+def cells_of(height: int, width: int) -> Tensor:
+    """Row and column of each token in tile order, ``(N, 2)``."""
+    order = order_of(height, width)
+    return torch.stack([order // width, order % width], dim=1)
+
+
+def ids_of(height: int, width: int, image: int = 0) -> Tensor:
+    """Flux's position ids of an image, in raster order."""
+    ids = torch.zeros(height, width, 3)
+    ids[..., 0] = image
+    ids[..., 1] += torch.arange(height)[:, None]
+    ids[..., 2] += torch.arange(width)
+    return ids.flatten(0, 1)
+
+
+@pytest.mark.parametrize(("height", "width"), BUCKETS + ODD)
+def test_every_token_has_one_place(height: int, width: int) -> None:
+    order = order_of(height, width)
+    assert order.dtype == torch.int64
+    assert torch.equal(order.sort().values, torch.arange(height * width))
+
+
+@given(height=st.integers(1, 70), width=st.integers(1, 70))
+def test_every_token_has_one_place_at_any_size(height: int, width: int) -> None:
+    assert sorted(order_of(height, width).tolist()) == list(range(height * width))
+
+
+@pytest.mark.parametrize("side", [1, 2, 4, 8, 16, 32, 64, 128])
+def test_successors_are_neighbours_on_a_square_of_a_power_of_two(side: int) -> None:
+    steps = cells_of(side, side).diff(dim=0).abs().sum(dim=1)
+    assert (steps == 1).all()
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("height", "width"), [(8, 8), (64, 64), (72, 56), (56, 72), (24, 40), (8, 200), (104, 64)]
+)
+def test_aligned_runs_are_exact_square_tiles(height: int, width: int, k: int) -> None:
+    side = 2**k
+    tiles = cells_of(height, width).reshape(-1, side * side, 2) // side
+    assert torch.equal(tiles, tiles[:, :1].expand_as(tiles))
+    # As many different tiles as runs: no tile is visited twice.
+    assert len(tiles[:, 0].unique(dim=0)) == height * width // side**2
+
+
+def spread(cells_RnC: Tensor) -> float:
+    """Mean squared distance of the tokens from the centre of their region."""
+    from_centre = cells_RnC.double() - cells_RnC.double().mean(dim=1, keepdim=True)
+    return from_centre.square().sum(dim=-1).mean().item()
+
+
+@pytest.mark.parametrize(("height", "width"), [(38, 26), (26, 38), (72, 56), (104, 60), (96, 40)])
+def test_regions_are_compact_where_tiles_do_not_divide_the_grid(height: int, width: int) -> None:
+    size = region_size(height * width, 64)
+    tiles = cells_of(height, width).unflatten(0, (-1, size))
+    square = (size - 1) / 6  # the spread of a square of so many cells
+    assert spread(tiles) < 2 * square
+
+
+@pytest.mark.parametrize(("height", "width"), BUCKETS + ODD)
+def test_order_of_ids_is_the_order_of_the_grid(height: int, width: int) -> None:
+    """The curve of ids is the one for any size, which passes through the same squares.
+
+    Each doubling of its square turns the curve over the diagonal, so that after an odd number of
+    them rows and columns have changed places.
+    """
+    bits = max(height - 1, width - 1, 1).bit_length()
+    expected = order_of(height, width)
+    if bits % 2:
+        transposed = order_of(width, height)
+        expected = transposed % height * width + transposed // height
+    assert torch.equal(tile_order_of_ids(ids_of(height, width)), expected)
+
+
+def test_order_of_ids_depends_on_the_ids_and_not_on_where_the_tokens_are() -> None:
+    ids = ids_of(12, 20)
+    shuffled = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))]
+    in_order = ids[tile_order_of_ids(ids)]
+    assert torch.equal(shuffled[tile_order_of_ids(shuffled)], in_order)
+
+
+def test_reference_images_stay_apart_and_are_ordered_like_images_of_their_own() -> None:
+    """Kontext appends the tokens of a reference image, with image number 1 and rows from 0."""
+    image, reference = ids_of(12, 20), ids_of(16, 8, image=1)
+    order = tile_order_of_ids(torch.cat([image, reference]))
+    assert torch.equal(order[:240], tile_order_of_ids(image))
+    assert torch.equal(order[240:] - 240, tile_order_of_ids(reference))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_order_of_ids_in_other_dtypes(dtype: torch.dtype) -> None:
+    ids = ids_of(72, 56)
+    assert torch.equal(tile_order_of_ids(ids.to(dtype)), tile_order_of_ids(ids))
+
+
+def test_ids_that_bfloat16_cannot_tell_apart_still_give_each_token_a_place() -> None:
+    ids = ids_of(1, 700).bfloat16()
+    assert torch.equal(tile_order_of_ids(ids).sort().values, torch.arange(700))
+
+
+@pytest.mark.parametrize(("height", "width"), BUCKETS + ODD)
+def test_reorder_round_trip(height: int, width: int) -> None:
+    tokens = torch.randn(2, height * width, 3, generator=torch.Generator().manual_seed(0))
+    order = order_of(height, width)
+    ordered = reorder(tokens, order)
+    assert torch.equal(ordered[:, 0], tokens[:, order[0]])
+    assert torch.equal(reorder(ordered, order.argsort()), tokens)
+
+
+# The order of a grid is kept between calls. Each of the following uses a size of its own, so that
+# its first call is the first of all.
+def test_an_order_first_made_in_inference_mode_serves_a_call_with_gradients() -> None:
+    with torch.inference_mode():
+        tile_order(torch.empty(0), 5, 37)
+    tokens = torch.randn(1, 5 * 37, 2, requires_grad=True)
+    reorder(tokens, tile_order(tokens.detach(), 5, 37)).sum().backward()
+    assert tokens.grad is not None
+    assert torch.equal(tokens.grad, torch.ones_like(tokens))
+
+
+def test_an_order_first_made_under_tracing_is_not_kept() -> None:
+    with FakeTensorMode():
+        tile_order(torch.empty(0), 5, 41)
+    assert type(order_of(5, 41)) is Tensor
+
+
+def test_the_order_of_a_grid_is_made_once() -> None:
+    assert order_of(5, 43) is order_of(5, 43)

@@ -1,0 +1,112 @@
+"""The command line, ``toma-fx``."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import get_args
+
+import torch
+
+import toma_fx
+from toma_fx.bench import machine, side_by_side, table
+from toma_fx.checkpoints import load_model
+from toma_fx.config import PRESETS, Component, MergeConfig, Placement, Region
+from toma_fx.demo import demo
+from toma_fx.errors import TomaError
+
+MODEL = "sdxl or flux (random weights, real size), or a folder or hub name that diffusers can load"
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except TomaError as error:
+        print(f"toma-fx: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="toma-fx", description="Token merging for SDXL and Flux: look at it, time it."
+    )
+    parser.add_argument("--version", action="version", version=toma_fx.__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    report = commands.add_parser(
+        "report", help="what would be merged in a model, and what it saves"
+    )
+    report.add_argument("model", help=MODEL)
+    report.add_argument(
+        "--ratio", type=float, default=0.5, help="share of tokens merged away (0.5)"
+    )
+    _add_config(report)
+    _add_size(report)
+    report.set_defaults(run=_report)
+
+    bench = commands.add_parser("bench", help="time a model, untouched and transformed, in turn")
+    bench.add_argument("model", help=MODEL)
+    bench.add_argument(
+        "--ratio", type=float, nargs="+", default=[0.5], help="one or more, such as 0.25 0.5 0.75"
+    )
+    bench.add_argument("--batch", type=int, default=1, help="images (1)")
+    bench.add_argument("--repeats", type=int, default=3, help="counted calls of each model (3)")
+    bench.add_argument("--eager", action="store_true", help="do not compile")
+    _add_config(bench)
+    _add_size(bench)
+    bench.set_defaults(run=_bench)
+
+    show = commands.add_parser(
+        "demo", help="SDXL and Flux at their real sizes: report, one block before and after, times"
+    )
+    show.add_argument("--model", help=f"only this model: {MODEL}")
+    show.add_argument("--ratio", type=float, default=0.5, help="share of tokens merged away (0.5)")
+    show.add_argument("--quick", action="store_true", help="512 x 512 pixels, one counted call")
+    show.set_defaults(run=lambda o: demo(model=o.model, ratio=o.ratio, quick=o.quick))
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="default")
+    parser.add_argument("--placement", choices=get_args(Placement))
+    parser.add_argument("--components", nargs="+", choices=get_args(Component))
+    parser.add_argument("--region", choices=get_args(Region))
+    parser.add_argument("--region-tokens", type=int, metavar="N", help="tokens of a region")
+    parser.add_argument("--skip", nargs="*", metavar="PATTERN", help="blocks to leave unmerged")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16")
+
+
+def _add_size(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--height", type=int, help="of the image, in pixels (the model's own)")
+    parser.add_argument("--width", type=int, help="of the image, in pixels (like the height)")
+
+
+def _config(options: argparse.Namespace, ratio: float) -> MergeConfig:
+    names = ("placement", "components", "region", "region_tokens", "skip")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    return MergeConfig.preset(options.preset, ratio=ratio, **given)
+
+
+def _report(options: argparse.Namespace) -> None:
+    model = load_model(options.model, dtype=DTYPES[options.dtype])
+    transformed = toma_fx.transform(model, _config(options, options.ratio))
+    print(toma_fx.report(transformed, height=options.height, width=options.width))
+
+
+def _bench(options: argparse.Namespace) -> None:
+    first = _config(options, options.ratio[0])
+    timings = side_by_side(
+        load_model(options.model, dtype=DTYPES[options.dtype]),
+        {f"ratio {ratio:g}": replace(first, ratio=ratio) for ratio in options.ratio},
+        height=options.height,
+        width=options.width,
+        batch=options.batch,
+        repeats=options.repeats,
+        compiled=not options.eager,
+    )
+    print(table(timings))
+    print(machine())
