@@ -43,8 +43,8 @@ class ValueProxy(fx.Proxy):
         return self.node.meta["val"]
 
     # ``isinstance(x, torch.Tensor)`` in a traced forward must hold for a traced tensor.
-    @property
-    def __class__(self) -> type:  # type: ignore[misc]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         return torch.Tensor if isinstance(self.node.meta.get("val"), torch.Tensor) else type(self)
 
     def __getattr__(self, name: str) -> Any:

@@ -29,10 +29,10 @@ def weigh(
 ) -> tuple[Tensor, Tensor]:
     """Merge and unmerge weights.
 
-    ``A = softmax over destinations of (X_T X^T / tau)`` on cosine similarities; the merge is
+    ``A = softmax over destinations of (X_T X^T / tau)`` on cosine similarities. The merge is
     ``A~``, ``A`` with its rows normalised (Eq. 6); the unmerge is ``A^T`` or the pseudo-inverse
-    (Eq. 7). Eq. 7 prints the pseudo-inverse of ``A``; what undoes a merge by ``A~`` is that of ``A~``,
-    ``A~^T (A~ A~^T)^-1``, with which a constant field comes back unchanged.
+    (Eq. 7). Eq. 7 prints the pseudo-inverse of ``A``; what undoes a merge by ``A~`` is that of
+    ``A~``, ``A~^T (A~ A~^T)^-1``, with which a constant field comes back unchanged.
 
     Args:
         tokens: ``(B, N, D)``, any floating dtype; similarities are float32.
