@@ -8,9 +8,9 @@ Before, in diffusers' source::
 
 After::
 
-    carry = toma_fx_runtime_plan_carry(cross_attention_kwargs, 'gligen')
+    carried = toma_fx_runtime_plan_carry(cross_attention_kwargs, 'gligen')
     norm1 = self.norm1(hidden_states)
-    attn1 = self.attn1(norm1, **carry)
+    attn1 = self.attn1(norm1, **carried)
 
 Plain `torch.fx.symbolic_trace` stops at the first ``if x.ndim == 4``. Here every proxy also carries
 an example value, and a branch is decided as it would be at run time. Attributes such as ``shape``
@@ -28,6 +28,7 @@ from torch import fx, nn
 from torch.fx.graph import CodeGen, PythonCode
 
 from toma_fx.passes.pipeline import LEAF_VALUE, LeafValue, example_value
+from toma_fx.passes.plan_nodes import call
 from toma_fx.runtime import plan
 
 STAR = "**"
@@ -168,7 +169,7 @@ class _BlockTracer(ValueTracer):
             proxies[each.name].node.meta["val"] = self._examples.get(each.name)
         carried = (proxies[self._kwargs_name], "gligen")
         proxies[self._kwargs_name] = _WholeKwargs(
-            self.create_proxy("call_function", plan.carry, carried, {})
+            self.create_proxy("call_function", plan.carry, carried, {}, name="carried")
         )
         return root_fn, [self.root, *proxies.values()]
 
@@ -205,6 +206,6 @@ def capture_block(
 
 def _check_length(gm: fx.GraphModule, node: fx.Node, length: int) -> None:
     with gm.graph.inserting_after(node):
-        checked = gm.graph.call_function(plan.expect_outputs, (node, length))
+        checked = call(gm.graph, plan.expect_outputs, (node, length), name="outputs")
         checked.meta["val"] = node.meta["val"]
     node.replace_all_uses_with(checked, delete_user_cb=lambda user: user is not checked)

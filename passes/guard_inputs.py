@@ -2,14 +2,14 @@
 
 Before::
 
-    carry = toma_fx_runtime_plan_carry(cross_attention_kwargs, 'gligen')
-    attn1 = self.attn1(norm1, attention_mask = attention_mask, **carry)
+    carried = toma_fx_runtime_plan_carry(cross_attention_kwargs, 'gligen')
+    attn1 = self.attn1(norm1, attention_mask = attention_mask, **carried)
 
 After::
 
-    carry = toma_fx_runtime_plan_carry(cross_attention_kwargs, 'gligen', 'ip_adapter_masks', ...)
-    mask = toma_fx_runtime_plan_carry_mask(attention_mask, 'attention_mask', merged_keys = True)
-    attn1 = self.attn1(norm1, attention_mask = mask, **carry)
+    carried = toma_fx_runtime_plan_carry(cross_attention_kwargs, 'gligen', 'ip_adapter_masks', ...)
+    mask = toma_fx_runtime_plan_carry_mask(attention_mask, 'attention_mask', True)
+    attn1 = self.attn1(norm1, attention_mask = mask, **carried)
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from typing import ClassVar
 from torch import fx
 
 from toma_fx.passes.pipeline import Pass
-from toma_fx.passes.plan_nodes import placeholder, redirect
+from toma_fx.passes.plan_nodes import call, placeholder, redirect
 from toma_fx.runtime import plan
 
 
@@ -46,10 +46,11 @@ class GuardInputs(Pass):
             if component in self.components:
                 mask = placeholder(graph, name)
                 with graph.inserting_after(mask):
-                    guarded = graph.call_function(
+                    guarded = call(
+                        graph,
                         plan.carry_mask,
-                        (mask, name),
-                        {"merged_keys": component == "self_attention"},
+                        (mask, name, component == "self_attention"),
+                        name=f"carried_{name}",
                     )
                 redirect(mask, guarded)
                 changed += 1

@@ -102,9 +102,9 @@ def insert_plan(
     if flow.rotary is None:
         return PlanNodes(merge_weight, unmerge_weight, None)
     table = placeholder(graph, flow.rotary)
-    values = call(graph, plan.rotary_at, (table, destinations, text_tokens))
+    values = call(graph, plan.rotary_at, (table, destinations, text_tokens), name="rotary")
     cos, sin = item(graph, values, 0, name="cos"), item(graph, values, 1, name="sin")
-    rotary = call(graph, plan.rotary_tables, (cos, sin))
+    rotary = call(graph, plan.rotary_tables, (cos, sin), name="tables")
     return PlanNodes(merge_weight, unmerge_weight, rotary)
 
 

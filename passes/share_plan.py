@@ -32,7 +32,7 @@ import torch
 from torch import fx
 
 from toma_fx.passes.pipeline import Pass
-from toma_fx.passes.plan_nodes import item, placeholder, toma
+from toma_fx.passes.plan_nodes import call, item, placeholder, toma
 from toma_fx.runtime import plan
 from toma_fx.runtime.schedule import PlanMemory
 
@@ -101,13 +101,13 @@ class SharePlan(Pass):
         last = max(tensors, key=list(graph.nodes).index)
         with graph.inserting_after(last):
             if self.role == "lead":
-                through = graph.call_function(plan.share, (kwargs, *tensors))
+                through = call(graph, plan.share, (kwargs, *tensors), name="plan")
             else:
-                through = graph.call_function(plan.shared, (kwargs,))
+                through = call(graph, plan.shared, (kwargs,), name="plan")
         at = through
         for index, tensor in enumerate(tensors):
             with graph.inserting_after(at):
-                at = item(graph, through, index, name=f"{self.role}_{tensor.name}")
+                at = item(graph, through, index, name=f"shared_{tensor.name}")
             tensor.replace_all_uses_with(at, delete_user_cb=lambda user: user is not through)
 
 

@@ -62,7 +62,7 @@ def weigh(
     identity = torch.eye(keep, device=tokens.device).expand(batch, regions, keep, keep)
     spread = F.scaled_dot_product_attention(
         source, destination, identity, scale=1 / temperature
-    )  # A^T: (B, R, n, m)
+    ).contiguous()  # A^T: (B, R, n, m); some attention kernels return another layout
     merge = (spread / spread.sum(-2, keepdim=True)).transpose(-1, -2)
     if unmerge == "pinv":
         spread = merge.transpose(-1, -2) @ torch.linalg.pinv(

@@ -95,7 +95,7 @@ def carry(attention_kwargs: Mapping[str, Any] | None, *refused: str) -> dict[str
     return {key: value for key, value in attention_kwargs.items() if key != SCOPE}
 
 
-def carry_mask(mask: Tensor | None, name: str, *, merged_keys: bool) -> Tensor | None:
+def carry_mask(mask: Tensor | None, name: str, merged_keys: bool) -> Tensor | None:
     """An attention mask that is still true after merging.
 
     Args:

@@ -121,6 +121,9 @@ class PlanMemory(nn.Module):
         Returns:
             destinations ``(B, R, m)``, merge weight and unmerge weight, as `weigh` returns them.
         """
+        if tokens.is_meta:  # without data there is no deciding: a step that plans
+            destinations = torch.ops.toma.select(tokens, *self.selection)
+            return destinations, *torch.ops.toma.weigh(tokens, destinations, *self.weighing)
         if not torch.compiler.is_compiling():
             make_slots(self, tokens)
         slot = self.slots[_key(tokens)]
