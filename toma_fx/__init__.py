@@ -2,9 +2,10 @@
 
 from toma_fx.config import MergeConfig, Schedule
 from toma_fx.errors import TomaError
+from toma_fx.export import export
 from toma_fx.report import report
 from toma_fx.tracing import trace
 from toma_fx.transform import restore, transform
 
 __version__ = "0.1.0"
-__all__ = ["MergeConfig", "Schedule", "TomaError", "report", "restore", "trace", "transform"]
+__all__ = ["MergeConfig", "Schedule", "TomaError", "export", "report", "restore", "trace", "transform"]
