@@ -53,7 +53,7 @@ def facility_location(similarity: Tensor, keep: int) -> Tensor:
         step, covered, free, picks, similarity = state
         gain = (similarity - covered[:, None, :]).relu().sum(-1)
         best = ((gain * _GAIN_STEPS).round() + free).argmax(-1, keepdim=True)
-        row = torch.take_along_dim(similarity, best[:, :, None], dim=1).squeeze(1)
+        row = similarity.gather(1, best[:, :, None].expand(-1, -1, similarity.shape[2])).squeeze(1)
         here = torch.arange(picks.shape[1], device=picks.device) == step.to(picks.device)
         return (
             step + 1,

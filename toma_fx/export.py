@@ -1,6 +1,7 @@
 """A transformed model as a file that needs neither toma_fx nor diffusers to run."""
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +46,12 @@ def export(
     """
     model = model_of(model)
     inputs = dict(random_inputs(model) if inputs is None else inputs)
-    program: nn.Module = _Stateless(model)
-    if any(isinstance(module, PlanMemory) for module in model.modules()):
-        inputs["state"] = initial_state(model, inputs)
-        program = _Stateful(model)
+    scheduled = any(isinstance(module, PlanMemory) for module in model.modules())
+    if scheduled:
+        inputs = {"state": initial_state(model, inputs), **inputs}
+    program = _Program(model, _stateful if scheduled else _stateless, list(inputs))
     if dynamic_shapes is not None:
-        fixed = pytree.tree_map(lambda _: None, inputs)
-        dynamic_shapes = {"inputs": {**fixed, **dynamic_shapes}}
+        dynamic_shapes = {**pytree.tree_map(lambda _: None, inputs), **dynamic_shapes}
     with torch.no_grad():
         exported = torch.export.export(
             program, (), inputs, dynamic_shapes=dynamic_shapes, strict=False
@@ -99,24 +99,29 @@ def _is_state(name: str) -> bool:
     return name.startswith(CLOCK) or ".toma.slots." in name
 
 
-class _Stateless(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
+class _Program(nn.Module):
+    """What is exported: a call of the model with keyword arguments of these names."""
+
+    def __init__(self, model: nn.Module, call: Callable[..., Any], names: list[str]) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, **inputs: Any) -> tuple[Tensor]:
-        (output,) = self.model(**inputs, return_dict=False)
-        return (output,)
+        def forward(**inputs: Any) -> Any:
+            return call(model, **inputs)
+
+        parameters = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in names]
+        forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        self.forward = forward
 
 
-class _Stateful(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
+def _stateless(model: nn.Module, **inputs: Any) -> tuple[Tensor]:
+    (output,) = model(**inputs, return_dict=False)
+    return (output,)
 
-    def forward(self, state: State, **inputs: Any) -> tuple[Tensor, State]:
-        # The model writes its plans into its buffers; here its buffers are copies of the state.
-        state = {name: value.clone() for name, value in state.items()}
-        inputs["return_dict"] = False
-        (output,) = torch.func.functional_call(self.model, state, (), inputs)
-        return output, state
+
+def _stateful(model: nn.Module, state: State, **inputs: Any) -> tuple[Tensor, State]:
+    # The model writes its plans into its buffers; here its buffers are copies of the state.
+    state = {name: value.clone() for name, value in state.items()}
+    inputs["return_dict"] = False
+    (output,) = torch.func.functional_call(model, state, (), inputs)
+    return output, state

@@ -1,0 +1,106 @@
+"""The command line and the examples run at small size."""
+
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import toma_fx
+from tests.tiny import tiny_flux, tiny_sdxl_unet
+from toma_fx import bench, checkpoints, demo
+from toma_fx.cli import main
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(params=[tiny_sdxl_unet, tiny_flux])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A small model in diffusers' own format."""
+    request.param().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_report(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(folder), "--height", "256", "--skip", "--dtype", "float32"]) == 0
+    assert "whole model" in capsys.readouterr().out
+
+
+def test_bench_times_all_ratios_in_turn(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["bench", str(folder), "--height", "256", "--ratio", "0.25", "0.5", "--eager"]
+    assert main([*arguments, "--repeats", "2", "--skip", "--placement", "component"]) == 0
+    out = capsys.readouterr().out
+    for word in ("untouched", "ratio 0.25", "ratio 0.5", "times as fast", torch.__version__):
+        assert word in out
+
+
+def test_demo_shows_report_graphs_and_times(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = []
+    monkeypatch.setattr(demo, "side_by_side", lambda *a, **k: compiled.append(k) or TIMINGS)
+    demo.demo(model=str(folder), quick=True)
+    out = capsys.readouterr().out
+    assert "torch.ops.toma.merge(" in out.partition("after")[2]
+    assert "torch.ops.toma.merge(" not in out.partition("after")[0]
+    assert "whole model" in out
+    assert "times as fast" in out
+    assert compiled == [{"height": 512, "repeats": 1}]
+
+
+TIMINGS = [
+    bench.Timing(name="untouched", first_call=9.0, calls=(4.0, 2.0, 3.0)),
+    bench.Timing(name="ratio 0.5", first_call=9.0, calls=(2.0, 2.0, 1.0)),
+]
+
+
+def test_table_gives_medians_and_paired_ratios() -> None:
+    assert TIMINGS[0].median == 3.0
+    row = bench.table(TIMINGS).splitlines()[-1].split()
+    assert row[2:] == "2 1 to 2 2.00 1.00 to 3.00 9".split()
+
+
+def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", "no/such-folder"]) == 2
+    assert "no model could be loaded from 'no/such-folder'" in capsys.readouterr().err
+    assert main(["report", "flux", "--ratio", "1.5"]) == 2
+    assert "ratio=1.5" in capsys.readouterr().err.strip()
+
+
+def test_random_weights_fit_the_dtype_and_stay_finite() -> None:
+    config = {**checkpoints.FLUX, "num_layers": 1, "num_single_layers": 1, "in_channels": 4}
+    config |= {"attention_head_dim": 16, "num_attention_heads": 2, "axes_dims_rope": (4, 6, 6)}
+    model = checkpoints.random_weights(checkpoints.RANDOM["flux"][0], config, torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    with torch.no_grad():
+        output = model(**toma_fx.inputs.random_inputs(model, height=128)).sample
+    assert output.isfinite().all()
+    assert output.std() > 0
+
+
+def test_help_reads_well() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "toma_fx", "--help"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0
+    assert {"report", "bench", "demo"} <= set(done.stdout.split())
+
+
+def test_every_example_has_a_main() -> None:
+    examples = list((ROOT / "examples").glob("*.py"))
+    assert examples
+    for path in examples:
+        assert callable(runpy.run_path(str(path))["main"])
+
+
+def test_export_example_end_to_end(tmp_path: Path) -> None:
+    export = runpy.run_path(str(ROOT / "examples/export.py"))["main"]
+    run = runpy.run_path(str(ROOT / "examples/run_exported.py"))["main"]
+    results = []
+    for schedule in ([], ["--select-every", "3", "--weigh-every", "2"]):
+        export(["--output", str(tmp_path), "--steps", "4", "--size", "128", *schedule])
+        results.append(run([str(tmp_path)]))
+    assert results[0].isfinite().all()
+    assert not torch.equal(*results)

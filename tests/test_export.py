@@ -1,0 +1,123 @@
+"""Exported programs agree with the model, name their operators, and load without toma_fx."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import toma_fx
+from tests.tiny import flux_inputs, tiny_flux, tiny_sdxl_unet, unet_inputs
+from toma_fx import Schedule
+
+FAMILIES = {"unet": (tiny_sdxl_unet, unet_inputs), "flux": (tiny_flux, flux_inputs)}
+SCHEDULED = Schedule(select_every=3, weigh_every=2)
+
+LOAD = """
+import sys, torch
+program = torch.export.load(sys.argv[1]).module()
+inputs, expected = torch.load(sys.argv[2])
+torch.testing.assert_close(program(**inputs)[0], expected, rtol=1e-3, atol=1e-4)
+assert not any(name.startswith(("toma_fx", "diffusers")) for name in sys.modules)
+"""
+
+
+def request_at(make_inputs: Any, model: Any, step: int, seed: int = 0) -> dict[str, Any]:
+    """Inputs of one request at a step: the prompt stays, latents and timestep change."""
+    inputs: dict[str, Any] = make_inputs(model, seed=seed)
+    name = "sample" if "sample" in inputs else "hidden_states"
+    inputs[name] = make_inputs(model, seed=seed + 100 * step)[name]
+    inputs["timestep"] = torch.full_like(inputs["timestep"], 1 - step / 20)
+    return inputs
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stateless_program_agrees_and_loads_in_a_fresh_process(family: str, tmp_path: Path) -> None:
+    make, make_inputs = FAMILIES[family]
+    model = toma_fx.transform(make(), skip=())
+    inputs = make_inputs(model)
+    program = toma_fx.export(model, inputs, path=tmp_path / "model.pt2")
+    names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    wanted = {f"toma.{name}.default" for name in ("select", "weigh", "merge", "unmerge", "reorder")}
+    assert wanted <= names
+    with torch.no_grad():
+        expected = model(**inputs, return_dict=False)[0]
+        assert torch.equal(program.module()(**inputs)[0], expected)
+    lowered = program.run_decompositions().graph.nodes
+    left = {str(n.target).partition(".")[0] for n in lowered if n.op == "call_function"}
+    assert left <= {"aten", "while_loop", "<built-in function getitem>"}
+    torch.save((inputs, expected), tmp_path / "call.pt")
+    subprocess.run(
+        [sys.executable, "-P", "-c", LOAD, tmp_path / "model.pt2", tmp_path / "call.pt"],
+        check=True,
+        cwd=tmp_path,
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_requests_with_states_of_their_own_do_not_mix(family: str, tmp_path: Path) -> None:
+    make, make_inputs = FAMILIES[family]
+    original = make()
+    model = toma_fx.transform(original, skip=(), schedule=SCHEDULED)
+    program = toma_fx.export(model, make_inputs(model), path=tmp_path / "model.pt2")
+    loaded = torch.export.load(tmp_path / "model.pt2")
+    fresh = loaded.example_inputs[1]["state"]
+    assert fresh.keys() == program.example_inputs[1]["state"].keys()
+    run = loaded.module()
+    states, references = {}, {}
+    with torch.no_grad():
+        for step in range(7):
+            for seed in (1, 2):
+                if step == 0:
+                    states[seed] = {name: value.clone() for name, value in fresh.items()}
+                    references[seed] = toma_fx.transform(original, skip=(), schedule=SCHEDULED)
+                inputs = request_at(make_inputs, model, step, seed)
+                # The same prompt for both: only the states tell the requests apart.
+                inputs["encoder_hidden_states"] = torch.ones_like(inputs["encoder_hidden_states"])
+                output, states[seed] = run(state=states[seed], **inputs)
+                expected = references[seed](**inputs, return_dict=False)[0]
+                torch.testing.assert_close(output, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_batch_can_be_dynamic() -> None:
+    model = toma_fx.transform(tiny_flux(), skip=())
+    batch = torch.export.Dim("batch", min=2, max=8)
+    tokens = (
+        "hidden_states",
+        "encoder_hidden_states",
+        "pooled_projections",
+        "timestep",
+        "guidance",
+    )
+    program = toma_fx.export(
+        model, flux_inputs(model), dynamic_shapes={name: {0: batch} for name in tokens}
+    ).module()
+    with torch.no_grad():
+        for size in (2, 5):
+            inputs = flux_inputs(model, batch=size)
+            torch.testing.assert_close(
+                program(**inputs)[0], model(**inputs, return_dict=False)[0], rtol=1e-4, atol=1e-5
+            )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("schedule", [Schedule(), SCHEDULED])
+def test_package_of_aot_inductor_agrees(family: str, schedule: Schedule, tmp_path: Path) -> None:
+    make, make_inputs = FAMILIES[family]
+    model = toma_fx.transform(make(), skip=(), schedule=schedule)
+    program = toma_fx.export(model, make_inputs(model))
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "m.pt2"))
+    run = torch._inductor.aoti_load_package(path)
+    state = program.example_inputs[1].get("state")
+    with torch.no_grad():
+        for step in range(5):
+            inputs = request_at(make_inputs, model, step)
+            expected = model(**inputs, return_dict=False)[0]
+            if state is None:
+                (output,) = run(**inputs)
+            else:
+                output, state = run(state=state, **inputs)
+            torch.testing.assert_close(output, expected, rtol=1e-3, atol=1e-4)

@@ -1,0 +1,44 @@
+"""What the README shows is what the code does."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import toma_fx
+from tests.tiny import tiny_sdxl_unet
+from toma_fx.config import PRESETS, MergeConfig
+from toma_fx.passes.readable import readable
+from toma_fx.transform import block_graphs
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_printed_block_is_the_generated_one() -> None:
+    _, _, lead = next(block_graphs(tiny_sdxl_unet(), MergeConfig()))
+    assert readable(lead) in README
+
+
+def test_three_lines_run(capsys: pytest.CaptureFixture[str]) -> None:
+    class Pipe:
+        unet = tiny_sdxl_unet()
+
+    (snippet,) = re.findall(r"```python\n(import toma_fx.*?)```", README, re.DOTALL)
+    pipe = Pipe()
+    original = pipe.unet
+    exec(snippet, {"pipe": pipe})
+    assert pipe.unet is original
+    assert "whole model" in capsys.readouterr().out
+
+
+def test_every_field_and_preset_is_named() -> None:
+    for name in [*MergeConfig.__dataclass_fields__, *PRESETS]:
+        assert f"`{name}`" in README or f'`"{name}"`' in README, name
+
+
+def test_import_does_not_touch_the_gpu() -> None:
+    import torch
+
+    assert toma_fx.__version__ in (ROOT / "CHANGELOG.md").read_text()
+    assert not torch.cuda.is_initialized()

@@ -1,0 +1,89 @@
+"""The report tells what was rewritten, and its arithmetic is right."""
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+from torch.utils.flop_counter import FlopCounterMode
+
+import toma_fx
+from tests.tiny import flux_inputs, tiny_flux, tiny_sdxl_unet
+from toma_fx import MergeConfig, Schedule
+from toma_fx.checkpoints import FLUX, SDXL
+from toma_fx.errors import ModelError
+from toma_fx.inputs import random_inputs, weightless
+from toma_fx.report import tokens_after
+
+
+def full_size(cls: type, config: dict[str, object]) -> torch.nn.Module:
+    with torch.device("meta"):
+        return cls(**config)  # type: ignore[no-any-return]
+
+
+def test_full_size_flux_matches_the_published_arithmetic() -> None:
+    model = full_size(FluxTransformer2DModel, FLUX)
+    report = toma_fx.report(toma_fx.transform(model, ratio=0.5))
+    # 74.4 TFLOP a forward at 4096 + 512 tokens, and 34 % less when blocks 5-18 and 24-56 run on half
+    # of the image tokens in attention and MLP; once per block saves the projections of Q, K, V too.
+    assert report.flops_before == pytest.approx(74.4e12, rel=0.01)
+    assert [(g.path, g.blocks, bool(g.merged)) for g in report.groups] == [
+        ("transformer_blocks", (0, 4), False),
+        ("transformer_blocks", (5, 18), True),
+        ("single_transformer_blocks", (0, 4), False),
+        ("single_transformer_blocks", (5, 37), True),
+    ]
+    assert report.groups[1].tokens_before == 4096
+    assert report.groups[1].tokens_after == 2048
+    assert 0.34 < report.saved < 0.42
+    assert "spared by default" in str(report)
+
+
+def test_full_size_sdxl_has_70_blocks_in_11_groups() -> None:
+    report = toma_fx.report(toma_fx.transform(full_size(UNet2DConditionModel, SDXL)))
+    assert sum(last - first + 1 for first, last in (g.blocks for g in report.groups)) == 70
+    assert len(report.groups) == 11
+    assert {(g.tokens_before, g.tokens_after) for g in report.groups} == {(4096, 2048), (1024, 512)}
+
+
+@pytest.mark.parametrize("options", [{}, {"schedule": Schedule(select_every=10)}, {"ratio": 0}])
+def test_counts_are_those_of_a_real_run(options: dict[str, object]) -> None:
+    model = toma_fx.transform(tiny_flux(), skip=(), **options)
+    report = toma_fx.report(model, height=256)
+    skeleton = weightless(model)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        skeleton(**random_inputs(skeleton, height=256))
+    assert report.flops_after == counter.get_total_flops() > 0
+    assert (report.saved > 0) == (options.get("ratio") != 0)
+
+
+def test_every_block_is_named_once() -> None:
+    model = toma_fx.transform(tiny_sdxl_unet(), skip=("mid_block.*",), placement="component")
+    report = toma_fx.report(model)
+    text = str(report)
+    assert "nothing: skip='mid_block.*'" in text
+    assert "self_attention, cross_attention, mlp" in text
+    assert f"{report.saved:.1%}" in text
+    rewrite = model._toma
+    assert not rewrite.merged.keys() & rewrite.skipped.keys()
+    assert sum(last - first + 1 for first, last in (g.blocks for g in report.groups)) == len(
+        rewrite.merged
+    ) + len(rewrite.skipped)
+
+
+def test_impossible_size_and_untransformed_model_are_refused() -> None:
+    model = tiny_flux()
+    with pytest.raises(ModelError, match="not transformed"):
+        toma_fx.report(model)
+    with pytest.raises(ModelError, match="100 x 100 pixels must be a multiple of 16"):
+        toma_fx.report(toma_fx.transform(model), height=100)
+
+
+def test_tokens_after_is_what_a_block_gets() -> None:
+    model = toma_fx.transform(tiny_flux(), ratio=0.3, region_tokens=10, skip=())
+    seen = []
+    model.single_transformer_blocks[0].proj_out.register_forward_hook(
+        lambda module, args, output: seen.append(output.shape[1])
+    )
+    inputs = flux_inputs(model, height=13, width=9, text=6)
+    with torch.no_grad():
+        model(**inputs)
+    assert seen == [6 + tokens_after(13 * 9, MergeConfig(ratio=0.3, region_tokens=10))]
