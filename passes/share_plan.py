@@ -31,6 +31,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import fx
 
+from toma_fx.passes.cleanup import Cleanup
 from toma_fx.passes.pipeline import Pass
 from toma_fx.passes.plan_nodes import call, item, placeholder, toma
 from toma_fx.runtime import plan
@@ -54,6 +55,7 @@ class SharePlan(Pass):
 
     def apply(self, gm: fx.GraphModule) -> int:
         changed = self._one_plan(gm.graph)
+        Cleanup().apply(gm)  # one plan, and one node for each of its tensors
         self._example_scope(gm.graph)
         if self.memory is not None:
             self._remember(gm, self.memory)

@@ -138,9 +138,24 @@ class FluxTransformer2DModel(_Clocked, diffusers.FluxTransformer2DModel):  # typ
         return output
 
 
-# Pipelines and hooks look at the signature of a model's forward.
-for _class in (UNet2DConditionModel, FluxTransformer2DModel):
-    _forward: Any = _class.forward
-    _forward.__signature__ = inspect.signature(_class.__mro__[2].forward)
 _unet_arguments = _keyword_only(diffusers.UNet2DConditionModel.forward)
 _flux_arguments = _keyword_only(diffusers.FluxTransformer2DModel.forward)
+
+
+def _new(name: str) -> Any:
+    cls = globals()[name]
+    return cls.__new__(cls)
+
+
+def _reduce(self: Any, protocol: object) -> tuple[Callable[..., Any], Any, Any]:
+    return _new, (type(self).__name__,), self.__getstate__()
+
+
+# Whoever asks finds diffusers' class: pipelines look up the module of a class when they save, hooks
+# the signature of its forward. A pickle must then be told where the class really is.
+for _class in (UNet2DConditionModel, Transformer2DModel, FluxTransformer2DModel):
+    _upstream: Any = next(c for c in _class.__mro__ if c.__module__.startswith("diffusers"))
+    _class.__module__ = _upstream.__module__
+    _class.__reduce_ex__ = _reduce  # type: ignore[method-assign]
+    if "forward" in vars(_class):
+        vars(_class)["forward"].__signature__ = inspect.signature(_upstream.forward)
