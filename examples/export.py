@@ -1,7 +1,7 @@
 """From a pipeline to a file: a merged SDXL or Flux model, and what a denoising loop needs.
 
-    python examples/export.py --output exported                    # a small model with random weights
-    python examples/export.py --model NAME --prompt "a red fox"    # a pipeline that diffusers can load
+    python examples/export.py                           # a small model with random weights
+    python examples/export.py --model NAME --prompt "a red fox"         # a pipeline of yours
 
 Then ``python examples/run_exported.py exported``, which imports nothing but torch.
 """
@@ -29,7 +29,9 @@ SMALL: dict[str, Any] = {
 
 def main(arguments: list[str] | None = None) -> None:
     """Export a model, and the tensors of one request, into a folder."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--model", help="folder or hub name of a Flux or SDXL pipeline")
     parser.add_argument("--prompt", default="a lighthouse at dusk")
     parser.add_argument("--steps", type=int, default=8)
@@ -64,7 +66,9 @@ def _load(options: argparse.Namespace) -> tuple[torch.nn.Module, dict[str, Any]]
         model = diffusers.FluxTransformer2DModel(**SMALL).eval().requires_grad_(False)
         pixels = options.size or 256
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-        return model, _request(model, random_inputs(model, height=pixels), scheduler, options, pixels)
+        return model, _request(
+            model, random_inputs(model, height=pixels), scheduler, options, pixels
+        )
     pipe = diffusers.DiffusionPipeline.from_pretrained(options.model)
     model = pipe.transformer if hasattr(pipe, "transformer") else pipe.unet
     inputs = random_inputs(model, height=options.size)

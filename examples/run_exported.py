@@ -1,11 +1,12 @@
 """A denoising loop over an exported model, with nothing but torch.
 
-    python examples/run_exported.py exported               # after examples/export.py
-    python examples/run_exported.py exported --package     # the AOTInductor package of --package
+python examples/run_exported.py exported               # after examples/export.py
+python examples/run_exported.py exported --package     # the AOTInductor package of --package
 """
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,13 +23,13 @@ def main(arguments: list[str] | None = None) -> torch.Tensor:
 
     request = torch.load(options.folder / "request.pt")
     if options.package:
-        model = torch._inductor.aoti_load_package(str(options.folder / "model.aoti.pt2"))
+        model: Any = torch._inductor.aoti_load_package(str(options.folder / "model.aoti.pt2"))
     else:
         model = torch.export.load(options.folder / "model.pt2").module()
     inputs, state, sigmas = request["inputs"], request["state"], request["sigmas"]
     name = request["latents"]
     generator = torch.Generator().manual_seed(options.seed)
-    latents = torch.randn(inputs[name].shape, generator=generator) * sigmas[0]
+    latents: torch.Tensor = torch.randn(inputs[name].shape, generator=generator) * sigmas[0]
 
     with torch.no_grad():
         for step, timestep in enumerate(request["timesteps"]):

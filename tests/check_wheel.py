@@ -36,9 +36,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         dist, site = Path(folder, "dist"), Path(folder, "site")
         python = [sys.executable, "-m"]
-        subprocess.run([*python, "build", "--outdir", dist, ROOT], check=True, capture_output=True)
+        build = [*python, "build", "--outdir", str(dist), str(ROOT)]
+        subprocess.run(build, check=True, capture_output=True)
         (wheel,) = dist.glob("*.whl")
-        install = ["pip", "install", "--quiet", "--no-deps", "--target", site, wheel]
+        install = ["pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)]
         subprocess.run([*python, *install], check=True)
         environment = {**os.environ, "PYTHONPATH": str(site)}
         subprocess.run(

@@ -1,6 +1,12 @@
 """Settings for all tests."""
 
+import os
+
 from hypothesis import settings
+
+# Before torch is imported. torch keeps compiled code between processes under the names of the
+# operators in a graph, which do not change when what they do does.
+os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"
 
 # No deadline, because the first example of a test may have to compile or import something. And the
 # same examples everywhere, so that a test which fails for one fails for all.

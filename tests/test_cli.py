@@ -39,8 +39,13 @@ def test_bench_times_all_ratios_in_turn(folder: Path, capsys: pytest.CaptureFixt
 def test_demo_shows_report_graphs_and_times(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compiled = []
-    monkeypatch.setattr(demo, "side_by_side", lambda *a, **k: compiled.append(k) or TIMINGS)
+    compiled: list[dict[str, object]] = []
+
+    def side_by_side(*args: object, **options: object) -> list[bench.Timing]:
+        compiled.append(options)
+        return TIMINGS
+
+    monkeypatch.setattr(demo, "side_by_side", side_by_side)
     demo.demo(model=str(folder), quick=True)
     out = capsys.readouterr().out
     assert "torch.ops.toma.merge(" in out.partition("after")[2]
@@ -59,7 +64,7 @@ TIMINGS = [
 def test_table_gives_medians_and_paired_ratios() -> None:
     assert TIMINGS[0].median == 3.0
     row = bench.table(TIMINGS).splitlines()[-1].split()
-    assert row[2:] == "2 1 to 2 2.00 1.00 to 3.00 9".split()
+    assert row[2:] == ["2", "1", "to", "2", "2.00", "1.00", "to", "3.00", "9"]
 
 
 def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:

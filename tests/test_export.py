@@ -12,7 +12,10 @@ import toma_fx
 from tests.tiny import flux_inputs, tiny_flux, tiny_sdxl_unet, unet_inputs
 from toma_fx import Schedule
 
-FAMILIES = {"unet": (tiny_sdxl_unet, unet_inputs), "flux": (tiny_flux, flux_inputs)}
+FAMILIES: dict[str, tuple[Any, Any]] = {
+    "unet": (tiny_sdxl_unet, unet_inputs),
+    "flux": (tiny_flux, flux_inputs),
+}
 SCHEDULED = Schedule(select_every=3, weigh_every=2)
 
 LOAD = """

@@ -12,7 +12,10 @@ from torch.utils import _pytree as pytree
 import toma_fx
 from tests.tiny import flux_inputs, tiny_flux, tiny_sdxl_unet, unet_inputs
 
-FAMILIES = {"unet": (tiny_sdxl_unet, unet_inputs), "flux": (tiny_flux, flux_inputs)}
+FAMILIES: dict[str, tuple[Any, Any]] = {
+    "unet": (tiny_sdxl_unet, unet_inputs),
+    "flux": (tiny_flux, flux_inputs),
+}
 
 
 def flat(model: nn.Module, inputs: dict[str, Any]) -> list[torch.Tensor]:

@@ -1,5 +1,6 @@
 """Token Merge with Attention as a torch.fx graph transformation of diffusers models."""
 
+from toma_fx.backend import backend
 from toma_fx.config import MergeConfig, Schedule
 from toma_fx.errors import TomaError
 from toma_fx.export import export
@@ -8,4 +9,14 @@ from toma_fx.tracing import trace
 from toma_fx.transform import restore, transform
 
 __version__ = "0.1.0"
-__all__ = ["MergeConfig", "Schedule", "TomaError", "export", "report", "restore", "trace", "transform"]
+__all__ = [
+    "MergeConfig",
+    "Schedule",
+    "TomaError",
+    "backend",
+    "export",
+    "report",
+    "restore",
+    "trace",
+    "transform",
+]

@@ -12,7 +12,9 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import fx, nn
+from torch.export import ExportedProgram
 
+from toma_fx.captured import transform_captured
 from toma_fx.config import MergeConfig, build_config
 from toma_fx.errors import ModelError
 from toma_fx.families import Block, Family, example_inputs, family_of, leaf_value
@@ -47,7 +49,9 @@ def transform(model: Model, config: MergeConfig | None = None, **options: Any) -
 
     Args:
         model: a ``UNet2DConditionModel`` or ``FluxTransformer2DModel``, or a pipeline with one.
-            Transform before ``torch.compile``.
+            Transform before ``torch.compile``. Or one that was captured already: what
+            `torch.export.export` returned, or a `torch.fx.GraphModule` from `toma_fx.trace`,
+            from Dynamo, or from the ``module()`` of an exported program.
         config: what to do; `MergeConfig` with its defaults when left out.
         **options: fields of `MergeConfig`, in place of ``config``: ``transform(unet, ratio=0.4)``.
 
@@ -58,6 +62,7 @@ def transform(model: Model, config: MergeConfig | None = None, **options: Any) -
         ConfigError: when an option is unknown or holds a value it cannot take.
         ModelError: when the model is unknown, compiled or transformed already, or when no block
             would be merged.
+        CaptureError: when a captured model holds something that merged tokens cannot go through.
     """
     if config is not None and options:
         raise ModelError(
@@ -65,6 +70,8 @@ def transform(model: Model, config: MergeConfig | None = None, **options: Any) -
             "config: MergeConfig.preset('default', ...) or dataclasses.replace(config, ...)"
         )
     config = build_config(**options) if config is None else config
+    if isinstance(model, fx.GraphModule | ExportedProgram):
+        return transform_captured(model, config, plan_options(config), _skipped)  # type: ignore[no-any-return]
     if isinstance(model, nn.Module):
         return _transform_model(model, config)  # type: ignore[return-value]
     part = _pipeline_part(model)
@@ -183,14 +190,7 @@ def passes_for(row: Block, config: MergeConfig, role: Role) -> tuple[Pass, ...]:
         config: the options.
         role: whether the block makes its group's plan, follows it, or makes one for itself alone.
     """
-    plan = PlanOptions(
-        region_tokens=WHOLE_IMAGE if config.region == "image" else config.region_tokens,
-        ratio=config.ratio,
-        selector=config.selector,
-        temperature=config.temperature,
-        merge_over=config.merge_over,
-        unmerge=config.unmerge,
-    )
+    plan = plan_options(config)
     flow = TokenFlow(output=row.output, text=row.text, text_first=row.text_first, rotary=row.rotary)
     memory = None
     if role == "lead" and not config.schedule.stateless and config.selector != "fixed":
@@ -208,6 +208,18 @@ def passes_for(row: Block, config: MergeConfig, role: Role) -> tuple[Pass, ...]:
         GuardInputs(components=config.components, masks=row.masks),
         SharePlan(attention_kwargs=row.attention_kwargs, role=role, memory=memory),
         Cleanup(),
+    )
+
+
+def plan_options(config: MergeConfig) -> PlanOptions:
+    """How plans are made under a configuration."""
+    return PlanOptions(
+        region_tokens=WHOLE_IMAGE if config.region == "image" else config.region_tokens,
+        ratio=config.ratio,
+        selector=config.selector,
+        temperature=config.temperature,
+        merge_over=config.merge_over,
+        unmerge=config.unmerge,
     )
 
 

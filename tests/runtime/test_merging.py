@@ -2,6 +2,7 @@
 
 import math
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests import reference
+from tests.runtime.tokens import random_tokens
 from toma_fx.errors import InputError
 from toma_fx.runtime.merging import fixed_weights, gather, merge, unmerge, weigh
 from toma_fx.runtime.selector import select
@@ -29,10 +31,6 @@ WEIGHINGS = pytest.mark.parametrize(
     ],
 )
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-
-
-def random_tokens(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def plan_of(
@@ -173,7 +171,7 @@ def test_against_the_reference(
     values = random_tokens(2, 3 + 64, 10, seed=1)
     merged = merge(values, merging)
     # A logit is a cosine over the temperature, and so is its rounding error.
-    close = {"rtol": 1e-6 / temperature, "atol": 1e-6 / temperature}
+    close: dict[str, Any] = {"rtol": 1e-6 / temperature, "atol": 1e-6 / temperature}
     torch.testing.assert_close(merged, reference.merge(plan, values, text=3), **close)
     torch.testing.assert_close(
         unmerge(merged, spreading), reference.unmerge(plan, merged, text=3), **close

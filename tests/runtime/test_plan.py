@@ -9,16 +9,13 @@ import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor
 
+from tests.runtime.tokens import random_tokens
 from tests.tiny import tiny_flux
 from toma_fx.errors import InputError
 from toma_fx.runtime import plan
 from toma_fx.runtime.selector import select
 
 PLAN = (torch.zeros(1), torch.ones(1))
-
-
-def random_tokens(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def test_a_shared_plan_reaches_the_blocks_of_the_same_call_only() -> None:

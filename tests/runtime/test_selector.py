@@ -12,15 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests import reference
+from tests.runtime.tokens import random_tokens
 from toma_fx.errors import InputError
 from toma_fx.runtime.regions import kept_tokens, region_size
 from toma_fx.runtime.selector import SELECTORS, facility_location, pseudo_random, select
 
 EVERY_SELECTOR = pytest.mark.parametrize("selector", SELECTORS)
-
-
-def random_tokens(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def cosines(tokens_nD: Tensor) -> Tensor:

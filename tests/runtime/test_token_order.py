@@ -102,10 +102,16 @@ def test_order_of_ids_depends_on_the_ids_and_not_on_where_the_tokens_are() -> No
 
 def test_reference_images_stay_apart_and_are_ordered_like_images_of_their_own() -> None:
     """Kontext appends the tokens of a reference image, with image number 1 and rows from 0."""
-    image, reference = ids_of(12, 20), ids_of(16, 8, image=1)
+    image, reference = ids_of(72, 56), ids_of(64, 80, image=1)
     order = tile_order_of_ids(torch.cat([image, reference]))
-    assert torch.equal(order[:240], tile_order_of_ids(image))
-    assert torch.equal(order[240:] - 240, tile_order_of_ids(reference))
+    assert torch.equal(order[: len(image)], tile_order_of_ids(image))
+    assert torch.equal(order[len(image) :] - len(image), tile_order_of_ids(reference))
+
+
+def test_ids_that_are_not_quite_whole() -> None:
+    ids = ids_of(12, 20)
+    for error in (-0.01, 0.01):
+        assert torch.equal(tile_order_of_ids(ids + error), tile_order_of_ids(ids))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -114,9 +120,11 @@ def test_order_of_ids_in_other_dtypes(dtype: torch.dtype) -> None:
     assert torch.equal(tile_order_of_ids(ids.to(dtype)), tile_order_of_ids(ids))
 
 
-def test_ids_that_bfloat16_cannot_tell_apart_still_give_each_token_a_place() -> None:
-    ids = ids_of(1, 700).bfloat16()
-    assert torch.equal(tile_order_of_ids(ids).sort().values, torch.arange(700))
+def test_tokens_with_equal_ids_keep_their_order() -> None:
+    """bfloat16 cannot tell columns above 256 apart."""
+    order = tile_order_of_ids(ids_of(1, 700).bfloat16())
+    assert torch.equal(order.sort().values, torch.arange(700))
+    assert torch.equal(tile_order_of_ids(torch.zeros(700, 3)), torch.arange(700))
 
 
 @pytest.mark.parametrize(("height", "width"), BUCKETS + ODD)

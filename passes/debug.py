@@ -1,0 +1,75 @@
+"""See what each pass does: its graph as a file, and the operators that it adds and removes.
+
+Nothing is rewritten; before and after are the same graph. ``run_passes(gm, passes,
+dump_each(gm, "graphs"))`` leaves, for each pass, what went into it and what came out::
+
+    graphs/0_captured.py
+    graphs/1_find_sites.py
+    graphs/2_merge_components.py
+
+and prints::
+
+    1 find_sites: 2 changes
+    2 merge_components: 2 changes, +4 getitem, +2 toma.merge, +2 toma.select, +2 toma.unmerge, ...
+"""
+
+import sys
+from collections import Counter
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from torch import fx
+
+from toma_fx.passes.pipeline import Callback, Pass
+from toma_fx.passes.readable import readable
+
+
+def dump_each(
+    gm: fx.GraphModule, folder: str | Path, log: Callable[[str], object] = sys.stdout.write
+) -> Callback:
+    """A callback for `run_passes` that writes down the graph before and after each pass.
+
+    Args:
+        gm: the graph before the first pass.
+        folder: where the files go; made when missing.
+        log: takes a line for each pass.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    steps = count(1)
+    before = operator_counts(gm)
+    _dump(gm, folder / "0_captured.py")
+
+    def after_each(each: Pass, gm: fx.GraphModule, changed: int) -> None:
+        nonlocal before
+        step, after = next(steps), operator_counts(gm)
+        _dump(gm, folder / f"{step}_{each.name}.py")
+        parts = [f"{changed} change{'s' * (changed != 1)}", *_difference(before, after)]
+        log(f"{step} {each.name}: {', '.join(parts)}\n")
+        before = after
+
+    return after_each
+
+
+def operator_counts(gm: fx.GraphModule) -> Counter[str]:
+    """How often each operator, method and submodule is called in a graph."""
+    return Counter(_name(node) for node in gm.graph.nodes if node.op.startswith("call_"))
+
+
+def _name(node: fx.Node) -> str:
+    target: Any = node.target
+    if isinstance(target, str):
+        return target
+    overload = getattr(target, "overloadpacket", None)
+    return target.__name__ if overload is None else str(overload)
+
+
+def _difference(before: Counter[str], after: Counter[str]) -> list[str]:
+    names = sorted({*before, *after})
+    return [f"{after[n] - before[n]:+} {n}" for n in names if after[n] != before[n]]
+
+
+def _dump(gm: fx.GraphModule, path: Path) -> None:
+    path.write_text(f"{readable(gm)}\n", encoding="utf-8")

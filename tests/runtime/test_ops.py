@@ -1,0 +1,172 @@
+"""The operators as nodes of graphs: named before a graph is lowered, gone afterwards."""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from tests.runtime.tokens import random_tokens
+from toma_fx.runtime import ops
+
+toma = torch.ops.toma
+
+# Of torch's own lowering and compiling.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"),
+]
+
+
+TOKENS = random_tokens(2, 64, 6)
+DESTINATIONS = toma.select(TOKENS, 16, 0.5, "facility_location")
+WEIGHTS = toma.weigh(TOKENS, DESTINATIONS, 0.1, "region", "transpose")
+IDS = torch.cartesian_prod(torch.zeros(1), torch.arange(8.0), torch.arange(8.0))
+
+ARGUMENTS: dict[str, list[tuple[Any, ...]]] = {
+    "tile_order": [(TOKENS, 8, 8), (TOKENS, 3, 7)],
+    "tile_order_of_ids": [(IDS,), (IDS.bfloat16(),)],
+    "reorder": [(TOKENS, torch.arange(64).flip(0))],
+    "select": [
+        (TOKENS, region_tokens, 0.5, selector)
+        for selector in ("facility_location", "random", "grid")
+        for region_tokens in (16, 0)
+    ],
+    "weigh": [
+        (TOKENS, DESTINATIONS, 0.1, merge_over, unmerge)
+        for merge_over in ("region", "image")
+        for unmerge in ("transpose", "pinv")
+    ],
+    "fixed_weights": [(TOKENS, DESTINATIONS)],
+    "gather": [(TOKENS, DESTINATIONS), (TOKENS[0], DESTINATIONS)],
+    "merge": [(TOKENS, WEIGHTS[0]), (torch.cat([TOKENS[:, :5], TOKENS], dim=1), WEIGHTS[0])],
+    "unmerge": [(TOKENS[:, :32], WEIGHTS[1]), (TOKENS[:, :37], WEIGHTS[1])],
+}
+
+
+class AllOperators(nn.Module):
+    """One call of each operator."""
+
+    def forward(self, image: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+        order = toma.tile_order(image, 8, 8)
+        tokens = toma.reorder(image, order)
+        destinations = toma.select(tokens, 16, 0.5, "facility_location")
+        merging, spreading = toma.weigh(tokens, destinations, 0.1, "region", "transpose")
+        fixed, _ = toma.fixed_weights(tokens, destinations)
+        merged = toma.merge(tokens, merging)
+        return (
+            toma.unmerge(merged, spreading),
+            toma.gather(tokens, destinations),
+            toma.tile_order_of_ids(ids),
+            fixed,
+        )
+
+
+def called_names(gm: fx.GraphModule) -> Iterator[str]:
+    """Names of the operators in a graph and in the bodies of its loops and conditions."""
+    for module in gm.modules():
+        if isinstance(module, fx.GraphModule):
+            for node in module.graph.nodes:
+                if isinstance(node.target, torch._ops.OperatorBase):
+                    yield node.target.name()
+
+
+def assert_lowered(gm: fx.GraphModule) -> None:
+    names = set(called_names(gm))
+    assert "while_loop" in names  # the loop's trip count is no part of the graph
+    assert all(name.startswith("aten::") for name in names - {"while_loop"}), names
+
+
+def assert_same(results: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    for result, like in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, like)
+
+
+def test_every_operator_is_tested() -> None:
+    registered = torch._C._dispatch_get_all_op_names()
+    assert {f"toma::{name}" for name in ARGUMENTS} == {
+        name for name in registered if name.startswith("toma::")
+    }
+    assert ops.LIBRARY.ns == "toma"
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        pytest.param(name, arguments, id=f"{name} {index}")
+        for name, calls in ARGUMENTS.items()
+        for index, arguments in enumerate(calls)
+    ],
+)
+def test_opcheck(name: str, arguments: tuple[Any, ...]) -> None:
+    torch.library.opcheck(getattr(toma, name).default, arguments)
+
+
+@pytest.fixture(scope="module")
+def exported() -> torch.export.ExportedProgram:
+    return torch.export.export(AllOperators(), (TOKENS, IDS), strict=False)
+
+
+def test_operators_are_named_nodes_of_an_exported_graph(
+    exported: torch.export.ExportedProgram,
+) -> None:
+    assert Counter(called_names(exported.graph_module)) == Counter(
+        f"toma::{name}" for name in ARGUMENTS
+    )
+
+
+def test_one_exported_graph_serves_every_batch_size() -> None:
+    sizes = {0: torch.export.Dim("batch", min=1, max=8)}
+    exported = torch.export.export(
+        AllOperators(), (TOKENS, IDS), dynamic_shapes=(sizes, None), strict=False
+    )
+    for batch in (1, 2, 3):
+        image = random_tokens(batch, 64, 6, seed=1)
+        assert_same(exported.module()(image, IDS), AllOperators()(image, IDS))
+
+
+def test_a_lowered_graph_needs_nothing_of_ours(exported: torch.export.ExportedProgram) -> None:
+    lowered = exported.run_decompositions()
+    assert_lowered(lowered.graph_module)
+    assert_same(lowered.module()(TOKENS, IDS), AllOperators()(TOKENS, IDS))
+
+
+def test_a_traced_graph_needs_nothing_of_ours() -> None:
+    traced = make_fx(AllOperators())(TOKENS, IDS)
+    assert_lowered(traced)
+    other = random_tokens(2, 64, 6, seed=1)
+    assert_same(traced(other, IDS), AllOperators()(other, IDS))
+
+
+@pytest.fixture(scope="module")
+def compiled_select() -> Any:
+    return torch.compile(
+        lambda tokens: toma.select(tokens, 16, 0.5, "facility_location"), fullgraph=True
+    )
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_compiled_selection_picks_the_same_tokens(compiled_select: Any, seed: int) -> None:
+    tokens = random_tokens(2, 64, 6, seed=seed)
+    assert torch.equal(compiled_select(tokens), toma.select(tokens, 16, 0.5, "facility_location"))
+
+
+@pytest.mark.parametrize("levels", [0, 1, 2, 4])
+def test_compiled_selection_breaks_ties_in_the_same_way(compiled_select: Any, levels: int) -> None:
+    tokens = (random_tokens(2, 64, 6) * levels / 2).round()
+    assert torch.equal(compiled_select(tokens), toma.select(tokens, 16, 0.5, "facility_location"))
+
+
+def test_a_compiled_merge_computes_what_the_eager_one_does() -> None:
+    def there_and_back(image: Tensor) -> Tensor:
+        tokens = toma.reorder(image, toma.tile_order(image, 8, 8))
+        destinations = toma.select(tokens, 16, 0.5, "facility_location")
+        merging, spreading = toma.weigh(tokens, destinations, 0.1, "region", "transpose")
+        result: Tensor = toma.unmerge(toma.merge(tokens, merging), spreading)
+        return result
+
+    compiled = torch.compile(there_and_back, fullgraph=True)
+    torch.testing.assert_close(compiled(TOKENS), there_and_back(TOKENS))

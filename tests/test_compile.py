@@ -1,0 +1,136 @@
+"""Compiled models: one graph for all steps and images, with the numbers of the uncompiled model."""
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from tests.tiny import TEXT_WIDTH, flux_inputs, tiny_flux, tiny_sdxl_unet, unet_inputs
+from toma_fx import MergeConfig, transform
+from toma_fx.config import PRESETS
+
+STEPS = 12
+"""More than the paper's 10 steps between two selections."""
+# What a sum in another order changes; merging itself changes the output by more than 1e-2.
+TOLERANCE = 1e-5
+
+
+def smallest_unet() -> UNet2DConditionModel:
+    """One block at the first resolution, and two that share a plan at the second."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return UNet2DConditionModel(
+            block_out_channels=(16, 16),
+            norm_num_groups=4,
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2),
+            attention_head_dim=2,
+            cross_attention_dim=TEXT_WIDTH,
+        ).eval()
+
+
+def smallest_flux() -> FluxTransformer2DModel:
+    """One double-stream block, and two single-stream blocks that share a plan."""
+    return tiny_flux(num_layers=1, num_single_layers=2)
+
+
+def images(model: nn.Module, **size: int) -> Iterator[dict[str, Any]]:
+    """The calls of two denoising runs of one prompt, from different noise."""
+    make = flux_inputs if isinstance(model, FluxTransformer2DModel) else unet_inputs
+    for seed in range(2):
+        call, noise = make(model, **size), make(model, **size, seed=seed + 1)
+        tokens = "hidden_states" if "hidden_states" in call else "sample"
+        for step in range(STEPS):
+            left = 1 - step / STEPS
+            time = call["timestep"] * left
+            yield {**call, tokens: call[tokens] + left * noise[tokens], "timestep": time}
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    """Root mean square of ``a - b``, in standard deviations of ``b``."""
+    return float((a - b).square().mean().sqrt() / b.std())
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    with torch.no_grad():
+        yield
+    torch._dynamo.reset()
+
+
+# How many graphs there are is decided before the backend, so the quickest will do for the others.
+@pytest.mark.parametrize(
+    ("preset", "backend"),
+    [(name, "aot_eager" if name in ("default", "toma") else "eager") for name in PRESETS],
+)
+@pytest.mark.parametrize("build", [smallest_unet, smallest_flux])
+def test_whole_model_is_one_graph(build: Callable[[], Any], preset: str, backend: str) -> None:
+    uncompiled = transform(build(), MergeConfig.preset(preset))
+    frames = CompileCounterWithBackend(backend)
+    compiled = torch.compile(
+        copy.deepcopy(uncompiled), backend=frames, fullgraph=True, dynamic=False
+    )
+    with torch._dynamo.config.patch(error_on_recompile=True):  # type: ignore[no-untyped-call]
+        for call in images(uncompiled, height=8, width=8):
+            expected = uncompiled(**call).sample
+            assert difference(compiled(**call).sample, expected) < TOLERANCE
+    assert frames.frame_count == 1
+
+
+def block_kinds(model: Any, call: dict[str, Any]) -> set[Any]:
+    """What blocks differ in: class, which is structure and role; heads; and shape of the tokens."""
+    kinds = set()
+
+    def note(block: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        attention = block.attn1 if hasattr(block, "attn1") else block.attn
+        tokens = args[0] if args else kwargs["hidden_states"]
+        kinds.add((type(block), attention.heads, tokens.shape))
+
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if type(module).__name__ in model._repeated_blocks:
+            module.register_forward_pre_hook(note, with_kwargs=True)
+    model(**call)
+    return kinds
+
+
+@pytest.mark.parametrize("preset", ["default", "toma"])
+@pytest.mark.parametrize(("build", "blocks", "kinds"), [(tiny_sdxl_unet, 11, 3), (tiny_flux, 5, 4)])
+def test_blocks_are_one_graph_for_each_kind(
+    build: Callable[[], Any], blocks: int, kinds: int, preset: str
+) -> None:
+    uncompiled = transform(build(), MergeConfig.preset(preset))
+    size = {"height": 16, "width": 16} if kinds == 3 else {"height": 8, "width": 8}
+    calls = images(uncompiled, **size)
+    assert len(block_kinds(uncompiled, first := next(calls))) == kinds
+    compiled = copy.deepcopy(uncompiled)
+    frames = CompileCounterWithBackend("aot_eager")
+    compiled.compile_repeated_blocks(backend=frames, fullgraph=True, dynamic=False)
+    assert sum(m._compiled_call_impl is not None for m in compiled.modules()) == blocks
+    assert difference(compiled(**first).sample, uncompiled(**first).sample) < TOLERANCE
+    with torch._dynamo.config.patch(error_on_recompile=True):  # type: ignore[no-untyped-call]
+        for call in calls:
+            expected = uncompiled(**call).sample
+            assert difference(compiled(**call).sample, expected) < TOLERANCE
+    assert frames.frame_count == kinds
+
+
+@pytest.mark.slow
+# Inductor's import of what PyTorch itself deprecates.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+@pytest.mark.parametrize(("build", "preset"), [(smallest_unet, "default"), (smallest_flux, "toma")])
+def test_inductor_agrees(build: Callable[[], Any], preset: str) -> None:
+    uncompiled = transform(build(), MergeConfig.preset(preset))
+    compiled = torch.compile(copy.deepcopy(uncompiled), fullgraph=True, dynamic=False)
+    with torch._dynamo.config.patch(error_on_recompile=True):  # type: ignore[no-untyped-call]
+        for call in images(uncompiled, height=8, width=8):
+            expected = uncompiled(**call).sample
+            assert difference(compiled(**call).sample, expected) < TOLERANCE

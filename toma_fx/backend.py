@@ -1,0 +1,89 @@
+"""A backend of `torch.compile` that merges tokens in the graph which Dynamo captured.
+
+Usage::
+
+    compiled = torch.compile(model, backend=toma_fx.backend(ratio=0.5))
+
+The model itself stays as it is. The whole model must become one graph that holds its blocks, so
+``fullgraph=True`` is a good companion, and blocks that are compiled one by one
+(``compile_repeated_blocks``) need `toma_fx.transform` on the model instead.
+
+**Caches.** Inductor's FX graph cache hashes what merging was decomposed to, and so knows it. The
+cache before it, AOTAutograd's, hashes the graph in which ``torch.ops.toma.merge`` is only a name,
+and would give a changed operator the code of the old one. So both get `Backend.uuid` in their keys,
+by ``torch.compiler.config.cache_key_tag``.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from toma_fx.config import MergeConfig, build_config
+from toma_fx.errors import ConfigError
+from toma_fx.transform import transform
+
+Inner = Callable[..., Any]
+"""A backend: takes a graph module and its example inputs, and returns what runs it."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Merges tokens in a graph, and hands it on.
+
+    Attributes:
+        config: what to do.
+        inner: the backend that gets the graph; Inductor when left out.
+    """
+
+    config: MergeConfig
+    inner: Inner | None = None
+
+    def __call__(
+        self, gm: fx.GraphModule, example_inputs: Sequence[Any], **options: Any
+    ) -> Callable[..., Any]:
+        """What runs the graph with merged tokens; called by Dynamo."""
+        inner = _inductor() if self.inner is None else self.inner
+        merged = transform(gm, self.config)
+        tag = f"{torch.compiler.config.cache_key_tag} toma_fx {self.uuid()}"
+        with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
+            compiled: Callable[..., Any] = inner(merged, example_inputs, **options)
+        return compiled
+
+    def uuid(self) -> str:
+        """A hash of the options and of the sources that decide what merging computes."""
+        from torch._inductor.custom_graph_pass import get_hash_for_files
+
+        here = Path(__file__).parent
+        sources = sorted(p for part in ("passes", "runtime") for p in (here / part).glob("*.py"))
+        return get_hash_for_files(tuple(map(str, sources)), extra=repr(self.config)).hex()
+
+
+def _inductor() -> Inner:
+    from torch._inductor.compile_fx import compile_fx  # importing it takes seconds
+
+    return compile_fx
+
+
+def backend(
+    config: MergeConfig | None = None, *, inner: Inner | None = None, **options: Any
+) -> Backend:
+    """A backend for `torch.compile` that merges tokens.
+
+    Args:
+        config: what to do; `MergeConfig` with its defaults when left out. Its schedule must be 1/1.
+        inner: the backend that compiles the merged graph; Inductor when left out.
+        **options: fields of `MergeConfig`, in place of ``config``.
+
+    Raises:
+        ConfigError: when an option is unknown or holds a value it cannot take.
+    """
+    if config is not None and options:
+        raise ConfigError(
+            f"backend got both a config and the options {', '.join(options)}; put them into the "
+            "config: dataclasses.replace(config, ...)"
+        )
+    return Backend(build_config(**options) if config is None else config, inner)
