@@ -75,10 +75,10 @@ def _fresh_dynamo() -> Iterator[None]:
 def test_whole_model_is_one_graph(build: Callable[[], Any], preset: str, backend: str) -> None:
     uncompiled = transform(build(), MergeConfig.preset(preset))
     frames = CompileCounterWithBackend(backend)
-    compiled = torch.compile(
+    compiled: Any = torch.compile(
         copy.deepcopy(uncompiled), backend=frames, fullgraph=True, dynamic=False
     )
-    with torch._dynamo.config.patch(error_on_recompile=True):  # type: ignore[no-untyped-call]
+    with torch._dynamo.config.patch(error_on_recompile=True):
         for call in images(uncompiled, height=8, width=8):
             expected = uncompiled(**call).sample
             assert difference(compiled(**call).sample, expected) < TOLERANCE
@@ -116,7 +116,7 @@ def test_blocks_are_one_graph_for_each_kind(
     compiled.compile_repeated_blocks(backend=frames, fullgraph=True, dynamic=False)
     assert sum(m._compiled_call_impl is not None for m in compiled.modules()) == blocks
     assert difference(compiled(**first).sample, uncompiled(**first).sample) < TOLERANCE
-    with torch._dynamo.config.patch(error_on_recompile=True):  # type: ignore[no-untyped-call]
+    with torch._dynamo.config.patch(error_on_recompile=True):
         for call in calls:
             expected = uncompiled(**call).sample
             assert difference(compiled(**call).sample, expected) < TOLERANCE
@@ -129,8 +129,8 @@ def test_blocks_are_one_graph_for_each_kind(
 @pytest.mark.parametrize(("build", "preset"), [(smallest_unet, "default"), (smallest_flux, "toma")])
 def test_inductor_agrees(build: Callable[[], Any], preset: str) -> None:
     uncompiled = transform(build(), MergeConfig.preset(preset))
-    compiled = torch.compile(copy.deepcopy(uncompiled), fullgraph=True, dynamic=False)
-    with torch._dynamo.config.patch(error_on_recompile=True):  # type: ignore[no-untyped-call]
+    compiled: Any = torch.compile(copy.deepcopy(uncompiled), fullgraph=True, dynamic=False)
+    with torch._dynamo.config.patch(error_on_recompile=True):
         for call in images(uncompiled, height=8, width=8):
             expected = uncompiled(**call).sample
             assert difference(compiled(**call).sample, expected) < TOLERANCE
