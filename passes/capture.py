@@ -27,6 +27,7 @@ import torch
 from torch import fx, nn
 from torch.fx.graph import CodeGen, PythonCode
 
+from toma_fx.errors import CaptureError
 from toma_fx.passes.pipeline import LEAF_VALUE, LeafValue, example_value
 from toma_fx.passes.plan_nodes import call
 from toma_fx.runtime import plan
@@ -91,7 +92,13 @@ class ValueTracer(fx.Tracer):
         return bool(obj.node.meta["val"])
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
-        return (obj[i] for i in range(len(obj.node.meta["val"])))  # type: ignore[index]
+        node = obj.node
+        if node.op == "call_method" and any(isinstance(each, fx.Node) for each in node.args[1:]):
+            raise CaptureError(
+                f"{node.format_node()} makes as many pieces as a size says, and a graph has a "
+                "fixed number; turn it off, as by unet.disable_forward_chunking()"
+            )
+        return (obj[i] for i in range(len(node.meta["val"])))  # type: ignore[index]
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if self._evaluating:

@@ -9,6 +9,7 @@ what it looks for: class, submodules, state-dict keys, hooks.
 import copy
 import functools
 import linecache
+import re
 from collections.abc import Callable
 from hashlib import sha256
 from types import ModuleType
@@ -31,7 +32,9 @@ def generated_class(base: Any, gm: fx.GraphModule) -> type[Any]:
         The class; the same one whenever base and code are the same.
     """
     code = gm.graph.python_code("self")
-    helpers = {k: v for k, v in code.globals.items() if not isinstance(v, ModuleType)}
+    # torch.fx offers more than the code uses: NaN, say, which no unpickled NaN would be equal to.
+    used = {k: v for k, v in code.globals.items() if re.search(rf"\b{k}\b", code.src)}
+    helpers = {k: v for k, v in used.items() if not isinstance(v, ModuleType)}
     return _class_of(base, code.src, tuple(helpers.items()))
 
 

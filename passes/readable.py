@@ -16,6 +16,16 @@ import re
 from torch import fx
 
 
+def _subscript(match: re.Match[str]) -> str:
+    """``[(slice(None, None, None), slice(a, None, None))]`` as ``[:, a:]``."""
+    inner = re.sub(
+        r"slice\((\w+), (\w+), None\)",
+        lambda m: ":".join("" if part == "None" else part for part in m.groups()),
+        match[1],
+    )
+    return f"[{inner}]"
+
+
 def readable(gm: fx.GraphModule) -> str:
     """The body of a graph's ``forward``, without what only the interpreter needs."""
     source = gm.graph.python_code("self").src
@@ -24,7 +34,7 @@ def readable(gm: fx.GraphModule) -> str:
         (r";  [\w = ]*None$", ""),  # freeing of values that are not used again
         (r"\b(torch\.ops\.toma\.\w+)\.default\b", r"\1"),
         (r"\btoma_fx_runtime_plan_", ""),
-        (r"\bslice\(None, None, None\)", ":"),
+        (r"\[\((.*slice\(.*)\)\]", _subscript),
         (r"^ {4}", ""),
     ):
         body = re.sub(pattern, text, body, flags=re.MULTILINE)

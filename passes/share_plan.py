@@ -55,10 +55,11 @@ class SharePlan(Pass):
 
     def apply(self, gm: fx.GraphModule) -> int:
         changed = self._one_plan(gm.graph)
-        Cleanup().apply(gm)  # one plan, and one node for each of its tensors
+        changed += Cleanup().apply(gm)  # one plan, and one node for each of its tensors
         self._example_scope(gm.graph)
         if self.memory is not None:
             self._remember(gm, self.memory)
+            changed += 1
         if self.role != "alone":
             self._hand_on(gm.graph)
             changed += 1
@@ -66,7 +67,7 @@ class SharePlan(Pass):
 
     def _one_plan(self, graph: fx.Graph) -> int:
         changed = 0
-        for target in (toma.weigh.default, toma.fixed_weights.default, plan.rotary_at):
+        for target in (toma.weigh.default, toma.fixed_weights.default):
             first, *others = graph.find_nodes(op="call_function", target=target) or [None]
             for other in others:
                 other.replace_all_uses_with(first)

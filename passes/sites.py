@@ -56,7 +56,7 @@ class FindSites(Pass):
     """Find the sites that serve the wanted components, the most comprehensive ones first.
 
     Raises:
-        CaptureError: when the submodules of one site take different tokens.
+        CaptureError: when a submodule is called twice, or those of a site take different tokens.
     """
 
     name: ClassVar[str] = "find_sites"
@@ -65,7 +65,13 @@ class FindSites(Pass):
     components: tuple[str, ...]
 
     def apply(self, gm: fx.GraphModule) -> int:
-        calls = {str(n.target): n for n in gm.graph.nodes if n.op == "call_module"}
+        calls: dict[str, fx.Node] = {}
+        for node in gm.graph.nodes:
+            if node.op == "call_module" and calls.setdefault(str(node.target), node) is not node:
+                raise CaptureError(
+                    f"{node.target!r} is called twice, {calls[node.target]} and {node}; a site "
+                    "needs one call, so leave this block out with skip"
+                )
         wanted = set(self.components)
         found = []
         for site in sorted(self.sites, key=lambda site: -len(site.components)):

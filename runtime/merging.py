@@ -65,9 +65,7 @@ def weigh(
     ).contiguous()  # A^T: (B, R, n, m); some attention kernels return another layout
     merge = (spread / spread.sum(-2, keepdim=True)).transpose(-1, -2)
     if unmerge == "pinv":
-        spread = merge.transpose(-1, -2) @ torch.linalg.pinv(
-            merge @ merge.transpose(-1, -2), hermitian=True
-        )
+        spread = torch.linalg.pinv(merge)
     return merge.to(tokens.dtype), spread.to(tokens.dtype)
 
 

@@ -4,7 +4,11 @@ Composite operators: a graph shows them by name until it is lowered, and then ho
 operators, which Inductor can fuse and which an exported file can run without this package.
 """
 
+from hashlib import sha256
+from pathlib import Path
+
 import torch
+import torch.compiler.config
 
 from toma_fx.runtime import merging, selector, token_order
 
@@ -25,3 +29,8 @@ for schema, function in {
 }.items():
     LIBRARY.define(schema)
     LIBRARY.impl(schema.partition("(")[0], function, "CompositeImplicitAutograd")
+
+# torch keeps compiled code on disk under the names of the operators in it, whatever they compute,
+# so a changed operator would get the code of the old one. The tag is part of every cache key.
+_sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+torch.compiler.config.cache_key_tag += f" toma_fx {sha256(_sources).hexdigest()[:16]}"

@@ -18,7 +18,7 @@ def region_size(tokens: int, region_tokens: int) -> int:
     """Tokens of a region: the divisor of ``tokens`` nearest to ``region_tokens`` in ratio.
 
     Regions of equal size need a divisor; every token grid has one near any useful size, since its
-    height and width are divisors too. Of two divisors equally near, the smaller.
+    height and width are divisors too.
 
     >>> region_size(4096, 64), region_size(38 * 26, 64), region_size(4096, WHOLE_IMAGE)
     (64, 76, 4096)

@@ -8,7 +8,8 @@ model holds one graph for all steps. A plan is used only in the denoising run th
 * plans are kept apart by the shape and device of the tokens.
 
 What cannot be told apart is two images with the same prompt that take turns, step by step, on one
-model. Give each its own ``transform``: the weights are shared, so it costs no memory.
+model, or of which one broke off and the other starts at a lower timestep. Give each its own
+``transform`` (the weights are shared, so it costs no memory), or reset the clock.
 """
 
 import operator
@@ -49,7 +50,10 @@ class DenoisingClock(nn.Module):
         """
         device = self.step.device
         now = torch.as_tensor(timestep, device=device).flatten()[0].double()
-        prompt = conditioning.double().sum().to(device)
+        values = conditioning.flatten().double()
+        # Weighted by place, so that two prompts that change places are not the same.
+        place = torch.arange(1, values.numel() + 1, device=values.device)
+        prompt = (values * place).sum().to(device)
         before = self.timestep_bits.view(torch.float64)
         new_run = (now > before) | (prompt != self.conditioning_bits.view(torch.float64))
         self.run.add_(new_run)

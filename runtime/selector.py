@@ -78,20 +78,23 @@ def facility_location(similarity: Tensor, keep: int) -> Tensor:
     return start[3]
 
 
-def _facility_location(tokens_GnD: Tensor, keep: int) -> Tensor:
-    unit = unit_tokens(tokens_GnD)
+def _facility_location(tokens_BRnD: Tensor, keep: int) -> Tensor:
+    unit = unit_tokens(tokens_BRnD.flatten(0, 1))
     # A token with NaN resembles nothing, so it is picked last; its NaN still shows in the output.
-    return facility_location((unit @ unit.transpose(1, 2)).nan_to_num(nan=-1.0), keep)
+    picks = facility_location((unit @ unit.transpose(1, 2)).nan_to_num(nan=-1.0), keep)
+    return picks.reshape(*tokens_BRnD.shape[:2], keep)
 
 
-def _random(tokens_GnD: Tensor, keep: int) -> Tensor:
-    return pseudo_random(tokens_GnD, tokens_GnD.shape[:2]).argsort(dim=-1)[:, :keep]
+def _random(tokens_BRnD: Tensor, keep: int) -> Tensor:
+    batch, regions, tokens, _ = tokens_BRnD.shape
+    picks = pseudo_random(tokens_BRnD, (regions, tokens)).argsort(dim=-1)[:, :keep]
+    return picks.expand(batch, -1, -1)
 
 
-def _grid(tokens_GnD: Tensor, keep: int) -> Tensor:
-    groups, tokens, _ = tokens_GnD.shape
-    place = torch.arange(keep, device=tokens_GnD.device)
-    return ((2 * place + 1) * tokens // (2 * keep)).expand(groups, keep)
+def _grid(tokens_BRnD: Tensor, keep: int) -> Tensor:
+    batch, regions, tokens, _ = tokens_BRnD.shape
+    place = torch.arange(keep, device=tokens_BRnD.device)
+    return ((2 * place + 1) * tokens // (2 * keep)).expand(batch, regions, -1)
 
 
 def pseudo_random(like: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -109,7 +112,7 @@ def pseudo_random(like: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 SELECTORS = {"facility_location": _facility_location, "random": _random, "grid": _grid}
-"""Each ``(G, n, D), keep -> (G, keep)`` indices inside the group."""
+"""Each ``(B, R, n, D), m -> (B, R, m)`` indices inside the region."""
 
 
 def select(tokens: Tensor, region_tokens: int, ratio: float, selector: str) -> Tensor:
@@ -131,11 +134,8 @@ def select(tokens: Tensor, region_tokens: int, ratio: float, selector: str) -> T
         raise InputError(f"select: tokens of shape {tuple(tokens.shape)} must be (B, N, D)")
     if selector not in SELECTORS:
         raise InputError(f"select: selector={selector!r} must be one of {', '.join(SELECTORS)}")
-    batch, count, width = tokens.shape
-    size = region_size(count, region_tokens)
-    regions = count // size
-    inside = SELECTORS[selector](
-        tokens.reshape(batch * regions, size, width), kept_tokens(size, ratio)
-    )
-    first = size * torch.arange(regions, device=tokens.device)
-    return inside.reshape(batch, regions, -1) + first[:, None]
+    size = region_size(tokens.shape[1], region_tokens)
+    regions = tokens.unflatten(1, (-1, size))
+    inside = SELECTORS[selector](regions, kept_tokens(size, ratio))
+    first = size * torch.arange(regions.shape[1], device=tokens.device)
+    return inside + first[:, None]

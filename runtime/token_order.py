@@ -6,7 +6,7 @@ the model or the stage, and changed back where they leave.
 
 The order follows a Hilbert curve. A run of ``4**k`` tokens that starts at a multiple of ``4**k`` is
 exactly a square tile of side ``2**k``, and a run of any other length, on a grid that tiles do not
-divide, is still one patch of neighbours, so no size needs padding or a special case.
+divide, is still a patch of neighbours or two, so no size needs padding or a special case.
 """
 
 import functools
@@ -14,8 +14,9 @@ import functools
 import torch
 from torch import Tensor
 
-_ID_BITS = 12
-"""Bits of a row or column number in position ids: images of up to 4096 x 4096 tokens."""
+_ID_BITS = 8
+"""Levels of the curve over position ids, whose largest value is not known. Images of more than 256
+tokens a side get one curve for each square of 256 x 256, one square after another."""
 
 
 def _hilbert_index(row: Tensor, column: Tensor, bits: int) -> Tensor:
@@ -81,7 +82,9 @@ def tile_order_of_ids(ids: Tensor) -> Tensor:
         ``(N,)`` int64: for each place in tile order, the token's index.
     """
     image, row, column = ids.round().to(torch.int64).unbind(-1)
-    return ((image << 2 * _ID_BITS) + _hilbert_index(row, column, _ID_BITS)).argsort(stable=True)
+    inside = _hilbert_index(row, column, _ID_BITS)
+    square = ((image << 16) + (row >> _ID_BITS) << 16) + (column >> _ID_BITS)
+    return ((square << 2 * _ID_BITS) + inside).argsort(stable=True)
 
 
 def reorder(tokens: Tensor, order: Tensor) -> Tensor:

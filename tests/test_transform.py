@@ -321,6 +321,18 @@ def test_blocks_of_a_group_share_one_selection(
         assert watch.selections == selections
 
 
+@pytest.mark.parametrize("preset", ["default", "toma"])
+def test_each_group_keeps_a_plan_of_its_own(model64: Any, preset: str) -> None:
+    kept = Schedule(select_every=10, weigh_every=10)
+    scheduled = transform(model64, MergeConfig.preset(preset, schedule=kept))
+    stateless = transform(model64, MergeConfig.preset(preset, schedule=Schedule()))
+    first = inputs_of(model64)
+    # The same tokens a moment later, so that a kept plan is the plan that would be made anew.
+    later = {**first, "timestep": first["timestep"].double() * (1 - 1e-9)}
+    scheduled(**first)
+    assert difference(scheduled(**later).sample, stateless(**later).sample) < 1e-6
+
+
 def test_flux_spares_the_first_blocks() -> None:
     spared = {"transformer_blocks.0", "single_transformer_blocks.0"}
     small = transform(tiny_flux(num_layers=4, num_single_layers=8))

@@ -4,6 +4,7 @@
 (ICML 2025, arXiv 2509.10918). "Own measurement" refers to the ablation in ``docs/measured.md``.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Self, get_args
 
@@ -128,7 +129,7 @@ class MergeConfig:
                 f"ratio={self.ratio!r} must be a number in [0, 1): the share of tokens merged "
                 "away, such as 0.5"
             )
-        if isinstance(self.components, str) or not self.components:
+        if not isinstance(self.components, tuple | list | set | frozenset) or not self.components:
             raise ConfigError(
                 f"components={self.components!r} must be a tuple with at least one of "
                 f"{', '.join(map(repr, get_args(Component)))}"
@@ -150,13 +151,21 @@ class MergeConfig:
                 f"schedule={self.schedule!r} must be a Schedule, such as "
                 "Schedule(select_every=10, weigh_every=5)"
             )
-        if isinstance(self.skip, str):
-            raise ConfigError(
-                f"skip={self.skip!r} must be a tuple of patterns: skip=({self.skip!r},)"
-            )
         if self.skip is not None:
-            object.__setattr__(self, "skip", tuple(self.skip))
+            self._check_skip()
         self._check_combinations()
+
+    def _check_skip(self) -> None:
+        given = self.skip
+        patterns = (
+            tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else ()
+        )
+        if not all(isinstance(each, str) for each in patterns) or (given and not patterns):
+            example = (given,) if isinstance(given, str) else ("mid_block.*",)
+            raise ConfigError(
+                f"skip={given!r} must be a tuple of patterns, such as skip={example!r}"
+            )
+        object.__setattr__(self, "skip", patterns)
 
     def _check_combinations(self) -> None:
         if self.placement == "block" and self.components != get_args(Component):
