@@ -73,6 +73,8 @@ def facility_location(similarity: Tensor, keep: int) -> Tensor:
         loop: Any = while_loop_op  # typed for carried values of one kind
         picks: Tensor = loop(unfinished, pick, start, (similarity,))[3]
         return picks
+    if similarity.is_meta:
+        return start[3]  # shapes are all that a search without data could find
     for _ in range(keep):
         start = pick(*start, similarity)
     return start[3]

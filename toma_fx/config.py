@@ -4,6 +4,7 @@
 (ICML 2025, arXiv 2509.10918). "Own measurement" refers to the ablation in ``docs/measured.md``.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Self, get_args
@@ -25,6 +26,10 @@ def _check_choice(name: str, value: object, choices: tuple[Any, ...]) -> None:
         raise ConfigError(
             f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}"
         )
+
+
+def _number(value: object) -> float:
+    return value if isinstance(value, int | float) else math.nan
 
 
 def _check_count(name: str, value: object) -> None:
@@ -124,7 +129,7 @@ class MergeConfig:
     on the UNet, the paper's first 5 double-stream and first 5 single-stream blocks on Flux."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.ratio, int | float) or not 0 <= self.ratio < 1:
+        if isinstance(self.ratio, bool) or not 0 <= _number(self.ratio) < 1:
             raise ConfigError(
                 f"ratio={self.ratio!r} must be a number in [0, 1): the share of tokens merged "
                 "away, such as 0.5"
@@ -142,7 +147,7 @@ class MergeConfig:
         for name, choices in _CHOICES.items():
             _check_choice(name, getattr(self, name), choices)
         _check_count("region_tokens", self.region_tokens)
-        if not isinstance(self.temperature, int | float) or not self.temperature > 0:
+        if isinstance(self.temperature, bool) or not 0 < _number(self.temperature) < math.inf:
             raise ConfigError(
                 f"temperature={self.temperature!r} must be a number above 0, such as 0.001"
             )
