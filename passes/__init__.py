@@ -13,5 +13,9 @@ cleanup             remove what is repeated or unused
 install             the graph becomes the block's forward
 =================== ==================================================================
 
-``pipeline`` says what a pass is and runs them; ``plan_nodes`` holds the nodes that make a plan.
+``pipeline`` says what a pass is and runs them; ``plan_nodes`` holds the nodes that make a plan;
+``readable`` and ``debug`` show graphs; ``pass_manager`` runs the passes among torch.fx's own.
+
+``merge_captured`` merges in a whole model that others captured as one flat graph; ``captured`` and
+``order_captured`` are its helpers.
 """

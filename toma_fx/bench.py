@@ -66,7 +66,7 @@ def side_by_side(
         for each in models.values():
             each.compile_repeated_blocks(fullgraph=True)  # type: ignore[operator]
     seconds: dict[str, list[float]] = {name: [] for name in models}
-    progress = tqdm(total=len(models) * (repeats + 1), unit="call", leave=False)
+    progress = tqdm(total=len(models) * (repeats + 1), unit="call", leave=False, disable=None)
     with torch.inference_mode(), progress:
         for _ in range(repeats + 1):
             for name, each in models.items():

@@ -67,6 +67,18 @@ def load_model(name: str, *, dtype: torch.dtype = torch.bfloat16, **changes: Any
     return model.eval().requires_grad_(False)
 
 
+def architecture(name: str) -> nn.Module:
+    """A model without weights, on the meta device: enough to transform and to report on.
+
+    Args:
+        name: ``"sdxl"`` or ``"flux"``.
+    """
+    cls, config = RANDOM[name]
+    with torch.device("meta"):
+        model: nn.Module = cls(**config)
+    return model
+
+
 def random_weights(cls: Any, config: dict[str, Any], dtype: torch.dtype) -> nn.Module:
     """A model with weights that keep activations finite, filled in seconds at any size."""
     with torch.device("meta"):

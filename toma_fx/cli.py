@@ -3,14 +3,13 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import get_args
 
 import torch
 
 import toma_fx
 from toma_fx.bench import machine, side_by_side, table
-from toma_fx.checkpoints import load_model
+from toma_fx.checkpoints import RANDOM, architecture, load_model
 from toma_fx.config import PRESETS, Component, MergeConfig, Placement, Region
 from toma_fx.demo import demo
 from toma_fx.errors import TomaError
@@ -92,16 +91,20 @@ def _config(options: argparse.Namespace, ratio: float) -> MergeConfig:
 
 
 def _report(options: argparse.Namespace) -> None:
-    model = load_model(options.model, dtype=DTYPES[options.dtype])
-    transformed = toma_fx.transform(model, _config(options, options.ratio))
+    config = _config(options, options.ratio)  # before loading, which can take minutes
+    if options.model in RANDOM:
+        model = architecture(options.model)
+    else:
+        model = load_model(options.model, dtype=DTYPES[options.dtype])
+    transformed = toma_fx.transform(model, config)
     print(toma_fx.report(transformed, height=options.height, width=options.width))
 
 
 def _bench(options: argparse.Namespace) -> None:
-    first = _config(options, options.ratio[0])
+    configs = {f"ratio {ratio:g}": _config(options, ratio) for ratio in options.ratio}
     timings = side_by_side(
         load_model(options.model, dtype=DTYPES[options.dtype]),
-        {f"ratio {ratio:g}": replace(first, ratio=ratio) for ratio in options.ratio},
+        configs,
         height=options.height,
         width=options.width,
         batch=options.batch,
