@@ -6,6 +6,8 @@ from hypothesis import settings
 
 # Before torch is imported. torch keeps compiled code between processes under the names of the
 # operators in a graph, which do not change when what they do does.
+# Nothing is downloaded in a test, and asking for it would only wait for a network.
+os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"
 
 # No deadline, because the first example of a test may have to compile or import something. And the
