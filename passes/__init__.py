@@ -10,6 +10,7 @@ merge_once          once around the block
 guard_inputs        refuse inputs that merged tokens cannot carry
 share_plan          one plan for the block, its group, and several steps
 cleanup             remove what is repeated or unused
+plan_apart          a leader's plan as a graph of its own, for compiling blocks one by one
 install             the graph becomes the block's forward
 =================== ==================================================================
 

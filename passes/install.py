@@ -4,6 +4,9 @@ Before: a `GraphModule`, whose class, name and code object are its own. After: a
 module's class, with the same name, whose ``forward`` is the graph's code. Blocks with the same code
 share the class, so ``torch.compile`` compiles it once, and everything that looks at a block finds
 what it looks for: class, submodules, state-dict keys, hooks.
+
+A leader that is compiled by itself, as ``compile_repeated_blocks`` does, becomes two graphs: the
+plan, and the rest, which is the code of the blocks that follow it and is compiled with theirs.
 """
 
 import copy
@@ -11,14 +14,31 @@ import functools
 import linecache
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from hashlib import sha256
-from types import ModuleType
+from types import MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-Helpers = tuple[tuple[str, Any], ...]
+from toma_fx.passes.plan_apart import plan_apart
+
+
+@dataclass(frozen=True)
+class _Code:
+    """The source of a ``forward``, and the functions that it calls by name."""
+
+    source: str
+    helpers: tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class _Apart:
+    """The two parts of a leader: what makes the plan, and what the blocks that follow run."""
+
+    planner: _Code
+    follower: _Code
 
 
 def generated_class(base: Any, gm: fx.GraphModule) -> type[Any]:
@@ -31,43 +51,88 @@ def generated_class(base: Any, gm: fx.GraphModule) -> type[Any]:
     Returns:
         The class; the same one whenever base and code are the same.
     """
+    return _class_of(base, _code_of(gm), None)
+
+
+def install(block: nn.Module, gm: fx.GraphModule, follower: fx.GraphModule | None = None) -> None:
+    """Let ``block`` run the graph, with a copy of each submodule that passes added to it.
+
+    Args:
+        block: a module of the class whose ``forward`` was captured.
+        gm: what it runs.
+        follower: when ``gm`` is that of a leader, the graph of the blocks that follow it.
+    """
+    for name, child in gm.named_children():
+        if name not in block._modules:
+            block.add_module(name, copy.deepcopy(child))
+    planner = None if follower is None else plan_apart(gm)
+    apart = None
+    if planner is not None and follower is not None:
+        apart = _Apart(_code_of(planner), _code_of(follower))
+    block.__class__ = _class_of(type(block), _code_of(gm), apart)
+
+
+def _code_of(gm: fx.GraphModule) -> _Code:
     code = gm.graph.python_code("self")
     # torch.fx offers more than the code uses: NaN, say, which no unpickled NaN would be equal to.
     used = {k: v for k, v in code.globals.items() if re.search(rf"\b{k}\b", code.src)}
     helpers = {k: v for k, v in used.items() if not isinstance(v, ModuleType)}
-    return _class_of(base, code.src, tuple(helpers.items()))
-
-
-def install(block: nn.Module, gm: fx.GraphModule) -> None:
-    """Let ``block`` run the graph, with a copy of each submodule that passes added to it."""
-    for name, child in gm.named_children():
-        if name not in block._modules:
-            block.add_module(name, copy.deepcopy(child))
-    block.__class__ = generated_class(type(block), gm)
+    return _Code(code.src, tuple(helpers.items()))
 
 
 @functools.cache
-def _class_of(base: Any, source: str, helpers: Helpers) -> type[Any]:
-    filename = f"<toma_fx {base.__name__} {sha256(source.encode()).hexdigest()[:12]}>"
-    # So that a traceback into the generated code shows its lines.
-    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
-    namespace: dict[str, Any] = {"torch": torch, **dict(helpers)}
-    exec(compile(source, filename, "exec"), namespace)
-
+def _class_of(base: Any, code: _Code, apart: _Apart | None) -> type[Any]:
     def reduce(self: Any, protocol: object) -> tuple[Callable[..., Any], Any, Any]:
         # A generated class cannot be found by name, so a pickle holds what makes it.
-        return _new, (base, source, helpers), self.__getstate__()
+        return _new, (base, code, apart), self.__getstate__()
 
     attributes = {
         "__doc__": base.__doc__,
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__reduce_ex__": reduce,
-        "forward": namespace["forward"],
+        "forward": _function(base, code),
     }
+    if apart is not None:
+        attributes["compile"] = _compile_apart(
+            _function(base, apart.planner), _class_of(base, apart.follower, None)
+        )
     return type(base.__name__, (base,), attributes)
 
 
-def _new(base: Any, source: str, helpers: Helpers) -> Any:
-    cls: Any = _class_of(base, source, helpers)
+def _function(base: Any, code: _Code) -> Any:
+    filename = f"<toma_fx {base.__name__} {sha256(code.source.encode()).hexdigest()[:12]}>"
+    # So that a traceback into the generated code shows its lines.
+    lines = code.source.splitlines(keepends=True)
+    linecache.cache[filename] = (len(code.source), None, lines, filename)
+    namespace: dict[str, Any] = {"torch": torch, **dict(code.helpers)}
+    exec(compile(code.source, filename, "exec"), namespace)
+    return namespace["forward"]
+
+
+def _compile_apart(planner: Callable[..., Any], follower_class: type[Any]) -> Callable[..., None]:
+    """The ``compile`` of a leader."""
+
+    def compile_(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        """Compile this block for its own calls; arguments as `torch.compile` takes them."""
+        if "forward" in vars(self):  # somebody's hook, which runs the block whole
+            nn.Module.compile(self, *args, **kwargs)
+            return
+        follower = copy.copy(self)  # shares every tensor, submodule and hook
+        follower.__class__ = follower_class
+        follower.compile(*args, **kwargs)
+        plan = torch.compile(MethodType(planner, self), *args, **kwargs)
+
+        def call(*inputs: Any, **named: Any) -> Any:
+            follower.training = self.training
+            plan(*inputs, **named)
+            return follower(*inputs, **named)
+
+        self._compiled_call_impl = call
+
+    return compile_
+
+
+def _new(base: Any, code: _Code, apart: _Apart | None) -> Any:
+    cls: Any = _class_of(base, code, apart)
     return cls.__new__(cls)

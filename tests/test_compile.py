@@ -85,42 +85,38 @@ def test_whole_model_is_one_graph(build: Callable[[], Any], preset: str, backend
     assert frames.frame_count == 1
 
 
-def block_kinds(model: Any, call: dict[str, Any]) -> set[Any]:
-    """What blocks differ in: class, which is structure and role; heads; and shape of the tokens."""
-    kinds = set()
-
-    def note(block: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        attention = block.attn1 if hasattr(block, "attn1") else block.attn
-        tokens = args[0] if args else kwargs["hidden_states"]
-        kinds.add((type(block), attention.heads, tokens.shape))
-
-    model = copy.deepcopy(model)
-    for module in model.modules():
-        if type(module).__name__ in model._repeated_blocks:
-            module.register_forward_pre_hook(note, with_kwargs=True)
-    model(**call)
-    return kinds
-
-
-@pytest.mark.parametrize("preset", ["default", "toma"])
-@pytest.mark.parametrize(("build", "blocks", "kinds"), [(tiny_sdxl_unet, 11, 3), (tiny_flux, 5, 4)])
+# A graph for each structure and shape of a block, and one for each shape of a plan. Later
+# single-stream blocks get text tokens in another memory layout than the first, merged or not. A
+# plan made from what the block's norm returns, as in "toma", is part of the block, whose followers
+# then are another structure.
+@pytest.mark.parametrize(
+    ("build", "preset", "blocks", "graphs"),
+    [
+        (tiny_sdxl_unet, "default", 11, 2 + 2),
+        (tiny_sdxl_unet, "toma", 11, 3),
+        (tiny_sdxl_unet, "toma_once", 11, 2 + 2),
+        (tiny_flux, "default", 5, 3 + 2),
+        (tiny_flux, "toma", 5, 4),
+        (tiny_flux, "toma_once", 5, 3 + 2),
+    ],
+)
 def test_blocks_are_one_graph_for_each_kind(
-    build: Callable[[], Any], blocks: int, kinds: int, preset: str
+    build: Callable[[], Any], preset: str, blocks: int, graphs: int
 ) -> None:
     uncompiled = transform(build(), MergeConfig.preset(preset))
-    size = {"height": 16, "width": 16} if kinds == 3 else {"height": 8, "width": 8}
+    size = {"height": 16, "width": 16} if build is tiny_sdxl_unet else {"height": 8, "width": 8}
     calls = images(uncompiled, **size)
-    assert len(block_kinds(uncompiled, first := next(calls))) == kinds
     compiled = copy.deepcopy(uncompiled)
     frames = CompileCounterWithBackend("aot_eager")
     compiled.compile_repeated_blocks(backend=frames, fullgraph=True, dynamic=False)
     assert sum(m._compiled_call_impl is not None for m in compiled.modules()) == blocks
+    first = next(calls)
     assert difference(compiled(**first).sample, uncompiled(**first).sample) < TOLERANCE
     with torch._dynamo.config.patch(error_on_recompile=True):
         for call in calls:
             expected = uncompiled(**call).sample
             assert difference(compiled(**call).sample, expected) < TOLERANCE
-    assert frames.frame_count == kinds
+    assert frames.frame_count == graphs
 
 
 @pytest.mark.slow

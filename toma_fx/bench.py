@@ -23,13 +23,13 @@ class Timing:
     """Seconds of one forward of one model."""
 
     name: str
-    first_call: float
-    """The first call, which includes compiling."""
     calls: tuple[float, ...]
+    first_call: float | None = None
+    """A call before the others, which includes compiling; None when there was none."""
 
     @property
     def median(self) -> float:
-        """Median of the calls after the first."""
+        """Median of the calls."""
         return statistics.median(self.calls)
 
 
@@ -105,11 +105,12 @@ def table(timings: list[Timing]) -> str:
                 f"{min(timing.calls):.3g} to {max(timing.calls):.3g}",
                 f"{statistics.median(ratios):.2f}",
                 f"{min(ratios):.2f} to {max(ratios):.2f}",
-                f"{timing.first_call:.3g}",
+                *([] if timing.first_call is None else [f"{timing.first_call:.3g}"]),
             )
 
-    headers = ("model", "s a call", "spread", "times as fast", "spread", "first call, s")
-    return str(tabulate(list(rows()), headers, disable_numparse=True))
+    headers = ["model", "s a call", "spread", "times as fast", "spread", "first call, s"]
+    width = len(headers) - (baseline.first_call is None)
+    return str(tabulate(list(rows()), headers[:width], disable_numparse=True))
 
 
 def machine() -> str:

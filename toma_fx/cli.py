@@ -10,9 +10,11 @@ import torch
 import toma_fx
 from toma_fx.bench import machine, side_by_side, table
 from toma_fx.checkpoints import RANDOM, architecture, load_model
+from toma_fx.cold_start import cold_starts
 from toma_fx.config import PRESETS, Component, MergeConfig, Placement, Region
 from toma_fx.demo import demo
 from toma_fx.errors import TomaError
+from toma_fx.lab.cli import add_commands
 
 MODEL = "sdxl or flux (random weights, real size), or a folder or hub name that diffusers can load"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -55,6 +57,11 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--batch", type=int, default=1, help="images (1)")
     bench.add_argument("--repeats", type=int, default=3, help="counted calls of each model (3)")
     bench.add_argument("--eager", action="store_true", help="do not compile")
+    bench.add_argument(
+        "--cold",
+        action="store_true",
+        help="time first calls, each in a new process, nothing cached",
+    )
     _add_config(bench)
     _add_size(bench)
     bench.set_defaults(run=_bench)
@@ -66,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--ratio", type=float, default=0.5, help="share of tokens merged away (0.5)")
     show.add_argument("--quick", action="store_true", help="512 x 512 pixels, one counted call")
     show.set_defaults(run=lambda o: demo(model=o.model, ratio=o.ratio, quick=o.quick))
+    add_commands(commands)
     return parser
 
 
@@ -102,14 +110,12 @@ def _report(options: argparse.Namespace) -> None:
 
 def _bench(options: argparse.Namespace) -> None:
     configs = {f"ratio {ratio:g}": _config(options, ratio) for ratio in options.ratio}
-    timings = side_by_side(
-        load_model(options.model, dtype=DTYPES[options.dtype]),
-        configs,
-        height=options.height,
-        width=options.width,
-        batch=options.batch,
-        repeats=options.repeats,
-        compiled=not options.eager,
-    )
+    size = {"height": options.height, "width": options.width, "batch": options.batch}
+    dtype, repeats = DTYPES[options.dtype], options.repeats
+    if options.cold:
+        timings = cold_starts(options.model, configs, dtype=dtype, repeats=repeats, **size)
+    else:
+        model = load_model(options.model, dtype=dtype)
+        timings = side_by_side(model, configs, repeats=repeats, compiled=not options.eager, **size)
     print(table(timings))
     print(machine())

@@ -144,12 +144,14 @@ def _transform_model(model: nn.Module, config: MergeConfig) -> nn.Module:
     graphs: dict[Any, fx.GraphModule] = {}
     for path, (block, row) in blocks.items():
         role = None if path in skipped else _role(path, leaders, config)
-        key = (_structure(block), role)
-        if key not in graphs:
-            graphs[key] = rewritten_graph(block, row, config, role)
-        install(block, graphs[key])
+        structure = _structure(block)
+        for needed in (role, "follow") if role == "lead" else (role,):
+            if (structure, needed) not in graphs:
+                graphs[structure, needed] = rewritten_graph(block, row, config, needed)
+        gm = graphs[structure, role]
+        install(block, gm, graphs[structure, "follow"] if role == "lead" else None)
         if role is not None:
-            merged[path] = _components(graphs[key], config)
+            merged[path] = _components(gm, config)
     rewrite = Rewrite(config, model, skipped, merged)
     _install_borders(copied, family, rewrite)
     return copied

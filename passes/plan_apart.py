@@ -1,0 +1,49 @@
+"""The plan of a group's first block as a graph of its own.
+
+Before, the leader::
+
+    destinations = torch.ops.toma.select(hidden_states, 64, 0.5, 'facility_location')
+    weights = torch.ops.toma.weigh(hidden_states, destinations, 0.001, 'region', 'transpose')
+    plan = share(cross_attention_kwargs, weights[0], weights[1])
+    merged = torch.ops.toma.merge(hidden_states, plan[0])
+    ...
+
+After, a graph that ends with the plan::
+
+    destinations = torch.ops.toma.select(hidden_states, 64, 0.5, 'facility_location')
+    weights = torch.ops.toma.weigh(hidden_states, destinations, 0.001, 'region', 'transpose')
+    plan = share(cross_attention_kwargs, weights[0], weights[1])
+    return None
+
+What is left of the leader is the graph of the blocks that follow it. So when blocks are compiled
+one by one, a leader need not be compiled whole, which would double the time that compiling takes.
+"""
+
+from torch import fx
+
+from toma_fx.passes.share_plan import MEMORY
+from toma_fx.runtime import plan
+
+
+def plan_apart(gm: fx.GraphModule) -> fx.GraphModule | None:
+    """The part of a leader's graph that makes its plan, with the leader's signature.
+
+    Returns:
+        The graph; None when the plan is made from what layers of the block computed.
+    """
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    graph.set_codegen(gm.graph._codegen)
+    (made,) = graph.find_nodes(op="call_function", target=plan.share)
+    needed = {made}
+    for node in reversed(graph.nodes):
+        if node in needed:
+            needed.update(node.all_input_nodes)
+    if any(n.op == "call_module" and n.target != MEMORY for n in needed):
+        return None
+    graph.output_node().args = (None,)
+    for node in reversed(graph.nodes):
+        if node not in needed and node.op not in ("placeholder", "output"):
+            graph.erase_node(node)
+    graph.lint()
+    return fx.GraphModule(gm, graph, class_name="Plan")
