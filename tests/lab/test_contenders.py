@@ -1,0 +1,109 @@
+"""What each variant costs at a ratio, and that its change does not outlast it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import toma_fx
+from tests.pipelines import tiny_flux_pipeline, tiny_sdxl_pipeline
+from toma_fx.config import MergeConfig
+from toma_fx.errors import TomaError
+from toma_fx.lab.arithmetic import Call, count, first_call
+from toma_fx.lab.contenders import Contender, contend
+from toma_fx.lab.draw import Task, draw
+from toma_fx.lab.prompts import Prompt
+from toma_fx.lab.rivals import load_rival
+from toma_fx.lab.variants import Variant, parse_variant
+
+STEPS = 20
+TASK = Task(model="", prompts=(Prompt(text="a b"),), steps=STEPS, height=128, width=128)
+TODO = Path(__file__).parents[2] / "examples" / "rivals" / "todo.py"
+
+
+def find(pipeline: Any, variants: Sequence[Variant], ratios: list[float]) -> list[Contender]:
+    return contend(pipeline, variants, ratios, STEPS, call_of(pipeline))
+
+
+def call_of(pipeline: Any) -> Call:
+    model = getattr(pipeline, "unet", None) or pipeline.transformer
+    return first_call(model, lambda: draw(pipeline, TASK, TASK.prompts[0], 0))
+
+
+def test_untouched_comes_first_and_then_every_variant_at_every_ratio() -> None:
+    pipeline = tiny_sdxl_pipeline()
+    names = ("toma:region=stripe", "steps", "steps=5")
+    found = find(pipeline, [*map(parse_variant, names), load_rival(TODO)], [0.5])
+    assert [(each.variant, each.ratio) for each in found] == [
+        ("untouched", None),
+        ("toma:region=stripe", 0.5),
+        ("steps", 0.5),
+        ("steps=5", None),
+        ("todo", 0.5),
+    ]
+    assert len({each.folder for each in found}) == len(found)
+    assert found[1].folder == "toma_region=stripe_r0.5"
+    assert all(each.steps == STEPS for each in found if "steps" not in each.variant)
+
+
+def test_arithmetic_is_relative_to_untouched() -> None:
+    pipeline = tiny_flux_pipeline()
+    call = call_of(pipeline)
+    variants = [parse_variant("default"), parse_variant("steps"), parse_variant("steps=5")]
+    untouched, merged, fewer, given = find(pipeline, variants, [0.5])
+    config = MergeConfig(ratio=0.5)
+    model = pipeline.transformer
+    paid = count(toma_fx.transform(model, config), call) / count(model, call)
+    assert untouched.arithmetic == 1 and untouched.steps == STEPS
+    assert merged.arithmetic == pytest.approx(paid) and paid < 0.95
+    assert fewer.steps == round(STEPS * paid) and fewer.arithmetic == fewer.steps / STEPS
+    assert (given.steps, given.arithmetic) == (5, 0.25)
+
+
+def test_steps_alone_pay_for_the_default() -> None:
+    pipeline = tiny_flux_pipeline()
+    _, merged, after = find(pipeline, [parse_variant("default"), parse_variant("steps")], [0.5])
+    (_, alone) = find(pipeline, [parse_variant("steps")], [0.5])
+    assert alone.steps == after.steps == round(STEPS * merged.arithmetic)
+
+
+def test_a_change_lasts_as_long_as_its_context() -> None:
+    pipeline = tiny_sdxl_pipeline()
+    original = pipeline.unet
+    _, merged, todo = find(pipeline, [parse_variant("default"), load_rival(TODO)], [0.5])
+    with merged.changed():
+        assert hasattr(pipeline.unet, "_toma")
+    assert pipeline.unet is original and not hasattr(original, "_toma")
+    with pytest.raises(KeyboardInterrupt), merged.changed():
+        raise KeyboardInterrupt
+    assert pipeline.unet is original
+    before = dict(original.attn_processors)
+    with todo.changed():
+        assert dict(original.attn_processors) != before
+    assert dict(original.attn_processors) == before
+
+
+def test_identity_tells_what_decides_the_images() -> None:
+    pipeline = tiny_flux_pipeline()
+    a, b = (find(pipeline, [parse_variant(name)], [0.5])[1] for name in ("toma", "toma_tile"))
+    assert a.identity != b.identity
+    assert a.identity == repr(MergeConfig.preset("toma", ratio=0.5))
+
+
+def test_a_ratio_out_of_range_is_named() -> None:
+    with pytest.raises(TomaError, match=r"ratio=1\.5"):
+        find(tiny_flux_pipeline(), [parse_variant("default")], [1.5])
+
+
+def test_images_of_the_untouched_model_stay_the_same() -> None:
+    pipeline = tiny_flux_pipeline()
+    task = Task(model="", prompts=TASK.prompts, steps=2, height=128, width=128)
+    before, _ = draw(pipeline, task, task.prompts[0], 0)
+    _, merged = find(pipeline, [parse_variant("toma")], [0.75])
+    with merged.changed():
+        changed, _ = draw(pipeline, task, task.prompts[0], 0)
+    after, _ = draw(pipeline, task, task.prompts[0], 0)
+    assert before.tobytes() == after.tobytes() != changed.tobytes()
+    assert torch.is_grad_enabled()

@@ -1,0 +1,142 @@
+"""A variant at a ratio: what draws one set of images, and what it costs."""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from toma_fx.config import MergeConfig
+from toma_fx.lab.arithmetic import Call, count
+from toma_fx.lab.variants import UNTOUCHED, Changed, FewerSteps, Merging, Rival, Variant
+from toma_fx.transform import PIPELINE_PARTS, model_of, transform
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """One row of the summary, one point of the plots."""
+
+    variant: str
+    ratio: float | None
+    """``None`` where there is none: untouched, and a given number of steps."""
+    steps: int
+    arithmetic: float
+    """Operations of the denoising model for an image, relative to the untouched one's."""
+    identity: str
+    """Everything that decides the images; images of another identity are not reused."""
+    changed: Changed
+
+    @property
+    def folder(self) -> str:
+        """Name of the folder with its images."""
+        name = re.sub(r"[^\w.=+-]+", "_", self.variant)
+        return name if self.ratio is None else f"{name}_r{self.ratio:g}"
+
+
+def contend(
+    pipeline: Any, variants: Sequence[Variant], ratios: Sequence[float], steps: int, call: Call
+) -> list[Contender]:
+    """The untouched model, then every variant at every ratio.
+
+    Args:
+        pipeline: an untouched pipeline.
+        variants: in the order of the tables.
+        ratios: shares of tokens merged away.
+        steps: of the untouched model.
+        call: of the denoising model, for counting; see `first_call`.
+
+    Raises:
+        TomaError: when a ratio, or the model, is nothing that a variant takes.
+    """
+    model = model_of(pipeline)
+    untouched = count(model, call)
+    merging = next((v for v in variants if isinstance(v, Merging)), None)
+    found = [
+        Contender(
+            variant=UNTOUCHED,
+            ratio=None,
+            steps=steps,
+            arithmetic=1.0,
+            identity=UNTOUCHED,
+            changed=nullcontext,
+        )
+    ]
+    for variant in variants:
+        for ratio in ratios:
+            if isinstance(variant, Merging):
+                found.append(_merging(variant, pipeline, ratio, steps, call, untouched))
+            elif isinstance(variant, Rival):
+                found.append(_rival(variant, pipeline, ratio, steps, call, untouched))
+            elif variant.count is None:
+                config = MergeConfig(ratio=ratio) if merging is None else merging.config(ratio)
+                paid = count(transform(model, config), call) / untouched
+                found.append(_fewer(variant, ratio, max(1, round(steps * paid)), steps))
+        if isinstance(variant, FewerSteps) and variant.count is not None:
+            found.append(_fewer(variant, None, variant.count, steps))
+    return found
+
+
+def _merging(
+    variant: Merging, pipeline: Any, ratio: float, steps: int, call: Call, untouched: int
+) -> Contender:
+    config = variant.config(ratio)
+    transformed = transform(model_of(pipeline), config)
+    return Contender(
+        variant=variant.name,
+        ratio=ratio,
+        steps=steps,
+        arithmetic=count(transformed, call) / untouched,
+        identity=repr(config),
+        changed=lambda: _in_place_of(pipeline, transformed),
+    )
+
+
+def _rival(
+    variant: Rival, pipeline: Any, ratio: float, steps: int, call: Call, untouched: int
+) -> Contender:
+    def changed() -> Any:
+        return _undone(lambda: variant.apply(pipeline, ratio))
+
+    with changed():  # on real tensors: a rival may look at their values
+        operations = count(model_of(pipeline), call, data=True)
+    return Contender(
+        variant=variant.name,
+        ratio=ratio,
+        steps=steps,
+        arithmetic=operations / untouched,
+        identity=f"{variant.name} {variant.source}",
+        changed=changed,
+    )
+
+
+def _fewer(variant: FewerSteps, ratio: float | None, taken: int, steps: int) -> Contender:
+    return Contender(
+        variant=variant.name,
+        ratio=ratio,
+        steps=taken,
+        arithmetic=taken / steps,
+        identity=f"{UNTOUCHED}, {taken} steps",
+        changed=nullcontext,
+    )
+
+
+@contextmanager
+def _in_place_of(pipeline: Any, transformed: nn.Module) -> Iterator[None]:
+    original = model_of(pipeline)
+    part = next(name for name in PIPELINE_PARTS if getattr(pipeline, name, None) is original)
+    setattr(pipeline, part, transformed)
+    try:
+        yield
+    finally:
+        setattr(pipeline, part, original)
+
+
+@contextmanager
+def _undone(apply: Callable[[], Callable[[], None]]) -> Iterator[None]:
+    undo = apply()
+    try:
+        yield
+    finally:
+        undo()

@@ -1,0 +1,124 @@
+"""Loading a pipeline and drawing one image with it."""
+
+import inspect
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import diffusers
+import torch
+from PIL.Image import Image
+
+from toma_fx.errors import ConfigError, ModelError
+from toma_fx.lab.prompts import Prompt
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What is drawn, whoever draws it. Images of different tasks are never mixed.
+
+    Raises:
+        ConfigError: when there is no prompt, seed or step.
+    """
+
+    model: str
+    """Hub name or folder of a diffusers pipeline."""
+    prompts: tuple[Prompt, ...]
+    seeds: int = 1
+    """Images of each prompt, with the seeds 0, 1, ... More can be added later."""
+    steps: int = 25
+    guidance: float | None = None
+    """``None``: the pipeline's own, and so are the sizes."""
+    height: int | None = None
+    width: int | None = None
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        if not self.prompts:
+            raise ConfigError("prompts=() must hold at least one prompt")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype={self.dtype!r} must be one of {', '.join(DTYPES)}")
+
+    def settings(self) -> dict[str, Any]:
+        """What must be equal for images to be mixed: all but the number of seeds."""
+        fields = asdict(self)
+        del fields["seeds"]
+        return {**fields, "prompts": [asdict(prompt) for prompt in self.prompts]}
+
+
+def default_dtype() -> str:
+    """bfloat16 on a GPU, float32 without one."""
+    return "bfloat16" if torch.cuda.is_available() else "float32"
+
+
+def load_pipeline(name: str, *, dtype: str = "float32", device: Any = None) -> Any:
+    """A diffusers pipeline, ready to draw.
+
+    Args:
+        name: hub name, or folder as ``save_pretrained`` writes it.
+        dtype: of the weights.
+        device: the GPU when there is one, when left out.
+
+    Raises:
+        ModelError: when there is no pipeline under that name.
+    """
+    try:
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(name, dtype=DTYPES[dtype])
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"no pipeline could be loaded from {name!r}: {error}; give a folder with a "
+            "model_index.json, or the hub name of a diffusers pipeline"
+        ) from error
+    pipeline.set_progress_bar_config(disable=True)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return pipeline.to(device)
+
+
+def takes_negative(pipeline: Any) -> bool:
+    """Whether a negative prompt has an effect; Flux's has none at its usual guidance."""
+    parameters = inspect.signature(type(pipeline).__call__).parameters
+    return "negative_prompt" in parameters and "true_cfg_scale" not in parameters
+
+
+@torch.no_grad()
+def draw(
+    pipeline: Any, task: Task, prompt: Prompt, seed: int, *, steps: int | None = None
+) -> tuple[Image, float]:
+    """One image, and the seconds that it took from prompt to pixels.
+
+    Args:
+        pipeline: of `load_pipeline`, changed or not.
+        task: sizes and guidance.
+        prompt: one of the task's.
+        seed: of the starting noise, which is made on the CPU so that every device starts alike.
+        steps: of denoising; the task's when left out.
+    """
+    options = {
+        "guidance_scale": task.guidance,
+        "height": task.height,
+        "width": task.width,
+        "negative_prompt": (prompt.negative or None) if takes_negative(pipeline) else None,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    generator = torch.Generator().manual_seed(seed)
+    _synchronize()
+    start = time.perf_counter()
+    image: Image = pipeline(
+        prompt.text,
+        num_inference_steps=task.steps if steps is None else steps,
+        generator=generator,
+        **given,
+    ).images[0]
+    _synchronize()
+    return image, time.perf_counter() - start
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

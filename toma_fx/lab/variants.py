@@ -1,0 +1,148 @@
+"""Contenders by name: presets of `MergeConfig` with changes, fewer steps, and rivals.
+
+A variant is what is written on the command line; with a ratio it becomes a contender (`contend`).
+
+============================  =====================================================================
+``toma``                      a preset of `toma_fx.MergeConfig`
+``toma:region=stripe``        the same with other fields; several are parted by commas
+``...:components=mlp+...``    several values of one field are parted by ``+``
+``...:schedule=10/5``         steps between two selections and between two computations of weights
+``steps``                     no merging, as few steps as the first merging variant's arithmetic
+                              pays for
+``steps=18``                  no merging, 18 steps
+``tomesd``                    the package of that name, on UNets (`toma_fx.lab.rivals`)
+============================  =====================================================================
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
+
+from toma_fx.config import PRESETS, MergeConfig, Schedule
+from toma_fx.errors import ConfigError, TomaError
+
+STEPS = "steps"
+UNTOUCHED = "untouched"
+"""The model as it is: what paired measures compare with."""
+
+Changed = Callable[[], AbstractContextManager[None]]
+"""Makes a pipeline draw as a contender does for as long as the context lasts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merging:
+    """A preset with changes."""
+
+    name: str
+    preset: str
+    changes: tuple[tuple[str, Any], ...] = ()
+
+    def config(self, ratio: float) -> MergeConfig:
+        """What `toma_fx.transform` is given.
+
+        Raises:
+            ConfigError: when a field, a value or the ratio is not one that `MergeConfig` takes.
+        """
+        return MergeConfig.preset(self.preset, **{**dict(self.changes), "ratio": ratio})
+
+
+@dataclass(frozen=True, kw_only=True)
+class FewerSteps:
+    """The untouched model with fewer denoising steps: what every saving must be compared with."""
+
+    name: str
+    count: int | None = None
+    """Steps; ``None`` for as many as the arithmetic of the first merging variant pays for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rival:
+    """Another way to save arithmetic, from a Python file or package."""
+
+    name: str
+    apply: Callable[[Any, float], Callable[[], None]]
+    """Changes a pipeline in place for a ratio, and returns what undoes that. It is called before
+    every image, so that none depends on those before it."""
+    source: str
+    """Fingerprint of the code: images of other code are not mixed with these."""
+
+
+Variant = Merging | FewerSteps | Rival
+
+
+def parse_variant(text: str, *, schedule: Schedule | None = None) -> Merging | FewerSteps:
+    """A variant as written on the command line, rivals excepted.
+
+    Args:
+        text: as in the module's table.
+        schedule: for every merging variant that does not name its own.
+
+    Raises:
+        ConfigError: when the name, a field or a value is unknown; the message names them.
+
+    >>> parse_variant("toma:region=stripe,region_tokens=64").config(0.5).region_tokens
+    64
+    """
+    if text == STEPS or text.startswith(f"{STEPS}="):
+        return FewerSteps(name=text, count=_steps(text))
+    preset, _, rest = text.partition(":")
+    if preset not in PRESETS:
+        raise ConfigError(
+            f"variant={text!r} is unknown; choose from {', '.join(PRESETS)}, with changes such as "
+            f"toma:region=stripe, or {STEPS}, {STEPS}=18, tomesd, or a rival's name"
+        )
+    changes: dict[str, Any] = {} if schedule is None else {"schedule": schedule}
+    for change in filter(None, rest.split(",")):
+        name, equals, value = change.partition("=")
+        if not equals:
+            raise ConfigError(f"variant={text!r}: {change!r} must be FIELD=VALUE")
+        changes[name] = _value(text, name, value)
+    variant = Merging(name=text, preset=preset, changes=tuple(changes.items()))
+    try:
+        variant.config(0.5)
+    except TomaError as error:
+        raise ConfigError(f"variant={text!r}: {error}") from error
+    return variant
+
+
+def parse_schedule(text: str) -> Schedule:
+    """``"10/5"``: steps between two selections, and between two computations of the weights.
+
+    Raises:
+        ConfigError: when it is not two whole numbers of at least 1.
+    """
+    select, _, weigh = text.partition("/")
+    if not (select.isdecimal() and weigh.isdecimal()):
+        raise ConfigError(f"schedule={text!r} must be two numbers of steps, such as 10/5")
+    return Schedule(select_every=int(select), weigh_every=int(weigh))
+
+
+def _steps(text: str) -> int | None:
+    _, equals, count = text.partition("=")
+    if not equals:
+        return None
+    if not count.isdecimal() or int(count) < 1:
+        raise ConfigError(f"variant={text!r} must name a number of steps, such as {STEPS}=18")
+    return int(count)
+
+
+def _value(text: str, name: str, value: str) -> Any:
+    """A field's value from its text, by the kind of the field's default."""
+    defaults = {f.name: f.default for f in fields(MergeConfig)}
+    if name == "ratio":
+        raise ConfigError(f"variant={text!r}: the ratio is given once for all, by --ratio")
+    default = defaults.get(name, MISSING)
+    if isinstance(default, Schedule):
+        return parse_schedule(value)
+    try:
+        if isinstance(default, bool):
+            return {"true": True, "false": False}[value]
+        if isinstance(default, int | float):
+            return type(default)(value)
+    except (ValueError, KeyError) as error:
+        expected = "true or false" if isinstance(default, bool) else "a number"
+        raise ConfigError(f"variant={text!r}: {name}={value!r} must be {expected}") from error
+    if default is None or isinstance(default, tuple):
+        return tuple(filter(None, value.split("+")))
+    return value
