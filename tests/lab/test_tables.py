@@ -1,0 +1,89 @@
+"""Rows, files and text of known results."""
+
+import csv
+import math
+from contextlib import nullcontext
+from pathlib import Path
+
+from toma_fx.lab.contenders import Contender
+from toma_fx.lab.intervals import mean_interval
+from toma_fx.lab.measures import Unavailable
+from toma_fx.lab.prompts import Prompt
+from toma_fx.lab.score import Scores
+from toma_fx.lab.tables import Outcome, as_text, image_rows, summary_rows, write_table
+
+CHOSEN = ("psnr", "lpips", "fid")
+
+
+def outcome(variant: str, ratio: float | None, scores: Scores) -> Outcome:
+    contender = Contender(
+        variant=variant,
+        ratio=ratio,
+        steps=25,
+        arithmetic=0.75,
+        identity="",
+        changed=nullcontext,
+    )
+    files = tuple(Path("out", "images", variant, f"{number}.png") for number in range(4))
+    return Outcome(contender=contender, files=files, seconds=(9.0, 1.0, 2.0, 3.0), scores=scores)
+
+
+OUTCOMES = [
+    outcome("untouched", None, {"fid": [7.0]}),
+    outcome(
+        "toma",
+        0.5,
+        {"psnr": [30.0, 31.0, 32.0, 33.0], "lpips": Unavailable("no torchvision"), "fid": [8.5]},
+    ),
+]
+PROMPTS = (Prompt(text="a, b"), Prompt(text="c"))
+
+
+def test_an_image_row_holds_everything_about_it(tmp_path: Path) -> None:
+    rows = image_rows(OUTCOMES, PROMPTS, 2, CHOSEN)
+    assert len(rows) == 8
+    assert rows[6] == {
+        "variant": "toma",
+        "ratio": 0.5,
+        "steps": 25,
+        "arithmetic": 0.75,
+        "prompt": 1,
+        "text": "c",
+        "seed": 0,
+        "seconds": 2.0,
+        "psnr": 32.0,
+        "lpips": "unavailable: no torchvision",
+        "file": "images/toma/2.png",
+    }
+    assert rows[0]["psnr"] == "" and rows[0]["ratio"] == ""
+    write_table(rows, tmp_path / "images.csv")
+    with (tmp_path / "images.csv").open(newline="") as stream:
+        read = list(csv.DictReader(stream))
+    assert read[1]["text"] == "a, b" and float(read[7]["psnr"]) == 33.0
+
+
+def test_a_summary_row_holds_means_intervals_and_reasons() -> None:
+    untouched, toma = summary_rows(OUTCOMES, 2, CHOSEN)
+    assert toma["psnr"] == 31.5 and toma["seconds"] == 2.5 and toma["images"] == 4
+    ends = mean_interval([[30.0, 31.0], [32.0, 33.0]])
+    assert (toma["psnr_low"], toma["psnr_high"]) == ends
+    assert toma["lpips"] == "unavailable: no torchvision" and toma["lpips_low"] == ""
+    assert (toma["fid"], toma["fid_low"]) == (8.5, "")
+    assert (untouched["psnr"], untouched["lpips"], untouched["fid"]) == ("", "", 7.0)
+
+
+def test_the_text_gives_each_reason_once() -> None:
+    text = as_text(summary_rows(OUTCOMES, 2, CHOSEN), CHOSEN)
+    assert "PSNR (dB), higher" in text and "75.0%" in text
+    low, high = mean_interval([[30.0, 31.0], [32.0, 33.0]])
+    assert 30 <= low < 31.5 < high <= 33
+    assert f"31.5 ({low:.4g} to {high:.4g})" in text
+    assert text.count("unavailable: no torchvision") == 1
+    assert "[1] unavailable" in text.splitlines()[-1]
+    assert "4 images each" in text
+
+
+def test_infinite_values_stay_infinite() -> None:
+    equal = outcome("default", 0.0, {"psnr": [math.inf] * 4})
+    (row,) = summary_rows([equal], 2, ("psnr",))
+    assert row["psnr"] == row["psnr_low"] == math.inf

@@ -1,0 +1,209 @@
+"""``toma-fx eval``: draw with every contender, measure against the untouched model, write tables.
+
+Drawing can be ended at any time and taken up again, and shared by several processes
+(``accelerate launch -m toma_fx eval ...``). Measuring is done by the first process, from the files.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from toma_fx.errors import ConfigError
+from toma_fx.lab.arithmetic import first_call
+from toma_fx.lab.contenders import Contender, contend
+from toma_fx.lab.draw import Task, draw, load_pipeline, takes_negative
+from toma_fx.lab.gallery import Gallery, save_image, seconds_of
+from toma_fx.lab.networks import Networks
+from toma_fx.lab.score import load_instruments, look_at_reference, score
+from toma_fx.lab.tables import (
+    IMAGES,
+    SUMMARY,
+    Outcome,
+    as_text,
+    image_rows,
+    summary_rows,
+    write_table,
+)
+from toma_fx.lab.variants import Variant
+from toma_fx.transform import model_of
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is compared and how it is measured."""
+
+    variants: tuple[Variant, ...]
+    ratios: tuple[float, ...]
+    measures: tuple[str, ...]
+    networks: Networks = field(default_factory=Networks)
+    reference: Path | None = None
+    """Folder of real images for FID; the untouched model's images when left out."""
+
+
+def evaluate(task: Task, plan: Plan, out: Path) -> str:
+    """Draw what is missing, measure everything, and write ``images.csv`` and ``summary.csv``.
+
+    Args:
+        task: what is drawn.
+        plan: by whom, and what is measured.
+        out: the folder, new or of an earlier run with the same task.
+
+    Returns:
+        the summary as text; nothing in processes other than the first.
+
+    Raises:
+        TomaError: when the model, a variant, a ratio or the folder is not what it must be.
+    """
+    real = () if plan.reference is None else pictures(plan.reference)
+    processes = processes_of_launch()
+    pipeline = load_pipeline(task.model, dtype=task.dtype, device=processes.device)
+    prompt = task.prompts[0]
+    call = first_call(model_of(pipeline), lambda: draw(pipeline, task, prompt, 0))
+    contenders = contend(pipeline, plan.variants, plan.ratios, task.steps, call)
+    gallery = Gallery(out)
+    if processes.first:
+        gallery.open(task, contenders)
+    processes.wait()
+    draw_missing(pipeline, task, contenders, gallery, processes)
+    processes.wait()
+    if not processes.first:
+        return ""
+    outcomes = measure(task, plan, contenders, gallery, real)
+    return _write(task, plan, outcomes, out, notes=_notes(pipeline, task))
+
+
+def pictures(folder: Path) -> tuple[Path, ...]:
+    """The image files of a folder, its subfolders included, in order.
+
+    Raises:
+        ConfigError: when it holds fewer than two.
+    """
+    files = tuple(sorted(f for f in folder.rglob("*") if f.suffix.lower() in PICTURES))
+    if len(files) < 2:
+        raise ConfigError(
+            f"reference={str(folder)!r} holds {len(files)} images; give a folder with at least 2 "
+            f"files that end in {', '.join(PICTURES)}"
+        )
+    return files
+
+
+@dataclass(frozen=True, kw_only=True)
+class Processes:
+    """This process among those that draw together."""
+
+    device: Any = None
+    """``None``: the GPU when there is one."""
+    first: bool = True
+    wait: Callable[[], None] = lambda: None
+    """Returns when all processes have come so far."""
+    share: Callable[[list[Any]], list[Any]] = lambda units: units
+    """This process's part of a list that is the same in all."""
+
+
+def processes_of_launch() -> Processes:
+    """The processes of ``accelerate launch``, or this one alone.
+
+    Raises:
+        ConfigError: when there are several and accelerate is not installed.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Processes()
+    if find_spec("accelerate") is None:
+        raise ConfigError("several processes need accelerate: pip install accelerate")
+    state: Any = import_module("accelerate").PartialState()
+
+    def share(units: list[Any]) -> list[Any]:
+        with state.split_between_processes(units) as mine:
+            return list(mine)
+
+    return Processes(
+        device=state.device,
+        first=state.is_main_process,
+        wait=state.wait_for_everyone,
+        share=share,
+    )
+
+
+def draw_missing(
+    pipeline: Any,
+    task: Task,
+    contenders: Sequence[Contender],
+    gallery: Gallery,
+    processes: Processes,
+) -> None:
+    """Draw and save every image that is not there yet, one at a time."""
+    missing = [
+        (contender, prompt, seed)
+        for contender in contenders
+        for prompt in range(len(task.prompts))
+        for seed in range(task.seeds)
+        if not gallery.file(contender, prompt, seed).exists()
+    ]
+    mine = processes.share(missing)
+    hidden = None if processes.first else True
+    with tqdm(total=len(mine), unit="image", disable=hidden) as progress:
+        for contender, prompt, seed in mine:
+            progress.set_description(contender.folder)
+            with contender.changed():
+                image, seconds = draw(
+                    pipeline, task, task.prompts[prompt], seed, steps=contender.steps
+                )
+            save_image(image, gallery.file(contender, prompt, seed), seconds=seconds)
+            progress.update()
+
+
+def measure(
+    task: Task,
+    plan: Plan,
+    contenders: Sequence[Contender],
+    gallery: Gallery,
+    real: Sequence[Path] = (),
+) -> list[Outcome]:
+    """The measures of all images, which must have been drawn; the untouched model's come first."""
+    instruments = load_instruments(plan.measures, plan.networks)
+    texts = [prompt.text for prompt in task.prompts for _ in range(task.seeds)]
+    files = [
+        tuple(
+            gallery.file(contender, prompt, seed)
+            for prompt in range(len(task.prompts))
+            for seed in range(task.seeds)
+        )
+        for contender in contenders
+    ]
+    reference = look_at_reference(instruments, files[0], real)
+    return [
+        Outcome(
+            contender=contender,
+            files=its,
+            seconds=tuple(seconds_of(file) for file in its),
+            scores=score(instruments, its, texts, reference, paired=its is not files[0]),
+        )
+        for contender, its in zip(
+            contenders, tqdm(files, desc="measure", unit="set", disable=None), strict=True
+        )
+    ]
+
+
+def _write(
+    task: Task, plan: Plan, outcomes: Sequence[Outcome], out: Path, *, notes: Sequence[str]
+) -> str:
+    write_table(image_rows(outcomes, task.prompts, task.seeds, plan.measures), out / IMAGES)
+    rows = summary_rows(outcomes, task.seeds, plan.measures)
+    write_table(rows, out / SUMMARY)
+    return "\n".join([as_text(rows, plan.measures), *notes])
+
+
+def _notes(pipeline: Any, task: Task) -> list[str]:
+    negative = sum(bool(prompt.negative) for prompt in task.prompts)
+    if not negative or takes_negative(pipeline):
+        return []
+    name = type(pipeline).__name__
+    return [f"{negative} prompts have a negative prompt, which {name} does not use"]

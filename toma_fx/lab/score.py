@@ -1,0 +1,183 @@
+"""Every measure of every image of a contender."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from toma_fx.lab import measures
+from toma_fx.lab.measures import MEASURES, Unavailable
+from toma_fx.lab.networks import (
+    Encoder,
+    Features,
+    Networks,
+    load_clip,
+    load_features,
+    load_lpips,
+    load_vision,
+    pixels,
+    read_image,
+)
+
+Scores = dict[str, list[float] | Unavailable]
+"""Of each measure, a value for each image; of a measure of sets, one value in all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Instruments:
+    """What the chosen measures look through; ``None`` where none of them needs it."""
+
+    chosen: tuple[str, ...]
+    pixel: dict[str, Callable[[Tensor, Tensor], float] | Unavailable]
+    clip: Encoder | Unavailable | None = None
+    dino: Encoder | Unavailable | None = None
+    fid: Features | Unavailable | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """What a contender's images are compared with."""
+
+    files: tuple[Path, ...]
+    """The untouched model's images, in the order of the contender's."""
+    dino: Tensor | None
+    clip: Tensor | None
+    fid: Tensor | None
+    """Features of real images, or of the untouched model's."""
+
+
+def load_instruments(chosen: Sequence[str], networks: Networks) -> Instruments:
+    """Load what the chosen measures need, once for all contenders.
+
+    Args:
+        chosen: names of `MEASURES`.
+        networks: their names or folders.
+    """
+    pixel: dict[str, Callable[[Tensor, Tensor], float] | Unavailable] = {
+        name: function
+        for name, function in (
+            ("mse", measures.mse),
+            ("psnr", measures.psnr),
+            ("ssim", measures.ssim),
+        )
+        if name in chosen
+    }
+    if "lpips" in chosen:
+        pixel["lpips"] = load_lpips(networks.lpips)
+    return Instruments(
+        chosen=tuple(name for name in MEASURES if name in chosen),
+        pixel=pixel,
+        clip=load_clip(networks.clip) if {"clip", "clip_image"} & set(chosen) else None,
+        dino=load_vision(networks.dino) if "dino" in chosen else None,
+        fid=load_features(networks.fid) if "fid" in chosen else None,
+    )
+
+
+def look_at_reference(
+    instruments: Instruments, untouched: Sequence[Path], real: Sequence[Path] = ()
+) -> Reference:
+    """Features of what contenders are compared with.
+
+    Args:
+        instruments: of `load_instruments`.
+        untouched: the untouched model's images.
+        real: images that FID compares with; the untouched model's when there are none.
+    """
+    fid = instruments.fid
+    return Reference(
+        files=tuple(untouched),
+        dino=_features(instruments.dino, untouched),
+        clip=_features(instruments.clip, untouched),
+        fid=fid(real or untouched) if callable(fid) else None,
+    )
+
+
+def score(
+    instruments: Instruments,
+    files: Sequence[Path],
+    texts: Sequence[str],
+    reference: Reference,
+    *,
+    paired: bool = True,
+) -> Scores:
+    """The measures of one contender's images.
+
+    Args:
+        instruments: of `load_instruments`.
+        files: the images, in the order of the reference's.
+        texts: the prompt of each.
+        reference: of `look_at_reference`.
+        paired: False for the untouched model itself, which would only be compared with itself.
+    """
+    clip, dino, fid = instruments.clip, instruments.dino, instruments.fid
+    scores: Scores = {}
+    if paired:
+        scores |= _pixel_scores(instruments, files, reference.files)
+    if paired and dino is not None:
+        scores["dino"] = _dino_distances(dino, files, reference)
+    if clip is not None:
+        scores |= _clip_scores(clip, files, texts, reference)
+    if fid is not None:
+        scores["fid"] = _fid(fid, files, reference.fid)
+    skipped = set() if paired else {n for n, m in MEASURES.items() if m.kind == "paired"}
+    wanted = [name for name in instruments.chosen if name not in skipped]
+    return {name: scores[name] for name in wanted}
+
+
+def _pixel_scores(
+    instruments: Instruments, files: Sequence[Path], others: Sequence[Path]
+) -> Scores:
+    scores: dict[str, list[float]] = {n: [] for n, f in instruments.pixel.items() if callable(f)}
+    if scores:
+        for file, other in zip(files, others, strict=True):
+            pair = pixels(read_image(file)), pixels(read_image(other))
+            for name, values in scores.items():
+                function = instruments.pixel[name]
+                assert callable(function)
+                values.append(function(*pair))
+    missing = {n: f for n, f in instruments.pixel.items() if isinstance(f, Unavailable)}
+    return {**scores, **missing}
+
+
+def _dino_distances(
+    dino: Encoder | Unavailable, files: Sequence[Path], reference: Reference
+) -> list[float] | Unavailable:
+    """1 minus the cosine of the class tokens of two images; 0 is equal."""
+    if isinstance(dino, Unavailable):
+        return dino
+    assert reference.dino is not None
+    return _floats(1 - measures.cosine(dino.images(files), reference.dino))
+
+
+def _clip_scores(
+    clip: Encoder | Unavailable, files: Sequence[Path], texts: Sequence[str], reference: Reference
+) -> Scores:
+    """100 times the cosine of image and text, as torchmetrics has it; and the cosine of images."""
+    if isinstance(clip, Unavailable):
+        return {"clip": clip, "clip_image": clip}
+    assert reference.clip is not None
+    features = clip.images(files)
+    return {
+        "clip": _floats((100 * measures.cosine(features, clip.texts(texts))).clamp(min=0)),
+        "clip_image": _floats(measures.cosine(features, reference.clip)),
+    }
+
+
+def _fid(
+    fid: Features | Unavailable, files: Sequence[Path], reference: Tensor | None
+) -> list[float] | Unavailable:
+    if isinstance(fid, Unavailable):
+        return fid
+    assert reference is not None
+    if len(files) < 2 or len(reference) < 2:
+        return Unavailable("a covariance needs at least 2 images of each kind")
+    return [measures.frechet_distance(fid(files), reference)]
+
+
+def _features(encoder: Encoder | Unavailable | None, files: Sequence[Path]) -> Tensor | None:
+    return encoder.images(files) if isinstance(encoder, Encoder) else None
+
+
+def _floats(values: Tensor) -> list[float]:
+    return [float(value) for value in values]
