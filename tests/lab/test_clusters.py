@@ -1,0 +1,84 @@
+"""Clusters of tokens whose structure is known."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.tiny import smooth_images
+from toma_fx.config import MergeConfig
+from toma_fx.lab.clusters import kmeans, merged
+from toma_fx.runtime.merging import weigh
+from toma_fx.runtime.selector import select
+from toma_fx.runtime.token_order import tile_order
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    images = smooth_images((1, 12, 16, 16), torch.Generator().manual_seed(0))
+    return images.flatten(2).transpose(1, 2)[0]
+
+
+def test_kmeans_finds_blobs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.tensor([[0.0, 0.0], [9.0, 0.0], [0.0, 9.0], [9.0, 9.0]])
+    truth = torch.arange(200) % 4
+    points = centres[truth] + torch.randn(200, 2, generator=generator)
+    labels = kmeans(points, 4)
+    assert [len(labels[truth == blob].unique()) for blob in range(4)] == [1, 1, 1, 1]
+    assert labels.unique().tolist() == [0, 1, 2, 3]
+
+
+def test_kmeans_ends_where_every_point_is_at_its_nearest_mean(tokens: Tensor) -> None:
+    labels = kmeans(tokens, 5, seed=3)
+    means = torch.stack([tokens[labels == cluster].mean(0) for cluster in range(5)])
+    assert torch.equal(torch.cdist(tokens, means).argmin(1), labels)
+    state = torch.get_rng_state()
+    assert torch.equal(kmeans(tokens, 5, seed=3), labels)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_kmeans_of_equal_points_has_one_cluster() -> None:
+    assert kmeans(torch.ones(6, 3), 4).unique().numel() == 1
+
+
+@pytest.mark.parametrize("region", ["tile", "stripe", "image"])
+def test_destinations_are_those_that_select_picks(tokens: Tensor, region: str) -> None:
+    config = MergeConfig(ratio=0.75, region=region, region_tokens=16)  # type: ignore[arg-type]
+    order = tile_order(tokens, 16, 16)
+    its = merged(tokens, order, config)
+    used = order if region == "tile" else torch.arange(256)
+    size = 0 if region == "image" else 16
+    picked = select(tokens[used][None], size, 0.75, "facility_location")
+    assert its.destinations.tolist() == used[picked.flatten()].sort().values.tolist()
+    assert len(its.destinations) == 64
+
+
+def test_every_token_is_with_the_destination_that_it_gives_most_to(tokens: Tensor) -> None:
+    config = MergeConfig(ratio=0.75, region_tokens=64)
+    order = tile_order(tokens, 16, 16)
+    its = merged(tokens, order, config)
+    assert torch.equal(its.clusters.unique(), its.destinations)
+    assert torch.equal(its.clusters[its.destinations], its.destinations)
+    chosen = select(tokens[order][None], 64, 0.75, "facility_location")
+    _, spread = weigh(tokens[order][None], chosen, 0.001, "region", "transpose")
+    place = 100  # in tile order
+    region, inside = divmod(place, 64)
+    best = int(chosen[0, region, int(spread[0, region, inside].argmax())])
+    assert int(its.clusters[order[place]]) == int(order[best])
+
+
+def test_weights_over_the_image_may_leave_the_region(tokens: Tensor) -> None:
+    order = tile_order(tokens, 16, 16)
+    near = merged(tokens, order, MergeConfig(ratio=0.75, region_tokens=16))
+    config = MergeConfig(ratio=0.75, region_tokens=16, merge_over="image")
+    far = merged(tokens, order, config)
+    assert torch.equal(near.destinations, far.destinations)
+    assert not torch.equal(near.clusters, far.clusters)
+
+
+def test_fixed_destinations_are_the_grid(tokens: Tensor) -> None:
+    order = tile_order(tokens, 16, 16)
+    fixed = merged(tokens, order, MergeConfig.preset("lower_bound"))
+    assert torch.equal(
+        fixed.destinations, merged(tokens, order, MergeConfig(selector="grid")).destinations
+    )
