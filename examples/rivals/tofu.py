@@ -109,7 +109,9 @@ def apply(pipeline: Any, ratio: float) -> Callable[[], None]:
 
     stack = ExitStack()
     stack.callback(unet.register_forward_pre_hook(note_size, with_kwargs=True).remove)
-    blocks = [module for module in unet.modules() if isinstance(module, BasicTransformerBlock)]
+    found = {p: m for p, m in unet.named_modules() if isinstance(m, BasicTransformerBlock)}
+    # In the order of the computation; a UNet lists its middle last.
+    blocks = [found[path] for path in sorted(found, key=lambda path: path.startswith("up_blocks."))]
     for number, block in enumerate(blocks):
         prune = number < PRUNING * len(blocks)
         for handle in _fuse_block(block, ratio, latent_size, prune=prune):

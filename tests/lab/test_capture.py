@@ -34,6 +34,8 @@ def test_layers_are_evenly_spaced() -> None:
     leaders = layers_of(unet, MergeConfig(), 5)
     assert len(leaders) == 5
     assert all(path.endswith("transformer_blocks.0") for path in leaders)
+    stages = [path.partition("_")[0] for path in leaders]
+    assert stages == sorted(stages, key=["down", "mid", "up"].index)
     assert layers_of(unet, MergeConfig(), 2) == (leaders[0], leaders[-1])
     flux = layers_of(tiny_flux(), MergeConfig(skip=("transformer_blocks.0",)), 9)
     assert flux == (

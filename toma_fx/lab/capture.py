@@ -40,13 +40,18 @@ def layers_of(model: nn.Module, config: MergeConfig, count: int) -> tuple[str, .
         config: of the merging.
         count: how many, at most.
     """
-    blocks = list(rewrite_of(transform(model, config)).merged)
+    # In the order of the computation; a UNet lists its middle last.
+    blocks = sorted(rewrite_of(transform(model, config)).merged, key=_is_up)
     groups = {path.rpartition(".")[0]: path for path in reversed(blocks)}
     first = [path for path in blocks if path in groups.values()]
     candidates = first if len(first) >= count else blocks
     count = min(count, len(candidates))
     last = len(candidates) - 1
     return tuple(candidates[round(i * last / max(1, count - 1))] for i in range(count))
+
+
+def _is_up(path: str) -> bool:
+    return path.startswith("up_blocks.")
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from torch import nn
 
 from toma_fx.config import MergeConfig
 from toma_fx.lab.arithmetic import Call, count
-from toma_fx.lab.variants import UNTOUCHED, Changed, FewerSteps, Merging, Rival, Variant
+from toma_fx.lab.variants import STEPS, UNTOUCHED, Changed, FewerSteps, Merging, Rival, Variant
 from toma_fx.transform import PIPELINE_PARTS, model_of, transform
 
 
@@ -30,7 +30,9 @@ class Contender:
 
     @property
     def folder(self) -> str:
-        """Name of the folder with its images."""
+        """Name of the folder with its images; the same for the same number of fewer steps."""
+        if self.variant.partition("=")[0] == STEPS:
+            return f"{STEPS}={self.steps}"
         name = re.sub(r"[^\w.=+-]+", "_", self.variant)
         return name if self.ratio is None else f"{name}_r{self.ratio:g}"
 

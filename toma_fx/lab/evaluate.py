@@ -140,14 +140,14 @@ def draw_missing(
     processes: Processes,
 ) -> None:
     """Draw and save every image that is not there yet, one at a time."""
-    missing = [
-        (contender, prompt, seed)
+    # By file: two contenders with equally few steps have the same images.
+    units = {
+        gallery.file(contender, prompt, seed): (contender, prompt, seed)
         for contender in contenders
         for prompt in range(len(task.prompts))
         for seed in range(task.seeds)
-        if not gallery.file(contender, prompt, seed).exists()
-    ]
-    mine = processes.share(missing)
+    }
+    mine = processes.share([unit for file, unit in units.items() if not file.exists()])
     hidden = None if processes.first else True
     with tqdm(total=len(mine), unit="image", disable=hidden) as progress:
         for contender, prompt, seed in mine:

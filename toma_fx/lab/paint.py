@@ -17,6 +17,11 @@ Picture = NDArray[np.uint8]
 """``(H, W, 3)``."""
 
 
+def scale_of(grid: Grid) -> int:
+    """Pixels a side of a token where clusters are painted."""
+    return max(6, round(CELL_PIXELS / max(grid.height, grid.width)))
+
+
 def paint_merged(image: Image.Image, merged: Merged, grid: Grid) -> Picture:
     """The image with a dot on every destination and borders between clusters.
 
@@ -25,7 +30,7 @@ def paint_merged(image: Image.Image, merged: Merged, grid: Grid) -> Picture:
         merged: of the image's tokens.
         grid: of the tokens.
     """
-    scale = max(6, round(CELL_PIXELS / max(grid.height, grid.width)))
+    scale = scale_of(grid)
     picture = np.array(image.convert("RGB").resize((grid.width * scale, grid.height * scale)))
     clusters = merged.clusters.cpu().numpy().reshape(grid.height, grid.width)
     wide = clusters.repeat(scale, 0).repeat(scale, 1)

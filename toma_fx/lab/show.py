@@ -8,16 +8,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
+import numpy as np
 from matplotlib.figure import Figure
-from torch import Tensor
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor, isin
 
 from toma_fx.config import MergeConfig
 from toma_fx.errors import ConfigError
 from toma_fx.lab.capture import Grid, layers_of, watching
 from toma_fx.lab.clusters import Merged, kmeans, merged
 from toma_fx.lab.draw import Task, draw, load_pipeline
-from toma_fx.lab.paint import CELL_PIXELS, Picture, paint_clusters, paint_merged
+from toma_fx.lab.paint import Picture, paint_clusters, paint_merged, scale_of
 from toma_fx.lab.tables import write_table
 from toma_fx.transform import model_of
 
@@ -110,11 +111,14 @@ def show(task: Task, look: Look, out: Path) -> list[Path]:
             layers,
             lambda seen: paint_clusters(image, seen.labels, seen.grid),
             f"{look.clusters} k-means clusters of hidden states, in the mean colours of the image",
+            last=np.array(image),
         ),
-        "overlap.png": _overlap_figure(curves, look.interval),
+        "overlap.png": _overlap_figure(curves, look),
     }
+    grids = [seen.grid for seen in notes.seen.values()]
+    widest = max(scale_of(grid) * max(grid.height, grid.width) for grid in grids)
     for name, figure in figures.items():
-        figure.savefig(out / name, dpi=CELL_PIXELS / CELL_INCHES)
+        figure.savefig(out / name, dpi=widest / CELL_INCHES)
     return [out / name for name in ("image.png", *figures, "overlap.csv")]
 
 
@@ -125,12 +129,13 @@ def overlap(destinations: Sequence[Tensor], interval: int) -> list[float]:
         destinations: ``(M,)`` token indices at each step.
         interval: in steps.
 
+    >>> import torch
     >>> overlap([torch.tensor([0, 1]), torch.tensor([1, 2]), torch.tensor([2, 3])], 2)
     [1.0, 0.5, 1.0]
     """
     firsts = [destinations[step - step % interval] for step in range(len(destinations))]
     return [
-        float(torch.isin(its, first).float().mean())
+        float(isin(its, first).float().mean())
         for its, first in zip(destinations, firsts, strict=True)
     ]
 
@@ -152,33 +157,44 @@ def _evenly(steps: int, columns: int) -> tuple[int, ...]:
 
 
 def _figure(
-    notes: Notes, layers: Sequence[str], paint: Callable[[Seen], Picture], title: str
+    notes: Notes,
+    layers: Sequence[str],
+    paint: Callable[[Seen], Picture],
+    title: str,
+    *,
+    last: Picture | None = None,
 ) -> Figure:
-    rows, columns = len(layers), len(notes.columns)
+    """A row for each layer, a column for each step, and perhaps a last column with one picture."""
+    rows, columns = len(layers), len(notes.columns) + (last is not None)
     size = (CELL_INCHES * columns + 0.5, CELL_INCHES * rows + 0.6)
     figure = Figure(figsize=size, layout="constrained")
     cells = figure.subplots(rows, columns, squeeze=False)
     for row, layer in zip(cells, layers, strict=True):
-        for axes, step in zip(row, notes.columns, strict=True):
-            axes.imshow(paint(notes.seen[layer, step]), interpolation="nearest")
+        pictures = [paint(notes.seen[layer, step]) for step in notes.columns]
+        for axes, picture in zip(row, pictures if last is None else [*pictures, last], strict=True):
+            axes.imshow(picture, interpolation="nearest")
             axes.set_xticks([])
             axes.set_yticks([])
         row[0].set_ylabel(_short(layer), fontsize=7)
-    for axes, step in zip(cells[0], notes.columns, strict=True):
-        axes.set_title(f"step {step + 1}", fontsize=8)
+    titles = [f"step {step + 1}" for step in notes.columns] + ["image"] * (last is not None)
+    for axes, words in zip(cells[0], titles, strict=True):
+        axes.set_title(words, fontsize=8)
     figure.suptitle(title, fontsize=10)
     return figure
 
 
-def _overlap_figure(curves: dict[str, list[float]], interval: int) -> Figure:
+def _overlap_figure(curves: dict[str, list[float]], look: Look) -> Figure:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for layer, shares in curves.items():
         percent = [100 * share for share in shares]
         axes.plot(range(1, len(shares) + 1), percent, marker=".", label=_short(layer, parted=" "))
+    chance = 100 * (1 - look.config.ratio)
+    axes.axhline(chance, color="grey", linewidth=1, linestyle=":", label="chance")
     axes.set_xlabel("denoising step")
-    axes.set_ylabel(f"destinations kept from the first step of {interval} (%)")
+    axes.set_ylabel(f"destinations kept from the first step of {look.interval} (%)")
     axes.set_ylim(0, 102)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right upper", fontsize=7, frameon=False)
