@@ -25,33 +25,34 @@ def add_commands(commands: Any) -> None:
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help=MODEL)
-    parser.add_argument("--prompts", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--template", help="what each line is put into: 'a photo of a {}'")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N prompts")
-    parser.add_argument("--seeds", type=int, default=1, help="images of each prompt (1)")
-    parser.add_argument(
-        "--ratio", type=float, nargs="+", default=[0.25, 0.5, 0.75], help="(0.25 0.5 0.75)"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--prompts", type=Path, required=True, metavar="FILE", help=".txt, .csv, .tsv or .json(l)")
+    add("--template", metavar="TEXT", help="what each prompt is put into: 'a photo of a {}'")
+    add("--limit", type=int, metavar="N", help="only the first N prompts")
+    add("--seeds", type=int, default=1, metavar="N", help="images of each prompt (1)")
+    add("--ratio", type=float, nargs="+", default=[0.25, 0.5, 0.75], help="(0.25 0.5 0.75)")
+    add(
         "--variants",
         nargs="+",
         default=["default", "steps"],
         metavar="NAME",
         help="presets such as toma or toma:region=stripe, steps, steps=18, tomesd (default steps)",
     )
-    parser.add_argument(
-        "--rival", type=Path, nargs="+", default=[], metavar="FILE", help="others, in Python files"
+    add("--rival", type=Path, nargs="+", default=[], metavar="FILE", help="Python files with more")
+    add("--schedule", metavar="A/B", help="select every A and weigh every B steps, as in 10/5")
+    add(
+        "--measures",
+        nargs="+",
+        choices=tuple(MEASURES),
+        default=tuple(MEASURES),
+        metavar="NAME",
+        help=f"some of {', '.join(MEASURES)} (all)",
     )
-    parser.add_argument(
-        "--schedule", metavar="A/B", help="select every A and weigh every B steps, as in 10/5"
-    )
-    parser.add_argument(
-        "--measures", nargs="+", choices=tuple(MEASURES), default=tuple(MEASURES), metavar="NAME"
-    )
-    parser.add_argument("--reference", type=Path, metavar="DIR", help="real images for FID")
-    for name in ("clip", "dino", "fid", "lpips"):
-        parser.add_argument(f"--{name}", metavar="NAME", help=f"the network of {name}")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    add("--reference", type=Path, metavar="DIR", help="real images for FID (untouched ones)")
+    for name in ("clip", "dino", "fid"):
+        add(f"--{name}", metavar="NAME", help=f"folder or hub name of the network of {name}")
+    add("--lpips", choices=("alex", "vgg", "squeeze"), help="the network of lpips (alex)")
+    add("--out", type=Path, required=True, metavar="DIR", help="new, or of an earlier run")
     _add_drawing(parser)
     parser.set_defaults(run=_eval)
 

@@ -116,7 +116,7 @@ def show(task: Task, look: Look, out: Path) -> list[Path]:
         "overlap.png": _overlap_figure(curves, look),
     }
     grids = [seen.grid for seen in notes.seen.values()]
-    widest = max(scale_of(grid) * max(grid.height, grid.width) for grid in grids)
+    widest = max(scale_of(grid) * grid.width for grid in grids)
     for name, figure in figures.items():
         figure.savefig(out / name, dpi=widest / CELL_INCHES)
     return [out / name for name in ("image.png", *figures, "overlap.csv")]
@@ -166,7 +166,9 @@ def _figure(
 ) -> Figure:
     """A row for each layer, a column for each step, and perhaps a last column with one picture."""
     rows, columns = len(layers), len(notes.columns) + (last is not None)
-    size = (CELL_INCHES * columns + 0.5, CELL_INCHES * rows + 0.6)
+    grid = next(iter(notes.seen.values())).grid
+    cell_height = CELL_INCHES * grid.height / grid.width
+    size = (CELL_INCHES * columns + 0.5, cell_height * rows + 0.7)
     figure = Figure(figsize=size, layout="constrained")
     cells = figure.subplots(rows, columns, squeeze=False)
     for row, layer in zip(cells, layers, strict=True):
