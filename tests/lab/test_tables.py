@@ -24,25 +24,29 @@ def outcome(variant: str, ratio: float | None, scores: Scores) -> Outcome:
         identity="",
         changed=nullcontext,
     )
-    files = tuple(Path("out", "images", variant, f"{number}.png") for number in range(4))
-    return Outcome(contender=contender, files=files, seconds=(9.0, 1.0, 2.0, 3.0), scores=scores)
+    files = tuple(Path("out", "images", variant, f"{number}.png") for number in range(6))
+    return Outcome(
+        contender=contender, files=files, seconds=(9.0, 1.0, 2.0, 3.0, 4.0, 5.0), scores=scores
+    )
 
 
+PSNR = [30.0, 30.0, 30.0, 30.0, 36.0, 36.0]
+"""Of three prompts with two seeds each."""
 OUTCOMES = [
     outcome("untouched", None, {"fid": [7.0]}),
     outcome(
         "toma",
         0.5,
-        {"psnr": [30.0, 31.0, 32.0, 33.0], "lpips": Unavailable("no torchvision"), "fid": [8.5]},
+        {"psnr": PSNR, "lpips": Unavailable("no torchvision"), "fid": [8.5]},
     ),
 ]
-PROMPTS = (Prompt(text="a, b"), Prompt(text="c"))
+PROMPTS = (Prompt(text="a, b"), Prompt(text="c"), Prompt(text="d"))
 
 
 def test_an_image_row_holds_everything_about_it(tmp_path: Path) -> None:
     rows = image_rows(OUTCOMES, PROMPTS, 2, CHOSEN)
-    assert len(rows) == 8
-    assert rows[6] == {
+    assert len(rows) == 12
+    assert rows[8] == {
         "variant": "toma",
         "ratio": 0.5,
         "steps": 25,
@@ -51,7 +55,7 @@ def test_an_image_row_holds_everything_about_it(tmp_path: Path) -> None:
         "text": "c",
         "seed": 0,
         "seconds": 2.0,
-        "psnr": 32.0,
+        "psnr": 30.0,
         "lpips": "unavailable: no torchvision",
         "file": "images/toma/2.png",
     }
@@ -59,13 +63,14 @@ def test_an_image_row_holds_everything_about_it(tmp_path: Path) -> None:
     write_table(rows, tmp_path / "images.csv")
     with (tmp_path / "images.csv").open(newline="") as stream:
         read = list(csv.DictReader(stream))
-    assert read[1]["text"] == "a, b" and float(read[7]["psnr"]) == 33.0
+    assert read[1]["text"] == "a, b" and float(read[11]["psnr"]) == 36.0
 
 
 def test_a_summary_row_holds_means_intervals_and_reasons() -> None:
     untouched, toma = summary_rows(OUTCOMES, 2, CHOSEN)
-    assert toma["psnr"] == 31.5 and toma["seconds"] == 2.5 and toma["images"] == 4
-    ends = mean_interval([[30.0, 31.0], [32.0, 33.0]])
+    assert toma["psnr"] == 32 and toma["seconds"] == 3.5 and toma["images"] == 6
+    ends = mean_interval([[30.0, 30.0], [30.0, 30.0], [36.0, 36.0]])
+    assert ends == (30, 36)
     assert (toma["psnr_low"], toma["psnr_high"]) == ends
     assert toma["lpips"] == "unavailable: no torchvision" and toma["lpips_low"] == ""
     assert (toma["fid"], toma["fid_low"]) == (8.5, "")
@@ -75,15 +80,13 @@ def test_a_summary_row_holds_means_intervals_and_reasons() -> None:
 def test_the_text_gives_each_reason_once() -> None:
     text = as_text(summary_rows(OUTCOMES, 2, CHOSEN), CHOSEN)
     assert "PSNR (dB), higher" in text and "75.0%" in text
-    low, high = mean_interval([[30.0, 31.0], [32.0, 33.0]])
-    assert 30 <= low < 31.5 < high <= 33
-    assert f"31.5 ({low:.4g} to {high:.4g})" in text
+    assert "32 (30 to 36)" in text
     assert text.count("unavailable: no torchvision") == 1
     assert "[1] unavailable" in text.splitlines()[-1]
-    assert "4 images each" in text
+    assert "6 images each" in text
 
 
 def test_infinite_values_stay_infinite() -> None:
-    equal = outcome("default", 0.0, {"psnr": [math.inf] * 4})
+    equal = outcome("default", 0.0, {"psnr": [math.inf] * 6})
     (row,) = summary_rows([equal], 2, ("psnr",))
     assert row["psnr"] == row["psnr_low"] == math.inf
