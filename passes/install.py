@@ -69,7 +69,8 @@ def install(block: nn.Module, gm: fx.GraphModule, follower: fx.GraphModule | Non
     apart = None
     if planner is not None and follower is not None:
         apart = _Apart(_code_of(planner), _code_of(follower))
-    block.__class__ = _class_of(type(block), _code_of(gm), apart)
+    base: Any = type(block)
+    block.__class__ = _class_of(base, _code_of(gm), apart)
 
 
 def _code_of(gm: fx.GraphModule) -> _Code:

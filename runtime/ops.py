@@ -15,7 +15,7 @@ from toma_fx.runtime import merging, selector, token_order
 LIBRARY = torch.library.Library("toma", "DEF")
 
 for schema, function in {
-    "tile_order(Tensor like, int height, int width) -> Tensor": token_order.tile_order,
+    "tile_order(Tensor like, SymInt height, SymInt width) -> Tensor": token_order.tile_order,
     "tile_order_of_ids(Tensor ids) -> Tensor": token_order.tile_order_of_ids,
     "reorder(Tensor tokens, Tensor order) -> Tensor": token_order.reorder,
     "select(Tensor tokens, int region_tokens, float ratio, str selector)"

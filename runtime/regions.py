@@ -23,9 +23,11 @@ def region_size(tokens: int, region_tokens: int) -> int:
     >>> region_size(4096, 64), region_size(38 * 26, 64), region_size(4096, WHOLE_IMAGE)
     (64, 76, 4096)
     """
-    tokens = int(tokens)  # under symbolic shapes: the token count is part of the graph
     if region_tokens == WHOLE_IMAGE:
         return tokens
+    if tokens % region_tokens == 0:  # all that a graph of many sizes has to know of its sizes
+        return region_tokens
+    tokens = int(tokens)  # under symbolic shapes: here the token count becomes part of the graph
     small = [d for d in range(1, math.isqrt(tokens) + 1) if tokens % d == 0]
     divisors = small + [tokens // d for d in reversed(small)]
     return min(divisors, key=lambda d: max(d / region_tokens, region_tokens / d))

@@ -14,31 +14,57 @@ import functools
 import torch
 from torch import Tensor
 
-_ID_BITS = 8
-"""Levels of the curve over position ids, whose largest value is not known. Images of more than 256
-tokens a side get one curve for each square of 256 x 256, one square after another."""
+_LEVELS = 8
+"""Levels of the curve: the same for every image, so that one graph can order images of many sizes.
+An image of more than 256 tokens a side gets one curve for each square of 256 x 256, one square
+after another."""
 
 
-def _hilbert_index(row: Tensor, column: Tensor, bits: int) -> Tensor:
-    """Position along the Hilbert curve of a ``2**bits`` square, int64, same shape as ``row``."""
-    position = torch.zeros_like(row)
-    for bit in reversed(range(bits)):
-        down = (row >> bit) & 1
-        right = (column >> bit) & 1
-        position = position * 4 + ((3 * right) ^ down)
-        # The quadrant fixes how the curve inside it is turned: swapped, mirrored on the right.
-        mirrored = right == 1
-        swapped = down == 0
-        flip = torch.where(mirrored & swapped, (1 << bit) - 1, 0)
-        row, column = row ^ flip, column ^ flip
-        row, column = torch.where(swapped, column, row), torch.where(swapped, row, column)
+def _turns() -> int:
+    """The curve as a table of 16 entries of 4 bits, by how the square is turned and quadrant.
+
+    A square is passed through as drawn, swapped over its diagonal (1), mirrored at both (2), or
+    both (3). An entry is the quadrant's place on the curve, 2 bits, and how the quadrant itself is
+    turned, 2 bits.
+    """
+    table = 0
+    for turn in range(4):
+        for quadrant in range(4):
+            row, column = quadrant >> 1, quadrant & 1
+            down, right = (column, row) if turn & 1 else (row, column)
+            if turn & 2:
+                down, right = 1 - down, 1 - right
+            inside = turn if down else turn ^ (3 if right else 1)
+            table |= (inside << 2 | (3 * right) ^ down) << 4 * (4 * turn + quadrant)
+    return table - (table >> 63 << 64)  # as int64
+
+
+_TURNS = _turns()
+
+
+def _hilbert_index(row: Tensor, column: Tensor) -> Tensor:
+    """Position along the Hilbert curve through a square, int64, same shape as ``row``."""
+    # Each step reads the step before once. Inductor expands pointwise chains into one expression,
+    # and a second reading would double it at every level.
+    position, turn = torch.zeros_like(row), torch.zeros_like(row)
+    table = torch.full_like(row, _TURNS)
+    for level in reversed(range(_LEVELS)):
+        quadrant = (row >> level & 1) << 1 | (column >> level & 1)
+        entry = table >> 4 * (4 * turn + quadrant)
+        position = position << 2 | (entry & 3)
+        turn = entry >> 2 & 3
     return position
+
+
+def _place(image: Tensor | int, row: Tensor, column: Tensor) -> Tensor:
+    """A number that rises along the curves, from square to square and from image to image."""
+    square = ((image << 16) + (row >> _LEVELS) << 16) + (column >> _LEVELS)
+    return (square << 2 * _LEVELS) + _hilbert_index(row, column)
 
 
 def _grid_order(height: int, width: int, device: torch.device) -> Tensor:
     token = torch.arange(height * width, device=device)
-    bits = max(height - 1, width - 1, 1).bit_length()
-    return _hilbert_index(token // width, token % width, bits).argsort()
+    return _place(0, token // width, token % width).argsort()
 
 
 @functools.lru_cache(maxsize=64)
@@ -81,10 +107,7 @@ def tile_order_of_ids(ids: Tensor) -> Tensor:
     Returns:
         ``(N,)`` int64: for each place in tile order, the token's index.
     """
-    image, row, column = ids.round().to(torch.int64).unbind(-1)
-    inside = _hilbert_index(row, column, _ID_BITS)
-    square = ((image << 16) + (row >> _ID_BITS) << 16) + (column >> _ID_BITS)
-    return ((square << 2 * _ID_BITS) + inside).argsort(stable=True)
+    return _place(*ids.round().to(torch.int64).unbind(-1)).argsort(stable=True)
 
 
 def reorder(tokens: Tensor, order: Tensor) -> Tensor:

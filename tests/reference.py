@@ -30,10 +30,6 @@ from torch import Tensor, nn
 Regions = list[list[int]]
 Rotary = tuple[Tensor, Tensor]
 
-# The curve runs through a square whose side is a power of two. A UNet takes the smallest that
-# holds the grid; Flux, whose grid is known only by its position ids, takes one that holds any.
-FLUX_CURVE_BITS = 12
-
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceOptions:
@@ -53,10 +49,10 @@ class ReferenceOptions:
     """Module paths, in full, of blocks that are left unmerged."""
 
 
-def hilbert_index(column: int, row: int, bits: int) -> int:
-    """Place of a cell on the Hilbert curve through the square of side ``2 ** bits``."""
+def hilbert_index(column: int, row: int) -> int:
+    """Place of a cell on the Hilbert curve through the square of side 256."""
     index = 0
-    for bit in reversed(range(bits)):
+    for bit in reversed(range(8)):
         side = 1 << bit
         right, down = int(column & side > 0), int(row & side > 0)
         index += side * side * ((3 * right) ^ down)
@@ -68,7 +64,7 @@ def hilbert_index(column: int, row: int, bits: int) -> int:
     return index
 
 
-def split_regions(height: int, width: int, bits: int, options: ReferenceOptions) -> Regions:
+def split_regions(height: int, width: int, options: ReferenceOptions) -> Regions:
     """The regions of a grid, each a list of raster indices in the order that breaks ties."""
     count, size = height * width, options.region_tokens
     if options.region == "image":
@@ -83,7 +79,7 @@ def split_regions(height: int, width: int, bits: int, options: ReferenceOptions)
     for top in range(0, height, side):
         for left in range(0, width, side):
             cells = [(top + y, left + x) for y in range(side) for x in range(side)]
-            cells.sort(key=lambda cell: hilbert_index(cell[1], cell[0], bits))
+            cells.sort(key=lambda cell: hilbert_index(cell[1], cell[0]))
             regions.append([row * width + column for row, column in cells])
     return regions
 
@@ -166,9 +162,9 @@ class Group:
     regions: Regions = field(default_factory=list)
     plan: Plan | None = None
 
-    def enter(self, height: int, width: int, bits: int) -> None:
+    def enter(self, height: int, width: int) -> None:
         """Starts a forward pass on a grid of tokens."""
-        self.regions = split_regions(height, width, bits, self.options)
+        self.regions = split_regions(height, width, self.options)
         self.plan = None
 
     def plan_for(self, component: str, x_BND: Tensor) -> Plan | None:
@@ -214,7 +210,7 @@ def reference_unet(unet: UNet2DConditionModel, options: ReferenceOptions) -> UNe
 
         def see_grid(_: nn.Module, args: tuple[Tensor, ...], group: Group = group) -> None:
             height, width = args[0].shape[-2:]
-            group.enter(height, width, bits=max(height - 1, width - 1, 1).bit_length())
+            group.enter(height, width)
 
         stage.register_forward_pre_hook(see_grid)
         for index, block in enumerate(stage.transformer_blocks):
@@ -277,8 +273,8 @@ def reference_flux(
         height, width = int(rows_N.max()) + 1, int(columns_N.max()) + 1
         raster_N = torch.arange(height * width)
         assert torch.equal(rows_N * width + columns_N, raster_N), "img_ids are no raster grid"
-        double.enter(height, width, FLUX_CURVE_BITS)
-        single.enter(height, width, FLUX_CURVE_BITS)
+        double.enter(height, width)
+        single.enter(height, width)
 
     transformer.register_forward_pre_hook(see_grid, with_kwargs=True)
     for stage, group, by_component in (

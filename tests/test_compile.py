@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+from peft import LoraConfig
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -117,6 +118,61 @@ def test_blocks_are_one_graph_for_each_kind(
             expected = uncompiled(**call).sample
             assert difference(compiled(**call).sample, expected) < TOLERANCE
     assert frames.frame_count == graphs
+
+
+def inputs_for(model: Any, **size: int) -> dict[str, Any]:
+    make = flux_inputs if isinstance(model, FluxTransformer2DModel) else unet_inputs
+    return make(model, **size)
+
+
+# Batch, height and width; all token counts but those of the last, 4 x 10 and 8 x 20, fill regions
+# of 64 tokens. No two dimensions are equal at first, or the graph would hold that they are.
+SIZES = [(2, 16, 48), (3, 32, 48), (5, 48, 64), (2, 64, 16), (2, 8, 20)]
+
+
+@pytest.mark.parametrize("build", [smallest_unet, smallest_flux])
+def test_dynamic_shapes_are_one_graph_for_all_sizes_that_regions_divide(
+    build: Callable[[], Any],
+) -> None:
+    uncompiled = transform(build())
+    frames = CompileCounterWithBackend("eager")
+    compiled: Any = torch.compile(
+        copy.deepcopy(uncompiled), backend=frames, fullgraph=True, dynamic=True
+    )
+    for batch, height, width in SIZES:
+        call = inputs_for(uncompiled, batch=batch, height=height, width=width)
+        assert difference(compiled(**call).sample, uncompiled(**call).sample) < TOLERANCE
+        assert frames.frame_count == (2 if (height, width) == SIZES[-1][1:] else 1)
+
+
+# With default shapes torch compiles a changed number once more, and from then on as a symbol, in
+# untouched models too; with dynamic shapes it is a symbol from the start.
+@pytest.mark.parametrize(("dynamic", "graphs"), [(None, 2), (True, 1)])
+@pytest.mark.parametrize(
+    ("build", "kwargs"),
+    [
+        (smallest_unet, "cross_attention_kwargs"),
+        (smallest_flux, "joint_attention_kwargs"),
+    ],
+)
+def test_lora_scale_changes_without_a_new_graph(
+    build: Callable[[], Any], kwargs: str, dynamic: bool | None, graphs: int
+) -> None:
+    model = build()
+    model.add_adapter(LoraConfig(r=4, init_lora_weights=False, target_modules=["to_q", "to_v"]))
+    uncompiled = transform(model)
+    frames = CompileCounterWithBackend("eager")
+    compiled: Any = torch.compile(
+        copy.deepcopy(uncompiled), backend=frames, fullgraph=True, dynamic=dynamic
+    )
+    call = inputs_for(uncompiled, height=16, width=24)
+    outputs = []
+    for scale in (0.9, 0.5, 0.25, 2.0):
+        expected = uncompiled(**call, **{kwargs: {"scale": scale}}).sample
+        outputs.append(compiled(**call, **{kwargs: {"scale": scale}}).sample)
+        assert difference(outputs[-1], expected) < TOLERANCE
+    assert frames.frame_count == graphs
+    assert difference(outputs[0], outputs[-1]) > 0.01
 
 
 @pytest.mark.slow

@@ -84,22 +84,32 @@ def test_two_requests_with_states_of_their_own_do_not_mix(family: str, tmp_path:
                 torch.testing.assert_close(output, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_batch_can_be_dynamic() -> None:
+def test_one_flux_program_serves_many_sizes_and_batches() -> None:
     model = toma_fx.transform(tiny_flux(), skip=())
-    batch = torch.export.Dim("batch", min=2, max=8)
-    tokens = (
-        "hidden_states",
-        "encoder_hidden_states",
-        "pooled_projections",
-        "timestep",
-        "guidance",
-    )
+    inputs = flux_inputs(model)
+    batch, regions = torch.export.Dim("batch", min=2, max=8), torch.export.Dim("regions", min=2)
+    shapes: dict[str, Any] = {name: {0: batch} for name in inputs.keys() - {"img_ids", "txt_ids"}}
+    shapes["hidden_states"][1] = 64 * regions
+    shapes["img_ids"] = {0: 64 * regions}
+    program = toma_fx.export(model, inputs, dynamic_shapes=shapes).module()
+    with torch.no_grad():
+        for size in [(2, 16, 16), (5, 8, 24), (3, 24, 40)]:
+            inputs = flux_inputs(model, *size)
+            torch.testing.assert_close(
+                program(**inputs)[0], model(**inputs, return_dict=False)[0], rtol=1e-4, atol=1e-5
+            )
+
+
+def test_one_unet_program_serves_many_sizes() -> None:
+    model = toma_fx.transform(tiny_sdxl_unet())
+    # Tokens at both attention levels, a quarter and a sixteenth of the latents, must fill regions.
+    shapes = {"sample": {2: 32 * torch.export.Dim("rows"), 3: 32 * torch.export.Dim("columns")}}
     program = toma_fx.export(
-        model, flux_inputs(model), dynamic_shapes={name: {0: batch} for name in tokens}
+        model, unet_inputs(model, height=64, width=96), dynamic_shapes=shapes
     ).module()
     with torch.no_grad():
-        for size in (2, 5):
-            inputs = flux_inputs(model, batch=size)
+        for height, width in [(64, 96), (96, 32)]:
+            inputs = unet_inputs(model, height=height, width=width)
             torch.testing.assert_close(
                 program(**inputs)[0], model(**inputs, return_dict=False)[0], rtol=1e-4, atol=1e-5
             )

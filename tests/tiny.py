@@ -140,7 +140,7 @@ def flux_inputs(
     img_ids[..., 1] += torch.arange(height)[:, None]
     img_ids[..., 2] += torch.arange(width)
     inputs: dict[str, Any] = {
-        "hidden_states": images_BCHW.flatten(2).transpose(1, 2).to(model.dtype),
+        "hidden_states": images_BCHW.flatten(2).transpose(1, 2).contiguous().to(model.dtype),
         "encoder_hidden_states": torch.randn(batch, text, TEXT_WIDTH, generator=generator).to(
             model.dtype
         ),

@@ -35,8 +35,10 @@ def export(
         model: a diffusers model, transformed or not, or a pipeline that holds one.
         inputs: keyword arguments of a call of it; those of the native image size when left out.
         path: where to save the program, with only ATen operators and control flow in it.
-        dynamic_shapes: as `torch.export.export` takes it, for the names in ``inputs``. Batch can be
-            dynamic; token counts cannot, since they decide how regions are cut.
+        dynamic_shapes: as `torch.export.export` takes it, for the names in ``inputs``. Batch and
+            image size can be dynamic as long as every token count stays a multiple of
+            ``region_tokens``, such as ``64 * Dim("regions")``; with a schedule they cannot, since
+            kept plans have a shape.
 
     Returns:
         The program, before decomposition.

@@ -145,7 +145,7 @@ def reference_group(
         **more,
     )
     group = reference.Group(chosen) if share else _SiteGroup(chosen)
-    group.enter(8, 8, bits=3)
+    group.enter(8, 8)
     return group
 
 

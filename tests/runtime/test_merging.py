@@ -163,7 +163,7 @@ def test_against_the_reference(
         temperature=temperature,
     )
     tokens = random_tokens(2, 64, 6)
-    plan = reference.make_plan(tokens, reference.split_regions(8, 8, 3, options), options)
+    plan = reference.make_plan(tokens, reference.split_regions(8, 8, options), options)
 
     destinations = plan.destinations_BM.unflatten(1, (-1, region_tokens // 2))
     merging, spreading = weigh(tokens, destinations, temperature, merge_over, back)

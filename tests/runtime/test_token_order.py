@@ -70,27 +70,20 @@ def spread(cells_RnC: Tensor) -> float:
     return from_centre.square().sum(dim=-1).mean().item()
 
 
-@pytest.mark.parametrize(("height", "width"), [(38, 26), (26, 38), (72, 56), (104, 60), (96, 40)])
+@pytest.mark.parametrize(
+    ("height", "width"),
+    [(38, 26), (26, 38), (72, 56), (56, 72), (104, 60), (60, 104), (96, 40), (40, 96)],
+)
 def test_regions_are_compact_where_tiles_do_not_divide_the_grid(height: int, width: int) -> None:
     size = region_size(height * width, 64)
     tiles = cells_of(height, width).unflatten(0, (-1, size))
     square = (size - 1) / 6  # the spread of a square of so many cells
-    assert spread(tiles) < 2 * square
+    assert spread(tiles) < 2.5 * square  # stripes: 4.5 to 71 times
 
 
 @pytest.mark.parametrize(("height", "width"), BUCKETS + ODD)
 def test_order_of_ids_is_the_order_of_the_grid(height: int, width: int) -> None:
-    """The curve of ids is the one for any size, which passes through the same squares.
-
-    Each doubling of its square turns the curve over the diagonal, so that after an odd number of
-    them rows and columns have changed places.
-    """
-    bits = max(height - 1, width - 1, 1).bit_length()
-    expected = order_of(height, width)
-    if bits % 2:
-        transposed = order_of(width, height)
-        expected = transposed % height * width + transposed // height
-    assert torch.equal(tile_order_of_ids(ids_of(height, width)), expected)
+    assert torch.equal(tile_order_of_ids(ids_of(height, width)), order_of(height, width))
 
 
 def test_order_of_ids_depends_on_the_ids_and_not_on_where_the_tokens_are() -> None:

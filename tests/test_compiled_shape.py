@@ -1,0 +1,88 @@
+"""What merging costs a compiled block, read from the code that Inductor writes.
+
+A lost fusion or a new copy shows up here as a diff.
+"""
+
+import re
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._inductor.utils import run_and_get_code
+
+from tests.passes.blocks import (
+    NAMES,
+    OPTIONS,
+    block_of,
+    flow_of,
+    inputs_of,
+    rewrite,
+    row_of,
+    scope_kwargs,
+)
+from toma_fx.passes.install import install
+from toma_fx.passes.merge_once import MergeOnce
+from toma_fx.passes.plan_apart import plan_apart
+from toma_fx.passes.share_plan import SharePlan
+from toma_fx.runtime.plan import PlanScope
+
+KERNEL_CALL = re.compile(
+    r"^\s+(?:\w+ = )?(extern_kernels|torch\.ops|cpp_fused)[._]([\w.]+)\(", re.M
+)
+LAYOUT = set("clone copy permute view transpose expand slice unsqueeze split with sizes".split())
+
+# Inductor's import of what PyTorch itself deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
+
+
+def kernels(function: Any, inputs: dict[str, Any], **more: Any) -> Counter[str]:
+    """How often the code that Inductor makes of a function runs a kernel of each kind."""
+    torch._dynamo.reset()
+    caches = torch._inductor.config.patch(fx_graph_cache=False)
+    with torch.no_grad(), caches, torch._functorch.config.patch(enable_autograd_cache=False):
+        compiled = torch.compile(function, fullgraph=True, dynamic=False)
+        _, sources = run_and_get_code(compiled, **inputs, **more)
+    (source,) = sources
+    calls = KERNEL_CALL.findall(source[source.index("def call(") :])
+    return Counter(_kind(where, name) for where, name in calls)
+
+
+def _kind(where: str, name: str) -> str:
+    if where != "cpp_fused":
+        return name.removeprefix("aten.").removesuffix(".default").lstrip("_")
+    return "copy" if LAYOUT.issuperset(re.findall("[a-z]+", name)) else "fused"
+
+
+def contiguous_inputs(name: str) -> dict[str, Any]:
+    inputs = inputs_of(name, height=16, width=16)
+    return {**inputs, "hidden_states": inputs["hidden_states"].contiguous()}
+
+
+def graph_of(block: nn.Module, role: Any) -> Any:
+    share = SharePlan(attention_kwargs=row_of(block).attention_kwargs, role=role)
+    return rewrite(block, MergeOnce(options=OPTIONS, flow=flow_of(block)), share)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_block_pays_two_matrix_products_and_one_addition(name: str) -> None:
+    inputs, scope = contiguous_inputs(name), PlanScope()
+    untouched, merged = block_of(name), block_of(name)
+    plan = plan_apart(graph_of(merged, "lead"))
+    assert plan is not None
+    plan(**inputs, **scope_kwargs(merged, scope))
+    install(merged, graph_of(merged, "follow"))
+    before = kernels(untouched, inputs)
+    after = kernels(merged, inputs, **scope_kwargs(merged, scope))
+    assert before["scaled_dot_product_flash_attention_for_cpu"] > 0
+    after.subtract(before)
+    assert {kind: count for kind, count in after.items() if count} == {"bmm": 2, "fused": 1}
+
+
+def test_a_plan_is_three_matrix_products_and_a_loop() -> None:
+    block = block_of("unet")
+    plan = plan_apart(graph_of(block, "lead"))
+    counts = kernels(plan, contiguous_inputs("unet"), **scope_kwargs(block, PlanScope()))
+    # Similarities of all pairs, of tokens and destinations, and the identity that SDPA spreads.
+    assert counts == {"bmm": 3, "fused": 5}

@@ -1,0 +1,168 @@
+"""The small trained models: their pictures, their training at a tiny size, and what is shipped."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from examples.small_models.architecture import KINDS, Kind, pipeline, vae
+from examples.small_models.check import Judge, accuracies, contact_sheet, sample, through_vae
+from examples.small_models.losses import Loss, flux_loss, sdxl_loss, tokens_of, vae_loss
+from examples.small_models.pictures import (
+    LAYOUTS,
+    PAIRS,
+    caption,
+    draw,
+    is_held_out,
+    parse,
+    scene_of,
+    words,
+)
+from examples.small_models.text import PROMPT_TOKENS, clip_tokenizer, t5_tokenizer
+from examples.small_models.train import dataset, encode, fit, psnr, scale_latents
+
+FOLDER = Path(__file__).parent.parent / "examples" / "small_models"
+PICTURES = np.stack([draw(scene_of(index), index) for index in range(8)])
+
+
+def test_pictures_depend_on_their_index_alone(tmp_path: Path) -> None:
+    written = dataset(tmp_path / "pictures.npy", 8)
+    assert np.array_equal(written, PICTURES)
+    assert np.array_equal(dataset(tmp_path / "pictures.npy", 4), PICTURES[:4])
+    assert len(np.unique(PICTURES.reshape(8, -1), axis=0)) == 8
+    with pytest.raises(ValueError, match="8 pictures, not 9"):
+        dataset(tmp_path / "pictures.npy", 9)
+
+
+def test_captions_say_the_scene_and_only_known_words() -> None:
+    seen = set()
+    for index in range(400):
+        scene = scene_of(index, held_out=index % 4 == 0)
+        text = caption(scene)
+        assert parse(text) == scene
+        assert set(text.split()) <= set(words())
+        seen |= {scene.layout}
+    assert seen == set(LAYOUTS)
+    with pytest.raises(ValueError, match="not a caption"):
+        parse("a large red circle on a plain green ground under a green sea")
+
+
+def test_training_lacks_the_held_out_things() -> None:
+    for index in range(400):
+        scene = scene_of(index)
+        assert not is_held_out(scene.first)
+        assert (scene.second is None) == (scene.layout not in PAIRS)
+        assert scene.second is None or not is_held_out(scene.second)
+        assert is_held_out(scene_of(index, held_out=True).first)
+
+
+def test_mirror_images_are_mirrored() -> None:
+    scene = next(s for s in map(scene_of, range(400)) if s.layout == "mirror" and s.sky == "pink")
+    picture = draw(scene, 0)[:50]  # above the ground, whose texture is not
+    assert np.array_equal(picture, picture[:, ::-1])
+
+
+def test_tokenizers_know_each_word() -> None:
+    clip, t5 = clip_tokenizer(), t5_tokenizer()
+    for word in words():
+        assert len(clip(word).input_ids) == 3
+        assert len(t5(word).input_ids) == 2
+    for tokenizer in (clip, t5):
+        text = caption(scene_of(7))
+        ids = tokenizer(text).input_ids
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
+        longest = max(len(tokenizer(caption(scene_of(i))).input_ids) for i in range(200))
+        assert longest <= PROMPT_TOKENS
+
+
+def _diffusion(kind: Kind) -> tuple[nn.ModuleDict, Loss]:
+    pipe = pipeline(kind, tiny=True)
+    names = ["unet" if kind == "sdxl" else "transformer", "text_encoder", "text_encoder_2"]
+    parts = nn.ModuleDict({name: getattr(pipe, name) for name in names})
+    latents = scale_latents(pipe.vae, encode(pipe.vae, PICTURES))
+    assert latents.float().square().mean().item() == pytest.approx(1, abs=0.02)
+    tokens = tokens_of(pipe, [caption(scene_of(index)) for index in range(8)])
+    make = sdxl_loss if kind == "sdxl" else flux_loss
+    return parts, make(parts, pipe, latents, tokens, 2)
+
+
+def _vae(kind: Kind) -> tuple[nn.Module, Loss]:
+    torch.manual_seed(0)
+    model = vae(kind, tiny=True)
+    return model, vae_loss(model, PICTURES, 2, 64)
+
+
+def _interrupted(loss: Loss, step: int) -> Loss:
+    def interrupted(now: int) -> Tensor:
+        if now == step:
+            raise KeyboardInterrupt
+        return loss(now)
+
+    return interrupted
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stage", [_vae, _diffusion])
+def test_training_lowers_the_loss_and_goes_on_where_it_stopped(
+    stage: Any, kind: Kind, tmp_path: Path
+) -> None:
+    model, loss = stage(kind)
+    before = loss(0).item()
+    whole, state = fit(model, loss, tmp_path / "whole.pt", rate=2e-3, steps=6)
+    assert state.step == 6
+    assert loss(0).item() < before
+
+    model, loss = stage(kind)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(
+            model,
+            _interrupted(loss, step=3),
+            tmp_path / "parts.pt",
+            rate=2e-3,
+            steps=6,
+            save_every=0,
+        )
+    model, loss = stage(kind)
+    parts, _ = fit(model, loss, tmp_path / "parts.pt", rate=2e-3, steps=6)
+    torch.testing.assert_close(parts.state_dict(), whole.state_dict(), rtol=0, atol=0)
+
+
+def test_training_by_minutes_ends(tmp_path: Path) -> None:
+    model = nn.Linear(1, 1)
+    checkpoint = tmp_path / "x.pt"
+    _, state = fit(model, lambda _: model.weight.norm(), checkpoint, rate=0.1, minutes=0.01)
+    assert state.seconds >= 0.6
+    assert len(state.losses) == state.step // 50
+
+
+def test_the_judge_counts_right_answers() -> None:
+    scenes = [scene_of(index) for index in range(8)]
+    torch.manual_seed(0)
+    found = accuracies(Judge(), PICTURES, scenes)
+    assert all(0 <= share <= 1 for share in found.values())
+    assert contact_sheet(PICTURES, [caption(scene) for scene in scenes]).width == 8 * 152
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shipped_pipelines_draw(kind: Kind) -> None:
+    folder = FOLDER / kind
+    assert sum(file.stat().st_size for file in folder.rglob("*")) < 20e6
+    assert "Apache-2.0" in (folder / "README.md").read_text()
+    record = json.loads((folder / "training.json").read_text())
+    assert record["diffusion"]["steps"] > 1000
+
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    prompts = [caption(scene_of(index)) for index in range(3)]
+    drawn = sample(pipe, prompts, batch=2, num_inference_steps=2)
+    assert drawn.shape == (3, 128, 128, 3)
+    assert (drawn.std((0, 1, 2)) > 5).all()
+    assert psnr(pipe.vae, PICTURES) > 28
+    assert through_vae(pipe, PICTURES).shape == PICTURES.shape
