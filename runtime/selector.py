@@ -28,7 +28,7 @@ def unit_tokens(tokens_BND: Tensor) -> Tensor:
     return F.normalize(tokens_BND.detach().float(), dim=-1)
 
 
-def facility_location(similarity: Tensor, keep: int) -> Tensor:
+def facility_location(similarity: Tensor, keep: int, *sized: Tensor) -> Tensor:
     """Greedy maximisation of ``f(T) = sum_i max_{j in T} S_ij`` (Eq. 5) in every group at once.
 
     Each pick is the token with the largest gain ``sum_i max(0, S_ij - c_i)``, where ``c_i`` is the
@@ -41,6 +41,8 @@ def facility_location(similarity: Tensor, keep: int) -> Tensor:
     Args:
         similarity: ``(G, n, n)`` float32, symmetric, at least -1 everywhere, no NaN.
         keep: picks per group, at most ``n``.
+        *sized: tensors that have the symbols of a symbolic ``G`` among their own sizes. The loop
+            takes them along, since Inductor must find every symbol in what a loop is given.
 
     Returns:
         ``(G, keep)`` int64, in the order of picking, without repetition.
@@ -50,7 +52,7 @@ def facility_location(similarity: Tensor, keep: int) -> Tensor:
         return step < keep
 
     def pick(*state: Tensor) -> tuple[Tensor, ...]:
-        step, covered, free, picks, similarity = state
+        step, covered, free, picks, similarity, *_ = state
         gain = (similarity - covered[:, None, :]).relu().sum(-1)
         best = ((gain * _GAIN_STEPS).round() + free).argmax(-1, keepdim=True)
         row = similarity.gather(1, best[:, :, None].expand(-1, -1, similarity.shape[2])).squeeze(1)
@@ -71,7 +73,7 @@ def facility_location(similarity: Tensor, keep: int) -> Tensor:
     )
     if torch.compiler.is_compiling() or get_proxy_mode() is not None:
         loop: Any = while_loop_op  # typed for carried values of one kind
-        picks: Tensor = loop(unfinished, pick, start, (similarity,))[3]
+        picks: Tensor = loop(unfinished, pick, start, (similarity, *sized))[3]
         return picks
     if similarity.is_meta:
         return start[3]  # shapes are all that a search without data could find
@@ -80,23 +82,24 @@ def facility_location(similarity: Tensor, keep: int) -> Tensor:
     return start[3]
 
 
-def _facility_location(tokens_BRnD: Tensor, keep: int) -> Tensor:
-    unit = unit_tokens(tokens_BRnD.flatten(0, 1))
+def _facility_location(tokens_BND: Tensor, size: int, keep: int) -> Tensor:
+    regions = tokens_BND.unflatten(1, (-1, size))
+    unit = unit_tokens(regions.flatten(0, 1))
     # A token with NaN resembles nothing, so it is picked last; its NaN still shows in the output.
-    picks = facility_location((unit @ unit.transpose(1, 2)).nan_to_num(nan=-1.0), keep)
-    return picks.reshape(*tokens_BRnD.shape[:2], keep)
+    similarity = (unit @ unit.transpose(1, 2)).nan_to_num(nan=-1.0)
+    return facility_location(similarity, keep, tokens_BND).unflatten(0, regions.shape[:2])
 
 
-def _random(tokens_BRnD: Tensor, keep: int) -> Tensor:
-    batch, regions, tokens, _ = tokens_BRnD.shape
-    picks = pseudo_random(tokens_BRnD, (regions, tokens)).argsort(dim=-1)[:, :keep]
-    return picks.expand(batch, -1, -1)
+def _random(tokens_BND: Tensor, size: int, keep: int) -> Tensor:
+    batch, tokens, _ = tokens_BND.shape
+    order = pseudo_random(tokens_BND, (tokens // size, size)).argsort(dim=-1)
+    return order[:, :keep].expand(batch, -1, -1)
 
 
-def _grid(tokens_BRnD: Tensor, keep: int) -> Tensor:
-    batch, regions, tokens, _ = tokens_BRnD.shape
-    place = torch.arange(keep, device=tokens_BRnD.device)
-    return ((2 * place + 1) * tokens // (2 * keep)).expand(batch, regions, -1)
+def _grid(tokens_BND: Tensor, size: int, keep: int) -> Tensor:
+    batch, tokens, _ = tokens_BND.shape
+    place = torch.arange(keep, device=tokens_BND.device)
+    return ((2 * place + 1) * size // (2 * keep)).expand(batch, tokens // size, -1)
 
 
 def pseudo_random(like: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -114,7 +117,7 @@ def pseudo_random(like: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 SELECTORS = {"facility_location": _facility_location, "random": _random, "grid": _grid}
-"""Each ``(B, R, n, D), m -> (B, R, m)`` indices inside the region."""
+"""Each ``(B, N, D), n, m -> (B, R, m)`` indices inside the region."""
 
 
 def select(tokens: Tensor, region_tokens: int, ratio: float, selector: str) -> Tensor:
@@ -137,7 +140,6 @@ def select(tokens: Tensor, region_tokens: int, ratio: float, selector: str) -> T
     if selector not in SELECTORS:
         raise InputError(f"select: selector={selector!r} must be one of {', '.join(SELECTORS)}")
     size = region_size(tokens.shape[1], region_tokens)
-    regions = tokens.unflatten(1, (-1, size))
-    inside = SELECTORS[selector](regions, kept_tokens(size, ratio))
-    first = size * torch.arange(regions.shape[1], device=tokens.device)
+    inside = SELECTORS[selector](tokens, size, kept_tokens(size, ratio))
+    first = size * torch.arange(inside.shape[1], device=tokens.device)
     return inside + first[:, None]

@@ -50,7 +50,7 @@ def _hilbert_index(row: Tensor, column: Tensor) -> Tensor:
     table = torch.full_like(row, _TURNS)
     for level in reversed(range(_LEVELS)):
         quadrant = (row >> level & 1) << 1 | (column >> level & 1)
-        entry = table >> 4 * (4 * turn + quadrant)
+        entry = torch.bitwise_right_shift(table, 4 * (4 * turn + quadrant))
         position = position << 2 | (entry & 3)
         turn = entry >> 2 & 3
     return position
@@ -58,7 +58,7 @@ def _hilbert_index(row: Tensor, column: Tensor) -> Tensor:
 
 def _place(image: Tensor | int, row: Tensor, column: Tensor) -> Tensor:
     """A number that rises along the curves, from square to square and from image to image."""
-    square = ((image << 16) + (row >> _LEVELS) << 16) + (column >> _LEVELS)
+    square = ((image << _LEVELS) + (row >> _LEVELS) << _LEVELS) + (column >> _LEVELS)
     return (square << 2 * _LEVELS) + _hilbert_index(row, column)
 
 
@@ -107,7 +107,9 @@ def tile_order_of_ids(ids: Tensor) -> Tensor:
     Returns:
         ``(N,)`` int64: for each place in tile order, the token's index.
     """
-    return _place(*ids.round().to(torch.int64).unbind(-1)).argsort(stable=True)
+    place = _place(*ids.round().to(torch.int64).unbind(-1))
+    # Tokens with equal ids stay as they were; ONNX has no stable sort.
+    return ((place << 24) + torch.arange(place.shape[0], device=ids.device)).argsort()
 
 
 def reorder(tokens: Tensor, order: Tensor) -> Tensor:

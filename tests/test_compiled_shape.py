@@ -31,7 +31,8 @@ from toma_fx.runtime.plan import PlanScope
 KERNEL_CALL = re.compile(
     r"^\s+(?:\w+ = )?(extern_kernels|torch\.ops|cpp_fused)[._]([\w.]+)\(", re.M
 )
-LAYOUT = set("clone copy permute view transpose expand slice unsqueeze split with sizes".split())
+LAYOUT = {"clone", "copy", "permute", "view", "transpose", "expand", "slice", "unsqueeze", "split"}
+LAYOUT |= {"with", "sizes"}  # of split_with_sizes
 
 # Inductor's import of what PyTorch itself deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
