@@ -87,7 +87,8 @@ def _facility_location(tokens_BND: Tensor, size: int, keep: int) -> Tensor:
     unit = unit_tokens(regions.flatten(0, 1))
     # A token with NaN resembles nothing, so it is picked last; its NaN still shows in the output.
     similarity = (unit @ unit.transpose(1, 2)).nan_to_num(nan=-1.0)
-    return facility_location(similarity, keep, tokens_BND).unflatten(0, regions.shape[:2])
+    picks = facility_location(similarity, keep, tokens_BND)
+    return picks.reshape(*regions.shape[:2], keep)
 
 
 def _random(tokens_BND: Tensor, size: int, keep: int) -> Tensor:

@@ -170,3 +170,16 @@ def test_a_compiled_merge_computes_what_the_eager_one_does() -> None:
 
     compiled = torch.compile(there_and_back, fullgraph=True)
     torch.testing.assert_close(compiled(TOKENS), there_and_back(TOKENS))
+
+
+def test_one_compiled_loop_serves_many_sizes() -> None:
+    torch._dynamo.reset()
+
+    def select(tokens: Tensor) -> Any:
+        return toma.select(tokens, 16, 0.5, "facility_location")
+
+    compiled = torch.compile(select, fullgraph=True, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for batch, count, width in [(2, 48, 8), (3, 96, 24), (5, 64, 12)]:
+            tokens = random_tokens(batch, count, width)
+            assert torch.equal(compiled(tokens), select(tokens))

@@ -252,16 +252,3 @@ def test_an_unknown_selector() -> None:
     message = r"selector='greedy' must be one of facility_location, random, grid"
     with pytest.raises(InputError, match=message):
         select(torch.zeros(1, 64, 8), 16, 0.5, "greedy")
-
-
-# Inductor's import of what PyTorch itself deprecates.
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
-def test_one_compiled_loop_serves_many_sizes() -> None:
-    torch._dynamo.reset()
-    compiled = torch.compile(
-        lambda tokens: select(tokens, 16, 0.5, "facility_location"), fullgraph=True, dynamic=True
-    )
-    with torch._dynamo.config.patch(error_on_recompile=True), torch.no_grad():
-        for batch, tokens, width in [(2, 48, 8), (3, 96, 24), (5, 64, 12)]:
-            x = torch.randn(batch, tokens, width, generator=torch.Generator().manual_seed(batch))
-            assert torch.equal(compiled(x), select(x, 16, 0.5, "facility_location"))
