@@ -6,40 +6,29 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+from diffusers import FluxTransformer2DModel
 from peft import LoraConfig
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._functorch._aot_autograd.utils import make_boxed_func
+from torch._ops import HigherOrderOperator
 
-from tests.tiny import TEXT_WIDTH, flux_inputs, tiny_flux, tiny_sdxl_unet, unet_inputs
-from toma_fx import MergeConfig, transform
+from tests.tiny import (
+    flux_inputs,
+    smallest_flux,
+    smallest_unet,
+    tiny_flux,
+    tiny_sdxl_unet,
+    unet_inputs,
+)
+from toma_fx import MergeConfig, Schedule, transform
 from toma_fx.config import PRESETS
 
 STEPS = 12
 """More than the paper's 10 steps between two selections."""
 # What a sum in another order changes; merging itself changes the output by more than 1e-2.
 TOLERANCE = 1e-5
-
-
-def smallest_unet() -> UNet2DConditionModel:
-    """One block at the first resolution, and two that share a plan at the second."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return UNet2DConditionModel(
-            block_out_channels=(16, 16),
-            norm_num_groups=4,
-            layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 2),
-            attention_head_dim=2,
-            cross_attention_dim=TEXT_WIDTH,
-        ).eval()
-
-
-def smallest_flux() -> FluxTransformer2DModel:
-    """One double-stream block, and two single-stream blocks that share a plan."""
-    return tiny_flux(num_layers=1, num_single_layers=2)
 
 
 def images(model: nn.Module, **size: int) -> Iterator[dict[str, Any]]:
@@ -173,6 +162,45 @@ def test_lora_scale_changes_without_a_new_graph(
         assert difference(outputs[-1], expected) < TOLERANCE
     assert frames.frame_count == graphs
     assert difference(outputs[0], outputs[-1]) > 0.01
+
+
+def lowered(model: nn.Module, call: dict[str, Any]) -> fx.Graph:
+    """The one graph of ATen operators that a compiled model becomes."""
+    graphs: list[fx.Graph] = []
+
+    def note(gm: fx.GraphModule, example_inputs: Any) -> Any:
+        graphs.append(gm.graph)
+        return make_boxed_func(gm.forward)
+
+    backend = aot_autograd(fw_compiler=note, keep_inference_input_mutations=True)
+    torch.compile(model, backend=backend, fullgraph=True)(**call)
+    (graph,) = graphs
+    return graph
+
+
+# Inductor puts a graph into CUDA graphs around its loops; a decision, a number taken from a tensor
+# or an input that is written to would keep more than a loop out of them.
+@pytest.mark.parametrize(("build", "groups"), [(smallest_unet, 2), (smallest_flux, 2)])
+def test_only_the_selectors_loops_stay_outside_of_cuda_graphs(
+    build: Callable[[], Any], groups: int
+) -> None:
+    model = transform(build())
+    graph = lowered(model, inputs_for(model, height=16, width=24))
+    higher = [n.target for n in graph.nodes if isinstance(n.target, HigherOrderOperator)]
+    assert higher == [torch.ops.higher_order.while_loop] * groups
+    written = [n.args[0] for n in graph.nodes if str(n.target) == "aten.copy_.default"]
+    assert not any(node.op == "placeholder" for node in written)
+    assert not any("_local_scalar_dense" in str(node.target) for node in graph.nodes)
+
+
+@pytest.mark.parametrize("build", [smallest_unet, smallest_flux])
+def test_a_schedule_decides_and_writes_in_the_graph(build: Callable[[], Any]) -> None:
+    """The counterpart: what the test above would see."""
+    model = transform(build(), schedule=Schedule(select_every=10, weigh_every=5))
+    graph = lowered(model, inputs_for(model, height=16, width=24))
+    targets = [n.target for n in graph.nodes]
+    assert torch.ops.higher_order.cond in targets
+    assert torch.ops.aten.copy_.default in targets
 
 
 @pytest.mark.slow

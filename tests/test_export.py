@@ -5,11 +5,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
 import toma_fx
-from tests.tiny import flux_inputs, tiny_flux, tiny_sdxl_unet, unet_inputs
+from tests.tiny import (
+    flux_inputs,
+    smallest_flux,
+    smallest_unet,
+    tiny_flux,
+    tiny_sdxl_unet,
+    unet_inputs,
+)
 from toma_fx import Schedule
 
 FAMILIES: dict[str, tuple[Any, Any]] = {
@@ -101,36 +110,73 @@ def test_one_flux_program_serves_many_sizes_and_batches() -> None:
 
 
 def test_one_unet_program_serves_many_sizes() -> None:
-    model = toma_fx.transform(tiny_sdxl_unet())
-    # Tokens at both attention levels, a quarter and a sixteenth of the latents, must fill regions.
-    shapes = {"sample": {2: 32 * torch.export.Dim("rows"), 3: 32 * torch.export.Dim("columns")}}
+    model = toma_fx.transform(smallest_unet())
+    # Tokens at both attention levels, all latents and a quarter of them, must fill regions.
+    shapes = {"sample": {2: 16 * torch.export.Dim("rows"), 3: 16 * torch.export.Dim("columns")}}
     program = toma_fx.export(
-        model, unet_inputs(model, height=64, width=96), dynamic_shapes=shapes
+        model, unet_inputs(model, height=32, width=48), dynamic_shapes=shapes
     ).module()
     with torch.no_grad():
-        for height, width in [(64, 96), (96, 32)]:
+        for height, width in [(32, 48), (48, 16)]:
             inputs = unet_inputs(model, height=height, width=width)
             torch.testing.assert_close(
                 program(**inputs)[0], model(**inputs, return_dict=False)[0], rtol=1e-4, atol=1e-5
             )
 
 
+# torch.onnx's own.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*torchvision is not installed")
+@pytest.mark.parametrize("build", [smallest_unet, smallest_flux])
+def test_onnx_runtime_agrees(build: Any, tmp_path: Path) -> None:
+    model = toma_fx.transform(build())
+    make = unet_inputs if build is smallest_unet else flux_inputs
+    inputs = make(model, height=16, width=16)
+    program = torch.onnx.export(toma_fx.export(model, inputs), dynamo=True, verbose=False)
+    assert program is not None
+    program.save(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    names = [each.name for each in session.get_inputs()]
+    values = [tensor.numpy() for tensor in pytree.tree_leaves(inputs)]
+    (output,) = session.run(None, dict(zip(names, values, strict=True)))
+    with torch.no_grad():
+        expected = model(**inputs, return_dict=False)[0]
+    torch.testing.assert_close(torch.from_numpy(output), expected, rtol=1e-3, atol=1e-4)
+
+
+RUN_PACKAGE = """
+import sys, torch
+run = torch._inductor.aoti_load_package(sys.argv[1])
+for inputs, state, expected in torch.load(sys.argv[2]):
+    with torch.no_grad():
+        outputs = run(**inputs) if state is None else run(state=state, **inputs)
+    torch.testing.assert_close(outputs[0], expected, rtol=1e-3, atol=1e-4)
+assert not any(name.startswith(("toma_fx", "diffusers")) for name in sys.modules)
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("schedule", [Schedule(), SCHEDULED])
-def test_package_of_aot_inductor_agrees(family: str, schedule: Schedule, tmp_path: Path) -> None:
+def test_package_of_aot_inductor_agrees_in_a_process_with_only_torch(
+    family: str, schedule: Schedule, tmp_path: Path
+) -> None:
     make, make_inputs = FAMILIES[family]
     model = toma_fx.transform(make(), skip=(), schedule=schedule)
     program = toma_fx.export(model, make_inputs(model))
     path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "m.pt2"))
-    run = torch._inductor.aoti_load_package(path)
+    run = program.module()
     state = program.example_inputs[1].get("state")
+    calls = []
     with torch.no_grad():
         for step in range(5):
             inputs = request_at(make_inputs, model, step)
             expected = model(**inputs, return_dict=False)[0]
-            if state is None:
-                (output,) = run(**inputs)
-            else:
-                output, state = run(state=state, **inputs)
-            torch.testing.assert_close(output, expected, rtol=1e-3, atol=1e-4)
+            calls.append((inputs, state, expected))
+            if state is not None:
+                _, state = run(state=state, **inputs)
+    torch.save(calls, tmp_path / "calls.pt")
+    subprocess.run(
+        [sys.executable, "-P", "-c", RUN_PACKAGE, path, tmp_path / "calls.pt"],
+        check=True,
+        cwd=tmp_path,
+    )

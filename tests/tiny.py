@@ -86,6 +86,26 @@ def tiny_flux(
     return _build(FluxTransformer2DModel, seed, config)
 
 
+def smallest_unet() -> UNet2DConditionModel:
+    """One block at the first resolution, and two that share a plan at the second."""
+    config = {
+        "block_out_channels": (16, 16),
+        "norm_num_groups": 4,
+        "layers_per_block": 1,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2),
+        "attention_head_dim": 2,
+        "cross_attention_dim": TEXT_WIDTH,
+    }
+    return _build(UNet2DConditionModel, 0, config)
+
+
+def smallest_flux() -> FluxTransformer2DModel:
+    """One double-stream block, and two single-stream blocks that share a plan."""
+    return tiny_flux(num_layers=1, num_single_layers=2)
+
+
 def smooth_images(shape: tuple[int, int, int, int], generator: torch.Generator) -> Tensor:
     """Images ``(B, C, H, W)`` of a few slow waves and some noise.
 
