@@ -1,20 +1,28 @@
-"""From a pipeline to a file: a merged SDXL or Flux model, and what a denoising loop needs.
+"""From a pipeline to files: a merged SDXL or Flux model, and what a denoising loop needs.
 
     python examples/export.py                           # a small model with random weights
     python examples/export.py --model NAME --prompt "a red fox"         # a pipeline of yours
+    python examples/export.py --model sdxl --package    # the real size, random weights
 
 Then ``python examples/run_exported.py exported``, which imports nothing but torch.
 """
 
 import argparse
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+from torch import Tensor, nn
 
 import toma_fx
+from toma_fx.checkpoints import RANDOM, load_model
 from toma_fx.inputs import random_inputs
+from toma_fx.lab.arithmetic import first_call
 
 SMALL: dict[str, Any] = {
     "num_layers": 2,
@@ -32,10 +40,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--model", help="folder or hub name of a Flux or SDXL pipeline")
+    parser.add_argument(
+        "--model", help="folder or hub name of a Flux or SDXL pipeline; sdxl, flux: random weights"
+    )
     parser.add_argument("--prompt", default="a lighthouse at dusk")
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--size", type=int, help="height and width in pixels")
+    parser.add_argument("--guidance", type=float, default=3.5)
+    parser.add_argument("--size", type=int, help="height and width in pixels (the model's own)")
     parser.add_argument("--ratio", type=float, default=0.5)
     parser.add_argument("--select-every", type=int, default=1)
     parser.add_argument("--weigh-every", type=int, default=1)
@@ -44,67 +55,102 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
 
-    model, request = _load(options)
+    pipeline = options.model is not None and options.model not in RANDOM
+    model, request, decoder = _pipeline(options) if pipeline else _random(options)
     schedule = toma_fx.Schedule(select_every=options.select_every, weigh_every=options.weigh_every)
     merged = toma_fx.transform(model, ratio=options.ratio, schedule=schedule)
-    print(toma_fx.report(merged, height=request.pop("pixels")))
-    program = toma_fx.export(merged, request["inputs"], path=options.output / "model.pt2")
-    torch.save(
-        {**request, "state": program.example_inputs[1].get("state")}, options.output / "request.pt"
-    )
+    with _measured("export and save"):
+        program = toma_fx.export(merged, request["inputs"], path=options.output / "model.pt2")
+    request["state"] = program.example_inputs[1].get("state")
+    torch.save(request, options.output / "request.pt")
+    if decoder is not None:
+        latents = torch.zeros(request["latents_shape"])
+        torch.export.save(torch.export.export(decoder, (latents,)), options.output / "decoder.pt2")
     if options.package:
-        torch._inductor.aoti_compile_and_package(
-            program, package_path=str(options.output / "model.aoti.pt2")
-        )
+        with _measured("AOTInductor"):
+            torch._inductor.aoti_compile_and_package(
+                program, package_path=str(options.output / "model.aoti.pt2")
+            )
     print("wrote", *sorted(str(path) for path in options.output.iterdir()))
 
 
-def _load(options: argparse.Namespace) -> tuple[torch.nn.Module, dict[str, Any]]:
-    """The denoising model, and a request: its inputs, timesteps and noise levels."""
+@contextmanager
+def _measured(name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"{name}: {time.perf_counter() - start:.1f} s, peak memory {peak:.1f} GiB")
+
+
+def _pipeline(options: argparse.Namespace) -> tuple[nn.Module, dict[str, Any], nn.Module]:
+    """The denoising model of a pipeline, a request as the pipeline would make it, its decoder."""
+    pipe = diffusers.DiffusionPipeline.from_pretrained(options.model)
+    flux = hasattr(pipe, "transformer")
+    if not flux:  # the loop's sampler; Flux has it already
+        pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    model = pipe.transformer if flux else pipe.unet
+    call = first_call(
+        model,
+        lambda: pipe(
+            options.prompt,
+            num_inference_steps=options.steps,
+            guidance_scale=options.guidance,
+            height=options.size,
+            width=options.size,
+        ),
+    )
+    inputs = {**dict(zip(("sample", "timestep"), call.args, strict=False)), **call.kwargs}
+    inputs = {name: value for name, value in inputs.items() if isinstance(value, Tensor | dict)}
+    request = _request(inputs, pipe.scheduler, flux)
+    # A UNet sees every image twice, without and with the prompt; Flux takes guidance as an input.
+    doubled = not flux and inputs["sample"].shape[0] == 2
+    request["guidance"] = options.guidance if doubled else None
+    request["latents_shape"] = (1, *inputs[request["latents"]].shape[1:])
+    size = options.size or pipe.default_sample_size * pipe.vae_scale_factor
+    return model, request, _Decoder(pipe, size)
+
+
+class _Decoder(nn.Module):
+    """Latents ``(1, ...)`` as the denoising model has them become an image ``(3, H, W)``, 0..1."""
+
+    def __init__(self, pipe: Any, size: int) -> None:
+        super().__init__()
+        self.vae, self.pipe, self.size = pipe.vae, [pipe], size
+
+    def forward(self, latents: Tensor) -> Tensor:
+        (pipe,), config = self.pipe, self.vae.config
+        if hasattr(pipe, "transformer"):
+            latents = pipe._unpack_latents(latents, self.size, self.size, pipe.vae_scale_factor)
+        latents = latents / config.scaling_factor + (config.shift_factor or 0.0)
+        (image,) = self.vae.decode(latents, return_dict=False)
+        pixels: Tensor = (image[0] / 2 + 0.5).clamp(0, 1)
+        return pixels
+
+
+def _random(options: argparse.Namespace) -> tuple[nn.Module, dict[str, Any], None]:
+    """A model with random weights, and a request of random tensors."""
     if options.model is None:
         torch.manual_seed(0)
-        model = diffusers.FluxTransformer2DModel(**SMALL).eval().requires_grad_(False)
-        pixels = options.size or 256
-        scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-        return model, _request(
-            model, random_inputs(model, height=pixels), scheduler, options, pixels
-        )
-    pipe = diffusers.DiffusionPipeline.from_pretrained(options.model)
-    model = pipe.transformer if hasattr(pipe, "transformer") else pipe.unet
-    inputs = random_inputs(model, height=options.size)
-    pixels = options.size or 1024
-    with torch.no_grad():
-        if hasattr(pipe, "transformer"):
-            prompt, pooled, _ = pipe.encode_prompt(options.prompt, None)
-            inputs |= {"encoder_hidden_states": prompt, "pooled_projections": pooled}
-            inputs["txt_ids"] = torch.zeros(prompt.shape[1], 3, dtype=prompt.dtype)
-        else:
-            prompt, _, pooled, _ = pipe.encode_prompt(
-                options.prompt, do_classifier_free_guidance=False
-            )
-            inputs["encoder_hidden_states"] = prompt
-            inputs["added_cond_kwargs"]["text_embeds"] = pooled
-            ids = [pixels, pixels, 0, 0, pixels, pixels]
-            inputs["added_cond_kwargs"]["time_ids"] = torch.tensor([ids]).to(prompt)
-    return model, _request(model, inputs, pipe.scheduler, options, pixels)
-
-
-def _request(
-    model: torch.nn.Module,
-    inputs: dict[str, Any],
-    scheduler: Any,
-    options: argparse.Namespace,
-    pixels: int,
-) -> dict[str, Any]:
+        model: nn.Module = diffusers.FluxTransformer2DModel(**SMALL).eval().requires_grad_(False)
+    else:
+        model = load_model(options.model)
+    size = 256 if options.model is None and options.size is None else options.size
     flux = isinstance(model, diffusers.FluxTransformer2DModel)
+    scheduler: Any = (
+        diffusers.FlowMatchEulerDiscreteScheduler() if flux else diffusers.EulerDiscreteScheduler()
+    )
     scheduler.set_timesteps(options.steps)
+    return model, _request(random_inputs(model, height=size), scheduler, flux), None
+
+
+def _request(inputs: dict[str, Any], scheduler: Any, flux: bool) -> dict[str, Any]:
     return {
         "inputs": inputs,
         "latents": "hidden_states" if flux else "sample",
         "flow": flux,
+        "guidance": None,
         "timesteps": scheduler.timesteps / 1000 if flux else scheduler.timesteps,
         "sigmas": scheduler.sigmas,
-        "pixels": pixels,
     }
 
 

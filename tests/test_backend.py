@@ -78,7 +78,6 @@ def test_options_are_checked_at_once() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 def test_inductor() -> None:
     model = tiny_flux(num_layers=1, num_single_layers=1)
     inputs = {**flux_inputs(model, height=8, width=8), "return_dict": False}

@@ -4,11 +4,13 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import toma_fx
+from tests.pipelines import tiny_flux_pipeline, tiny_sdxl_pipeline
 from tests.tiny import tiny_flux, tiny_sdxl_unet
 from toma_fx import bench, checkpoints, demo
 from toma_fx.cli import main
@@ -98,6 +100,27 @@ def test_every_example_has_a_main() -> None:
     assert examples
     for path in examples:
         assert callable(runpy.run_path(str(path))["main"])
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own
+@pytest.mark.parametrize("build", [tiny_sdxl_pipeline, tiny_flux_pipeline])
+def test_export_example_draws_what_the_pipeline_draws(build: Any, tmp_path: Path) -> None:
+    pipe = build()
+    pipe.save_pretrained(tmp_path / "pipeline")
+    export = runpy.run_path(str(ROOT / "examples/export.py"))["main"]
+    run = runpy.run_path(str(ROOT / "examples/run_exported.py"))["main"]
+    model = ["--model", str(tmp_path / "pipeline"), "--output", str(tmp_path / "exported")]
+    export([*model, "--size", "128", "--steps", "3", "--prompt", "abc"])
+    latents = run([str(tmp_path / "exported")])
+
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    toma_fx.transform(pipe, ratio=0.5)
+    call = {"num_inference_steps": 3, "guidance_scale": 3.5, "height": 128, "width": 128}
+    expected = pipe("abc", **call, latents=noise, output_type="latent").images
+    assert (latents - expected).norm() < 1e-4 * expected.norm()
+    image = (tmp_path / "exported" / "image.ppm").read_bytes()
+    assert image.startswith(b"P6 128 128 255\n")
+    assert len(image) == 15 + 3 * 128 * 128
 
 
 def test_export_example_end_to_end(tmp_path: Path) -> None:

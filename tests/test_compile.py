@@ -204,8 +204,6 @@ def test_a_schedule_decides_and_writes_in_the_graph(build: Callable[[], Any]) ->
 
 
 @pytest.mark.slow
-# Inductor's import of what PyTorch itself deprecates.
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 @pytest.mark.parametrize(("build", "preset"), [(smallest_unet, "default"), (smallest_flux, "toma")])
 def test_inductor_agrees(build: Callable[[], Any], preset: str) -> None:
     uncompiled = transform(build(), MergeConfig.preset(preset))

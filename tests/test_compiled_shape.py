@@ -34,9 +34,6 @@ KERNEL_CALL = re.compile(
 LAYOUT = {"clone", "copy", "permute", "view", "transpose", "expand", "slice", "unsqueeze", "split"}
 LAYOUT |= {"with", "sizes"}  # of split_with_sizes
 
-# Inductor's import of what PyTorch itself deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
-
 
 def kernels(function: Any, inputs: dict[str, Any], **more: Any) -> Counter[str]:
     """How often the code that Inductor makes of a function runs a kernel of each kind."""

@@ -14,12 +14,6 @@ from toma_fx.runtime import ops
 
 toma = torch.ops.toma
 
-# Of torch's own lowering and compiling.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"),
-]
-
 
 TOKENS = random_tokens(2, 64, 6)
 DESTINATIONS = toma.select(TOKENS, 16, 0.5, "facility_location")
