@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import get_args
 
 import torch
@@ -12,7 +13,7 @@ from toma_fx.bench import machine, side_by_side, table
 from toma_fx.checkpoints import RANDOM, architecture, load_model
 from toma_fx.cold_start import cold_starts
 from toma_fx.config import PRESETS, Component, MergeConfig, Placement, Region
-from toma_fx.demo import demo
+from toma_fx.demo import PROMPT, demo
 from toma_fx.errors import TomaError
 from toma_fx.lab.cli import add_commands
 
@@ -67,12 +68,15 @@ def _parser() -> argparse.ArgumentParser:
     bench.set_defaults(run=_bench)
 
     show = commands.add_parser(
-        "demo", help="SDXL and Flux at their real sizes: report, one block before and after, times"
+        "demo", help="images side by side; SDXL and Flux at their real sizes: report, graphs, times"
     )
     show.add_argument("--model", help=f"only this model: {MODEL}")
     show.add_argument("--ratio", type=float, default=0.5, help="share of tokens merged away (0.5)")
     show.add_argument("--quick", action="store_true", help="512 x 512 pixels, one counted call")
-    show.set_defaults(run=lambda o: demo(model=o.model, ratio=o.ratio, quick=o.quick))
+    show.add_argument("--prompt", default=PROMPT, help="of the images")
+    show.add_argument("--steps", type=int, default=25, help="of denoising (25)")
+    show.add_argument("--output", type=Path, default=Path("demo"), help="of the pictures (demo)")
+    show.set_defaults(run=_demo)
     add_commands(commands)
     return parser
 
@@ -96,6 +100,11 @@ def _config(options: argparse.Namespace, ratio: float) -> MergeConfig:
     names = ("placement", "components", "region", "region_tokens", "skip")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     return MergeConfig.preset(options.preset, ratio=ratio, **given)
+
+
+def _demo(options: argparse.Namespace) -> None:
+    names = ("model", "ratio", "quick", "prompt", "steps", "output")
+    demo(**{name: getattr(options, name) for name in names})
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -1,13 +1,16 @@
-"""The main job, shown: SDXL and Flux at their real sizes, merged, reported and timed."""
+"""The main job, shown: images of small trained models, and SDXL and Flux at their real sizes."""
 
 import time
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from tabulate import tabulate
 from torch import nn
 
 import toma_fx
 from toma_fx.bench import machine, side_by_side, table
-from toma_fx.checkpoints import available_memory, load_model
+from toma_fx.checkpoints import RANDOM, available_memory, load_model
 from toma_fx.config import MergeConfig
 from toma_fx.passes.readable import readable
 from toma_fx.transform import block_graphs
@@ -16,27 +19,68 @@ FLUX_BLOCK_BYTES = 1.24 * 2**30
 """One double-stream and two single-stream blocks in bfloat16."""
 FLUX_MOST = 3
 """Double-stream blocks that keep the demo within ten minutes on two cores; the model has 19."""
+SMALL_MODELS = Path(__file__).resolve().parent.parent / "examples" / "small_models"
+"""Trained pipelines that the repository holds; a wheel has none."""
+PROMPT = "a large red circle left of a small blue square on a striped green ground under a blue sky"
+RATIOS = (0.25, 0.5, 0.75)
 
 
-def demo(*, model: str | None = None, ratio: float = 0.5, quick: bool = False) -> None:
-    """Show what toma_fx does to real architectures, on this machine.
+def demo(
+    *,
+    model: str | None = None,
+    ratio: float = 0.5,
+    quick: bool = False,
+    prompt: str = PROMPT,
+    steps: int = 25,
+    output: Path = Path("demo"),
+) -> None:
+    """Show what toma_fx does to images and to time, on this machine.
 
     Args:
-        model: only this one, as `toma_fx.checkpoints.load_model` takes it; by default SDXL's whole
-            UNet, then Flux at full width with as many blocks as memory and ten minutes allow.
-        ratio: share of tokens merged away.
+        model: only this one: ``"sdxl"``, ``"flux"``, or a folder or hub name of a pipeline. By
+            default SDXL's whole UNet, then Flux at full width with as many blocks as memory and ten
+            minutes allow; images are drawn by small trained pipelines of the same architectures.
+        ratio: share of tokens merged away, of the report and the times.
         quick: images of 512 x 512 pixels and one counted call, within two minutes.
+        prompt: of the images.
+        steps: of denoising.
+        output: folder of the pictures; made when missing.
     """
-    size = 512 if quick else None
+    config, size = MergeConfig(ratio=ratio), 512 if quick else None
     for name in ("sdxl", "flux") if model is None else (model,):
+        _draw(name, config, prompt, steps, output)
         _headline(f"{name}: loading")
         start = time.perf_counter()
         loaded = load_model(name, **_fitting(name))
         count = sum(p.numel() for p in loaded.parameters())
         print(f"{type(loaded).__name__}, {count / 1e9:.2f} billion parameters, {_since(start)}")
-        _show(loaded, name, MergeConfig(ratio=ratio), size, repeats=1 if quick else 3)
+        _show(loaded, name, config, size, repeats=1 if quick else 3)
         del loaded
     print(f"\nMeasured on {machine()}.")
+
+
+def _draw(name: str, config: MergeConfig, prompt: str, steps: int, output: Path) -> None:
+    # The lab's imports take seconds, and only this part of the demo needs them.
+    from toma_fx.lab.compare import draw_ratios, side_by_side_picture
+    from toma_fx.lab.draw import Task, load_pipeline
+    from toma_fx.lab.prompts import Prompt
+
+    folder = str(SMALL_MODELS / name) if name in RANDOM else name
+    _headline(f"{name}: images by {'a small trained pipeline' if name in RANDOM else name}")
+    if name in RANDOM and not Path(folder).exists():
+        print(f"none: the trained pipelines are in the repository, and {folder} is not there")
+        return
+    task = Task(model=folder, prompts=(Prompt(text=prompt),), steps=steps)
+    # Their blocks all merge: a share of few blocks would spare none of them or too many.
+    config = replace(config, skip=()) if name in RANDOM else config
+    drawn = draw_ratios(load_pipeline(folder), task, RATIOS, config)
+    rows = [(f"{d.ratio:g}" if d.ratio else "untouched", d.seconds, d.psnr) for d in drawn]
+    print(f"{prompt!r}, {steps} steps, not compiled")
+    print(tabulate(rows, ("ratio", "s an image", "PSNR, dB"), floatfmt=(".0f", ".2f", ".1f")))
+    output.mkdir(parents=True, exist_ok=True)
+    file = output / f"{Path(folder).name}.png"
+    side_by_side_picture(drawn, f"{prompt}, {steps} steps").save(file)
+    print(f"wrote {file}")
 
 
 def _show(
