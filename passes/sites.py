@@ -7,6 +7,7 @@ Nothing is rewritten. Before and after are the same graph; ``gm.meta["toma_sites
 """
 
 import operator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -72,15 +73,27 @@ class FindSites(Pass):
                     f"{node.target!r} is called twice, {calls[node.target]} and {node}; a site "
                     "needs one call, so leave this block out with skip"
                 )
-        wanted = set(self.components)
-        found = []
-        for site in sorted(self.sites, key=lambda site: -len(site.components)):
-            present = all(target in calls for target in (*site.enter, site.leave))
-            if present and wanted.issuperset(site.components):
-                wanted -= set(site.components)
-                found.append(_found(site, calls))
-        gm.meta[SITES] = tuple(found)
+        found = tuple(_found(site, calls) for site in choose(self.sites, self.components, calls))
+        gm.meta[SITES] = found
         return len(found)
+
+
+def choose(
+    sites: Iterable[Site], components: Iterable[str], present: Container[str]
+) -> Iterator[Site]:
+    """The sites that serve the wanted components, each once, the most comprehensive sites first.
+
+    Args:
+        sites: of a block's row in the table of block structures.
+        components: the wanted ones.
+        present: the submodules that the block has.
+    """
+    wanted = set(components)
+    for site in sorted(sites, key=lambda site: -len(site.components)):
+        complete = all(name in present for name in (*site.enter, site.leave))
+        if complete and wanted.issuperset(site.components):
+            wanted -= set(site.components)
+            yield site
 
 
 def _found(site: Site, calls: dict[str, fx.Node]) -> FoundSite:

@@ -38,8 +38,9 @@ def test_bench_times_all_ratios_in_turn(folder: Path, capsys: pytest.CaptureFixt
         assert word in out
 
 
-def test_demo_shows_report_graphs_and_times(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own
+def test_demo_draws_and_shows_report_graphs_and_times(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled: list[dict[str, object]] = []
 
@@ -48,8 +49,12 @@ def test_demo_shows_report_graphs_and_times(
         return TIMINGS
 
     monkeypatch.setattr(demo, "side_by_side", side_by_side)
-    demo.demo(model=str(folder), quick=True)
+    tiny_sdxl_pipeline().save_pretrained(tmp_path / "pipeline")
+    demo.demo(model=str(tmp_path / "pipeline"), quick=True, steps=1, output=tmp_path / "pictures")
     out = capsys.readouterr().out
+    assert (tmp_path / "pictures" / "pipeline.png").exists()
+    for word in ("untouched", "0.75", "PSNR"):
+        assert word in out
     assert "torch.ops.toma.merge(" in out.partition("after")[2]
     assert "torch.ops.toma.merge(" not in out.partition("after")[0]
     assert "whole model" in out

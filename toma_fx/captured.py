@@ -18,7 +18,7 @@ from toma_fx.passes.captured import module_stack, qualified_name
 from toma_fx.passes.merge_captured import CapturedBlock, MergeCaptured
 from toma_fx.passes.order_captured import Border
 from toma_fx.passes.plan_nodes import PlanOptions
-from toma_fx.passes.sites import Site
+from toma_fx.passes.sites import Site, choose
 
 Captured = fx.GraphModule | ExportedProgram
 
@@ -139,16 +139,10 @@ def _parent(path: str) -> str:
 def _sites(
     row: Block, path: str, config: MergeConfig, classes: Mapping[str, Any]
 ) -> tuple[Site, ...]:
-    """What to merge in a block; as `FindSites`, the most comprehensive sites first."""
     if config.placement == "block":
         return (_WHOLE,)
-    wanted, found = set(config.components), []
-    for site in sorted(row.sites, key=lambda site: -len(site.components)):
-        present = all(f"{path}.{name}" in classes for name in (*site.enter, site.leave))
-        if present and wanted.issuperset(site.components):
-            wanted -= set(site.components)
-            found.append(site)
-    return tuple(found)
+    inside = {name.removeprefix(f"{path}.") for name in classes if name.startswith(f"{path}.")}
+    return tuple(choose(row.sites, config.components, inside))
 
 
 def _borders(

@@ -1,7 +1,6 @@
 """The main job, shown: images of small trained models, and SDXL and Flux at their real sizes."""
 
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ FLUX_MOST = 3
 """Double-stream blocks that keep the demo within ten minutes on two cores; the model has 19."""
 SMALL_MODELS = Path(__file__).resolve().parent.parent / "examples" / "small_models"
 """Trained pipelines that the repository holds; a wheel has none."""
+SMALL_PIXELS = 128
+"""The height and width of the pictures that they were trained on."""
 PROMPT = "a large red circle left of a small blue square on a striped green ground under a blue sky"
 RATIOS = (0.25, 0.5, 0.75)
 
@@ -65,14 +66,14 @@ def _draw(name: str, config: MergeConfig, prompt: str, steps: int, output: Path)
     from toma_fx.lab.draw import Task, load_pipeline
     from toma_fx.lab.prompts import Prompt
 
-    folder = str(SMALL_MODELS / name) if name in RANDOM else name
-    _headline(f"{name}: images by {'a small trained pipeline' if name in RANDOM else name}")
-    if name in RANDOM and not Path(folder).exists():
+    small = name in RANDOM
+    folder = str(SMALL_MODELS / name) if small else name
+    size = SMALL_PIXELS if small else None
+    _headline(f"{name}: images by {'a small trained pipeline' if small else name}")
+    if small and not Path(folder).exists():
         print(f"none: the trained pipelines are in the repository, and {folder} is not there")
         return
-    task = Task(model=folder, prompts=(Prompt(text=prompt),), steps=steps)
-    # Their blocks all merge: a share of few blocks would spare none of them or too many.
-    config = replace(config, skip=()) if name in RANDOM else config
+    task = Task(model=folder, prompts=(Prompt(text=prompt),), steps=steps, height=size, width=size)
     drawn = draw_ratios(load_pipeline(folder), task, RATIOS, config)
     rows = [(f"{d.ratio:g}" if d.ratio else "untouched", d.seconds, d.psnr) for d in drawn]
     print(f"{prompt!r}, {steps} steps, not compiled")
