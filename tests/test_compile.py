@@ -204,10 +204,13 @@ def test_a_schedule_decides_and_writes_in_the_graph(build: Callable[[], Any]) ->
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune"])
 @pytest.mark.parametrize(("build", "preset"), [(smallest_unet, "default"), (smallest_flux, "toma")])
-def test_inductor_agrees(build: Callable[[], Any], preset: str) -> None:
+def test_inductor_agrees(build: Callable[[], Any], preset: str, mode: str) -> None:
     uncompiled = transform(build(), MergeConfig.preset(preset))
-    compiled: Any = torch.compile(copy.deepcopy(uncompiled), fullgraph=True, dynamic=False)
+    compiled: Any = torch.compile(
+        copy.deepcopy(uncompiled), fullgraph=True, dynamic=False, mode=mode
+    )
     with torch._dynamo.config.patch(error_on_recompile=True):
         for call in images(uncompiled, height=8, width=8):
             expected = uncompiled(**call).sample
