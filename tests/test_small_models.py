@@ -48,8 +48,9 @@ def test_captions_say_the_scene_and_only_known_words() -> None:
         assert set(text.split()) <= set(words())
         seen |= {scene.layout}
     assert seen == set(LAYOUTS)
-    with pytest.raises(ValueError, match="not a caption"):
-        parse("a large red circle on a plain green ground under a green sea")
+    for text in ("a fox", "a large red circle on a plain green ground under a green sea"):
+        with pytest.raises(ValueError, match="not a caption"):
+            parse(text)
 
 
 def test_training_lacks_the_held_out_things() -> None:

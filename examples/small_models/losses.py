@@ -1,0 +1,149 @@
+"""What each model is trained on: a function from a step's number to its loss."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Loss = Callable[[int], Tensor]
+
+
+def vae_loss(model: Any, pictures: npt.NDArray[np.uint8], batch: int, crop: int) -> Loss:
+    """Errors of pixels, absolute and squared, and of edges, and a weak prior on latents.
+
+    Parts of ``crop`` pixels make batches more varied. But a group norm sees all of a picture, so
+    that the last steps should, too.
+    """
+
+    def loss(step: int) -> Tensor:
+        generator = torch.Generator().manual_seed(step)
+        chosen = torch.randint(len(pictures), (batch,), generator=generator).tolist()
+        corners = torch.randint(pictures.shape[1] - crop + 1, (batch, 2), generator=generator)
+        crops = [
+            pictures[index, top : top + crop, left : left + crop]
+            for index, (top, left) in zip(chosen, corners.tolist(), strict=True)
+        ]
+        pixels = to_pixels(np.stack(crops)).to(model.device)
+        with autocast(model.device):
+            posterior = model.encode(pixels).latent_dist
+            noise = torch.randn(posterior.mean.shape, generator=generator).to(model.device)
+            decoded = model.decode(posterior.mean + posterior.std * noise).sample
+        error = decoded.float() - pixels
+        edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+        prior = posterior.kl().mean() / posterior.mean[0].numel()
+        total: Tensor = error.abs().mean() + error.square().mean() + 0.5 * edges + 1e-3 * prior
+        return total
+
+    return loss
+
+
+def sdxl_loss(parts: Any, pipe: Any, latents: Tensor, tokens: list[Tensor], batch: int) -> Loss:
+    """Prediction of the velocity, at even timesteps; one caption in ten is dropped."""
+    signal = pipe.scheduler.alphas_cumprod
+    size = torch.tensor([[128.0, 128.0, 0.0, 0.0, 128.0, 128.0]])
+
+    def loss(step: int) -> Tensor:
+        generator = torch.Generator().manual_seed(step)
+        chosen = torch.randint(len(latents), (batch,), generator=generator)
+        timestep = torch.randint(len(signal), (batch,), generator=generator)
+        clean = latents[chosen].float()
+        noise = torch.randn(clean.shape, generator=generator)
+        a, b = (part.sqrt().view(-1, 1, 1, 1) for part in (signal[timestep], 1 - signal[timestep]))
+        keep = torch.rand(batch, 1, generator=generator) >= 0.1
+        ids, noisy, target, keep, timestep, size_ids = _moved(
+            parts,
+            tokens[0][chosen],
+            a * clean + b * noise,
+            a * noise - b * clean,
+            keep,
+            timestep,
+            size,
+        )
+        with autocast(ids.device):
+            states = [
+                parts[name](ids, output_hidden_states=True)
+                for name in ("text_encoder", "text_encoder_2")
+            ]
+            text = torch.cat([state.hidden_states[-2] for state in states], dim=-1)
+            predicted = parts["unet"](
+                noisy,
+                timestep,
+                encoder_hidden_states=text * keep[..., None],
+                added_cond_kwargs={
+                    "text_embeds": states[1].text_embeds * keep,
+                    "time_ids": size_ids.expand(batch, -1),
+                },
+            ).sample
+        return F.mse_loss(predicted.float(), target)
+
+    return loss
+
+
+def flux_loss(parts: Any, pipe: Any, latents: Tensor, tokens: list[Tensor], batch: int) -> Loss:
+    """Rectified flow, at times from the distribution that the scheduler's shift gives 256 tokens.
+
+    One caption in ten is replaced by the empty one. The guidance embedding is fed at random and
+    so learns to say nothing: this model is not distilled.
+    """
+    height = latents.shape[-1] // 2
+    places = pipe._prepare_latent_image_ids(batch, height, height, "cpu", torch.float32)
+    text_places = torch.zeros(tokens[1].shape[1], 3)
+
+    def loss(step: int) -> Tensor:
+        generator = torch.Generator().manual_seed(step)
+        chosen = torch.randint(len(latents), (batch,), generator=generator)
+        clean = pipe._pack_latents(latents[chosen].float(), batch, *latents.shape[1:])
+        noise = torch.randn(clean.shape, generator=generator)
+        time = torch.sigmoid(torch.randn(batch, generator=generator) + 0.5)
+        mixed = torch.lerp(clean, noise, time.view(-1, 1, 1))
+        guidance = 1 + 4 * torch.rand(batch, generator=generator)
+        dropped = torch.rand(batch, generator=generator) < 0.1
+        clip, t5 = (ids[torch.where(dropped, len(latents), chosen)] for ids in tokens)
+        clip, t5, mixed, target, time, guidance, img_ids, txt_ids = _moved(
+            parts, clip, t5, mixed, noise - clean, time, guidance, places, text_places
+        )
+        with autocast(clip.device):
+            predicted = parts["transformer"](
+                hidden_states=mixed,
+                timestep=time,
+                guidance=guidance,
+                pooled_projections=parts["text_encoder"](clip).pooler_output,
+                encoder_hidden_states=parts["text_encoder_2"](t5).last_hidden_state,
+                img_ids=img_ids,
+                txt_ids=txt_ids,
+            ).sample
+        return F.mse_loss(predicted.float(), target)
+
+    return loss
+
+
+def tokens_of(pipe: Any, captions: list[str]) -> list[Tensor]:
+    """What each tokenizer makes of the captions and, in the last row, of the empty one."""
+    return [
+        tokenizer(
+            [*captions, ""],
+            padding="max_length",
+            max_length=tokenizer.model_max_length,
+            return_tensors="pt",
+        ).input_ids
+        for tokenizer in (pipe.tokenizer, pipe.tokenizer_2)
+    ]
+
+
+def to_pixels(pictures: npt.NDArray[np.uint8]) -> Tensor:
+    """Bytes ``(N, H, W, 3)`` to numbers from -1 to 1, ``(N, 3, H, W)``."""
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """Bfloat16 for what gains from it."""
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+def _moved(parts: nn.Module, *tensors: Tensor) -> list[Tensor]:
+    device = next(parts.parameters()).device
+    return [tensor.to(device) for tensor in tensors]

@@ -1,0 +1,298 @@
+"""Captioned pictures, drawn from numbers: one index gives one scene, its caption and its pixels.
+
+A scene has a sky, a textured ground, and one or two things, a row of equal things, or a thing and
+its mirror image. The caption names everything but small changes of place, which a seed decides.
+
+    scene = scene_of(7)
+    caption(scene)        # "a small red star in front of a large blue ring on a dotted grey ..."
+    draw(scene, seed=7)   # (128, 128, 3), uint8
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+SIZE = 128
+
+SIZES = ("small", "large")
+COLOURS = {
+    "red": (0.86, 0.16, 0.14),
+    "yellow": (0.97, 0.82, 0.16),
+    "green": (0.15, 0.62, 0.24),
+    "blue": (0.15, 0.33, 0.86),
+    "black": (0.10, 0.10, 0.12),
+    "white": (0.95, 0.95, 0.95),
+}
+TEXTURES = ("plain", "striped", "checked", "dotted", "grainy")
+GROUNDS = {
+    "green": (0.36, 0.62, 0.30),
+    "brown": (0.58, 0.40, 0.24),
+    "grey": (0.55, 0.56, 0.58),
+    "purple": (0.52, 0.32, 0.62),
+}
+SKIES = {  # at the top, at the horizon
+    "blue": ((0.30, 0.55, 0.92), (0.80, 0.91, 0.99)),
+    "orange": ((0.93, 0.46, 0.16), (1.00, 0.85, 0.55)),
+    "pink": ((0.85, 0.45, 0.68), (0.99, 0.86, 0.88)),
+    "starry": ((0.03, 0.04, 0.14), (0.17, 0.19, 0.40)),
+}
+LAYOUTS = {  # how often each is drawn
+    "one": 0.15,
+    "left of": 0.25,
+    "above": 0.20,
+    "in front of": 0.20,
+    "row": 0.10,
+    "mirror": 0.10,
+}
+PAIRS = ("left of", "above", "in front of")
+
+Pixels = npt.NDArray[np.floating[Any]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Thing:
+    """A shape of one colour."""
+
+    size: str
+    colour: str
+    shape: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scene:
+    """All that a caption says."""
+
+    layout: str
+    first: Thing
+    second: Thing | None
+    texture: str
+    ground: str
+    sky: str
+
+
+def is_held_out(thing: Thing) -> bool:
+    """Whether training shows nothing of this colour and shape, such as a red star.
+
+    Each colour lacks one shape: three further in the list than the colour is in its own.
+    """
+    return list(SHAPES).index(thing.shape) == (list(COLOURS).index(thing.colour) + 3) % len(SHAPES)
+
+
+def scene_of(index: int, *, held_out: bool = False) -> Scene:
+    """The scene of an index; with ``held_out``, one whose first thing training never shows."""
+    generator = np.random.default_rng((index, int(held_out)))
+
+    def pick(words: Iterable[str]) -> str:
+        return str(generator.choice(list(words)))
+
+    def thing(wanted: bool) -> Thing:
+        while True:
+            found = Thing(size=pick(SIZES), colour=pick(COLOURS), shape=pick(SHAPES))
+            if is_held_out(found) == wanted:
+                return found
+
+    layout = str(generator.choice(list(LAYOUTS), p=list(LAYOUTS.values())))
+    first = thing(held_out)
+    second = thing(False) if layout in PAIRS else None
+    while second is not None and (second.colour, second.shape) == (first.colour, first.shape):
+        second = thing(False)
+    return Scene(
+        layout=layout,
+        first=first,
+        second=second,
+        texture=pick(TEXTURES),
+        ground=pick(GROUNDS),
+        sky=pick(SKIES),
+    )
+
+
+def caption(scene: Scene) -> str:
+    """A scene in words."""
+    first = f"{scene.first.size} {scene.first.colour} {scene.first.shape}"
+    if scene.layout == "row":
+        things = f"a row of {first}s"
+    elif scene.layout == "mirror":
+        things = f"a {first} and its mirror image"
+    else:
+        things = f"a {first}"
+    if scene.second is not None:
+        second = f"{scene.second.size} {scene.second.colour} {scene.second.shape}"
+        things += f" {scene.layout} a {second}"
+    article = "an" if scene.sky.startswith("o") else "a"
+    return f"{things} on a {scene.texture} {scene.ground} ground under {article} {scene.sky} sky"
+
+
+def parse(text: str) -> Scene:
+    """The scene that a caption describes; the inverse of ``caption``.
+
+    Raises:
+        ValueError: for words that no caption has.
+    """
+    things, _, place = text.partition(" on a ")
+    words = things.split()
+    layout = next((pair for pair in PAIRS if f" {pair} a " in things), "one")
+    if words[:3] == ["a", "row", "of"]:
+        layout, words = "row", ["a", *words[3:-1], words[-1].removesuffix("s")]
+    elif things.endswith(" and its mirror image"):
+        layout = "mirror"
+    texture, ground, *_, sky, _ = [*place.split(), "", "", "", ""][:7]
+    size, colour, shape = [*words[1:4], "", "", ""][:3]
+    second = Thing(size=words[-3], colour=words[-2], shape=words[-1]) if layout in PAIRS else None
+    scene = Scene(
+        layout=layout,
+        first=Thing(size=size, colour=colour, shape=shape),
+        second=second,
+        texture=texture,
+        ground=ground,
+        sky=sky,
+    )
+    if caption(scene) != text:
+        raise ValueError(f"not a caption of these pictures: {text!r}; one is {caption(scene)!r}")
+    return scene
+
+
+def words() -> list[str]:
+    """Every word that a caption can have."""
+    grammar = {"a", "an", "row", "of", "and", "its", "mirror", "image"}
+    grammar |= {"on", "ground", "under", "sky"}
+    grammar |= {word for pair in PAIRS for word in pair.split()}
+    shapes = [word for shape in SHAPES for word in (shape, f"{shape}s")]
+    return sorted({*grammar, *SIZES, *COLOURS, *TEXTURES, *GROUNDS, *SKIES, *shapes})
+
+
+def draw(scene: Scene, seed: int) -> npt.NDArray[np.uint8]:
+    """The scene's pixels, ``(128, 128, 3)``. Edges are smooth: a pixel takes its covered share."""
+    generator = np.random.default_rng((seed, 1234))
+    y, x = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) + np.float32(0.5)
+    horizon = SIZE * generator.uniform(0.52, 0.66)
+    picture = _sky(scene, y / horizon, generator)
+    picture = _blend(picture, _ground(scene, x, y, horizon, generator), _cover(horizon - y))
+    for thing, centre, radius, mirrored in _places(scene, generator):
+        side = -1.0 if mirrored else 1.0
+        distance = SHAPES[thing.shape](side * (x - centre[0]), y - centre[1], radius)
+        light = 1.0 + 0.25 * np.clip((centre[1] - y) / radius, -1, 1)
+        colour = np.array(COLOURS[thing.colour], np.float32)
+        edge = np.full(3, 0.55 if thing.colour == "black" else 0.05, np.float32)
+        picture = _blend(picture, edge, _cover(distance))
+        picture = _blend(picture, light[..., None] * colour, _cover(distance + 1.6))
+    return np.asarray(np.clip(picture, 0, 1) * 255 + 0.5, np.uint8)
+
+
+def _sky(scene: Scene, height: Pixels, generator: np.random.Generator) -> Pixels:
+    top, bottom = (np.array(colour, np.float32) for colour in SKIES[scene.sky])
+    sky: Pixels = top + (bottom - top) * np.clip(height, 0, 1)[..., None]
+    if scene.sky == "starry":
+        for row, column in generator.integers(2, SIZE - 2, (40, 2)):
+            sky[row, column] = 0.95
+            sky[row - 1 : row + 2, column] = np.maximum(sky[row - 1 : row + 2, column], 0.55)
+            sky[row, column - 1 : column + 2] = np.maximum(sky[row, column - 1 : column + 2], 0.55)
+    return sky
+
+
+def _ground(
+    scene: Scene, x: Pixels, y: Pixels, horizon: float, generator: np.random.Generator
+) -> Pixels:
+    """The texture's share of the darker tone, over a gradient that darkens to the front."""
+    shift = generator.uniform(0, 16)
+    if scene.texture == "striped":
+        dark = _cover(4 - np.abs((x + y + shift) % 16 - 8))
+    elif scene.texture == "checked":
+        wave_x, wave_y = (np.abs((v) % 20 - 10) - 5 for v in (x + shift, y - horizon + 5))
+        dark = _cover(wave_x) * _cover(wave_y) + _cover(-wave_x) * _cover(-wave_y)
+    elif scene.texture == "dotted":
+        dark = _cover(np.hypot((x + shift) % 14 - 7, (y - horizon) % 14 - 7) - 3.5)
+    else:
+        dark = np.zeros_like(x)
+    tone = 1.08 - 0.25 * (y - horizon) / (SIZE - horizon) - 0.4 * dark
+    if scene.texture == "grainy":
+        tone = tone + generator.normal(0, 0.09, x.shape).astype(np.float32)
+    return np.asarray(tone[..., None] * np.array(GROUNDS[scene.ground]), np.float32)
+
+
+def _places(
+    scene: Scene, generator: np.random.Generator
+) -> list[tuple[Thing, tuple[float, float], float, bool]]:
+    """Each thing with its centre, its radius and whether it is mirrored, from back to front."""
+
+    def near(value: float, spread: float) -> float:
+        return float(SIZE * generator.uniform(value - spread, value + spread))
+
+    def radius(thing: Thing) -> float:
+        return near({"small": 0.14, "large": 0.215}[thing.size], 0.008)
+
+    first, second = scene.first, scene.second
+    if scene.layout == "row":
+        y, shift, size = near(0.6, 0.12), near(0, 0.03), radius(first) * 0.68
+        return [(first, (SIZE * (0.18 + 0.32 * i) + shift, y), size, False) for i in range(3)]
+    if scene.layout == "mirror":
+        x, y, size = near(0.26, 0.02), near(0.55, 0.12), radius(first)
+        return [(first, (x, y), size, False), (first, (SIZE - x, y), size, True)]
+    if second is None:
+        return [(first, (near(0.5, 0.12), near(0.55, 0.12)), radius(first), False)]
+    sizes = radius(first), radius(second)
+    if scene.layout == "left of":
+        centres = [(near(x, 0.02), near(0.55, 0.1)) for x in (0.26, 0.74)]
+    elif scene.layout == "above":
+        x = near(0.5, 0.1)
+        centres = [(x + near(0, 0.05), near(y, 0.02)) for y in (0.25, 0.75)]
+    else:
+        side = generator.choice([-1, 1])
+        reach = 0.5 * max(sizes) + 0.42 * min(sizes)
+        x, y = near(0.5, 0.08), near(0.52, 0.08)
+        centres = [(x + side * v * reach, y + 0.5 * v * reach) for v in (0.9, -0.9)]
+    front, back = centres
+    return [(second, back, sizes[1], False), (first, front, sizes[0], False)]
+
+
+def _cover(distance: Pixels) -> Pixels:
+    """How much of a pixel lies inside, from its centre's signed distance to the edge."""
+    share: Pixels = np.clip(0.5 - distance, 0, 1)
+    return share
+
+
+def _blend(below: Pixels, above: Pixels, share: Pixels) -> Pixels:
+    return np.asarray(below + (above - below) * share[..., None], np.float32)
+
+
+def _circle(x: Pixels, y: Pixels, radius: float) -> Pixels:
+    return np.hypot(x, y) - radius
+
+
+def _square(x: Pixels, y: Pixels, radius: float) -> Pixels:
+    return np.maximum(np.abs(x), np.abs(y)) - 0.86 * radius
+
+
+def _triangle(x: Pixels, y: Pixels, radius: float) -> Pixels:
+    return np.maximum(0.866 * np.abs(x) - 0.5 * y, y) - 0.58 * radius
+
+
+def _star(x: Pixels, y: Pixels, radius: float) -> Pixels:
+    length, tip = np.hypot(x, y), 2 * np.pi / 5
+    angle = np.abs((np.arctan2(x, -y) + tip / 2) % tip - tip / 2)
+    outer, inner = 1.15 * radius, 0.5 * radius
+    edge = (inner * np.cos(tip / 2) - outer, inner * np.sin(tip / 2))
+    u, v = length * np.cos(angle) - outer, length * np.sin(angle)
+    return np.asarray((u * edge[1] - v * edge[0]) / np.hypot(*edge), np.float32)
+
+
+def _ring(x: Pixels, y: Pixels, radius: float) -> Pixels:
+    return np.abs(np.hypot(x, y) - 0.74 * radius) - 0.26 * radius
+
+
+def _moon(x: Pixels, y: Pixels, radius: float) -> Pixels:
+    bite = 0.85 * radius - np.hypot(x - 0.55 * radius, y)
+    moon: Pixels = np.maximum(np.hypot(x, y) - radius, bite)
+    return moon
+
+
+SHAPES: dict[str, Callable[[Pixels, Pixels, float], Pixels]] = {
+    "circle": _circle,
+    "square": _square,
+    "triangle": _triangle,
+    "star": _star,
+    "ring": _ring,
+    "moon": _moon,
+}
