@@ -204,6 +204,7 @@ def test_a_schedule_decides_and_writes_in_the_graph(build: Callable[[], Any]) ->
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")  # autotuning's own
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune"])
 @pytest.mark.parametrize(("build", "preset"), [(smallest_unet, "default"), (smallest_flux, "toma")])
 def test_inductor_agrees(build: Callable[[], Any], preset: str, mode: str) -> None:
