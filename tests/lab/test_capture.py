@@ -78,7 +78,7 @@ def test_the_first_layers_destinations_are_the_transformed_models(
     picks: list[Tensor] = []
     real = selector.facility_location
 
-    def note(similarity: Tensor, keep: int) -> Tensor:
+    def note(similarity: Tensor, keep: int, *sized: Tensor) -> Tensor:
         chosen = real(similarity, keep)
         if not similarity.is_meta:  # while it is captured
             picks.append(chosen)
