@@ -151,6 +151,7 @@ def test_the_judge_counts_right_answers() -> None:
     assert contact_sheet(PICTURES, [caption(scene) for scene in scenes]).width == 8 * 152
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own
 @pytest.mark.parametrize("kind", KINDS)
 def test_shipped_pipelines_draw(kind: Kind) -> None:
     folder = FOLDER / kind
