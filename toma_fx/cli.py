@@ -4,9 +4,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
+import diffusers
 import torch
+import transformers
 
 import toma_fx
 from toma_fx.bench import machine, side_by_side, table
@@ -24,12 +26,21 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     options = _parser().parse_args(arguments)
+    _hush()
     try:
         options.run(options)
     except TomaError as error:
         print(f"toma-fx: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _hush() -> None:
+    """Leave out the progress of loading, and what transformers says of packages it does without."""
+    for library in (diffusers, transformers):
+        log: Any = library.utils.logging
+        log.disable_progress_bar()
+    log.set_verbosity_error()
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -20,8 +20,8 @@ FLUX_MOST = 3
 """Double-stream blocks that keep the demo within ten minutes on two cores; the model has 19."""
 SMALL_MODELS = Path(__file__).resolve().parent.parent / "examples" / "small_models"
 """Trained pipelines that the repository holds; a wheel has none."""
-SMALL_PIXELS = 128
-"""The height and width of the pictures that they were trained on."""
+SMALL_PIXELS, SMALL_GUIDANCE = 128, 3.0
+"""Height and width of the pictures that they were trained on; the guidance of their cards."""
 PROMPT = "a large red circle left of a small blue square on a striped green ground under a blue sky"
 RATIOS = (0.25, 0.5, 0.75)
 
@@ -68,12 +68,15 @@ def _draw(name: str, config: MergeConfig, prompt: str, steps: int, output: Path)
 
     small = name in RANDOM
     folder = str(SMALL_MODELS / name) if small else name
-    size = SMALL_PIXELS if small else None
+    size, guidance = (SMALL_PIXELS, SMALL_GUIDANCE) if small else (None, None)
     _headline(f"{name}: images by {'a small trained pipeline' if small else name}")
     if small and not Path(folder).exists():
         print(f"none: the trained pipelines are in the repository, and {folder} is not there")
         return
-    task = Task(model=folder, prompts=(Prompt(text=prompt),), steps=steps, height=size, width=size)
+    prompts = (Prompt(text=prompt),)
+    task = Task(
+        model=folder, prompts=prompts, steps=steps, guidance=guidance, height=size, width=size
+    )
     drawn = draw_ratios(load_pipeline(folder), task, RATIOS, config)
     rows = [(f"{d.ratio:g}" if d.ratio else "untouched", d.seconds, d.psnr) for d in drawn]
     print(f"{prompt!r}, {steps} steps, not compiled")
