@@ -5,6 +5,7 @@ python examples/run_exported.py exported --package     # the AOTInductor package
 """
 
 import argparse
+import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ def main(arguments: list[str] | None = None) -> Tensor:
         if (options.folder / "decoder.pt2").exists():
             decode = torch.export.load(options.folder / "decoder.pt2").module()
             _save(decode(latents), options.folder / "image.ppm")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"peak memory {peak:.1f} GiB")
     return latents
 
 
