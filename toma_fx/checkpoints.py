@@ -13,6 +13,9 @@ from torch import nn
 from toma_fx.errors import ModelError
 from toma_fx.transform import PIPELINE_PARTS
 
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+"""By the names that the command line takes."""
+
 SDXL: dict[str, Any] = {
     "sample_size": 128,
     "block_out_channels": (320, 640, 1280),

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 import diffusers
-import torch
 import transformers
 
 import toma_fx
 from toma_fx.bench import machine, side_by_side, table
-from toma_fx.checkpoints import RANDOM, architecture, load_model
+from toma_fx.checkpoints import DTYPES, RANDOM, architecture, load_model
 from toma_fx.cold_start import cold_starts
 from toma_fx.config import PRESETS, Component, MergeConfig, Placement, Region
 from toma_fx.demo import PROMPT, demo
@@ -20,7 +19,6 @@ from toma_fx.errors import TomaError
 from toma_fx.lab.cli import add_commands
 
 MODEL = "sdxl or flux (random weights, real size), or a folder or hub name that diffusers can load"
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

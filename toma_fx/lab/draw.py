@@ -9,10 +9,9 @@ import diffusers
 import torch
 from PIL.Image import Image
 
+from toma_fx.checkpoints import DTYPES
 from toma_fx.errors import ConfigError, ModelError
 from toma_fx.lab.prompts import Prompt
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True, kw_only=True)
