@@ -3,13 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: demo test lint wheel clean
+.PHONY: demo test matrix lint wheel clean
 
 demo: $(STAMP)  ## the main job on the real architectures; DEMO="--quick" for two minutes
 	$(BIN)/toma-fx demo $(DEMO)
 
 test: $(STAMP) lint wheel  ## lint, types, tests, and the wheel tested outside the tree
-	$(BIN)/python -m pytest -n 2 -m "not slow" $(PYTEST)
+	$(BIN)/python -m pytest -n 2 -m "not slow and not matrix_full" $(PYTEST)
+
+matrix: $(STAMP)  ## all that users of diffusers do, in every mode; writes docs/matrix.md and README's summary
+	$(BIN)/python -m pytest tests/matrix -n 2 --matrix-table docs/matrix.md $(PYTEST)
 
 lint: $(STAMP)
 	$(BIN)/ruff check toma_fx/ toma_fx/passes/ toma_fx/runtime/ tests examples

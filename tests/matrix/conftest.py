@@ -1,0 +1,82 @@
+"""Runs the rows of the matrix and gathers what came of them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.matrix import table
+from tests.matrix.frame import Cell
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("matrix")
+    group.addoption("--matrix-table", metavar="FILE", help="write the table, and README's summary")
+    group.addoption("--matrix-backend", default="aot_eager", help="what torch.compile compiles by")
+
+
+@pytest.fixture
+def cell(request: pytest.FixtureRequest) -> Iterator[Cell]:
+    """The family and the mode of a row's test."""
+    torch._dynamo.reset()
+    family, mode = request.param
+    made = Cell(family, mode, request.config.getoption("--matrix-backend", "aot_eager"))
+    yield made
+    torch._dynamo.reset()
+    request.node.user_properties.append(("matrix_refusals", made.refusals))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--matrix-table", None) and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(_Gathering(config), "matrix-table")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for order, item in enumerate(items):
+        mark = item.get_closest_marker("matrix")
+        if mark is not None:
+            params = item.callspec.params  # type: ignore[attr-defined]
+            title = mark.kwargs["title"].format(**params)
+            about = {**mark.kwargs, "title": title, "cell": params["cell"], "order": order}
+            item.user_properties.append(("matrix", about))
+
+
+class _Gathering:
+    """Turns the reports of tests, which may have run in other processes, into the table."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        selected = config.option.keyword or config.option.markexpr
+        if selected or [Path(arg).resolve() for arg in config.args] != [Path(__file__).parent]:
+            raise pytest.UsageError("--matrix-table is for all rows: run pytest tests/matrix")
+        self.config = config
+        self.results: list[table.Result] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        properties: dict[str, Any] = dict(report.user_properties)
+        if "matrix" not in properties or (report.passed and report.when != "teardown"):
+            return
+        outcome, said = "works", tuple[str, ...]()
+        if report.failed:
+            outcome, said = "fails", (_message(report),)
+        elif report.skipped:
+            outcome, said = "not run", (_message(report),)
+        elif properties.get("matrix_refusals"):
+            outcome, said = "refused", tuple(properties["matrix_refusals"])
+        self.results.append(table.Result(**properties["matrix"], outcome=outcome, said=said))
+
+    def pytest_sessionfinish(self) -> None:
+        table.write(
+            table.gather(self.results),
+            self.config.getoption("--matrix-backend"),
+            Path(self.config.getoption("--matrix-table")),
+        )
+
+
+def _message(report: pytest.TestReport) -> str:
+    """The first line of the error or of the reason."""
+    if isinstance(report.longrepr, tuple):
+        return report.longrepr[2].splitlines()[0]
+    crash = getattr(report.longrepr, "reprcrash", None)
+    return str(crash.message if crash else report.longrepr).splitlines()[0]
