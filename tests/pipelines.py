@@ -30,7 +30,8 @@ LETTERS = string.ascii_lowercase
 Module = TypeVar("Module", bound=torch.nn.Module)
 
 
-def _seeded(build: Callable[[], Module]) -> Module:
+def seeded(build: Callable[[], Module]) -> Module:
+    """A model whose random weights are always the same ones."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return build().eval()
@@ -67,7 +68,7 @@ def _clip(cls: Any, width: int) -> Any:
         bos_token_id=0,
         eos_token_id=1,
     )
-    return _seeded(lambda: cls(config))
+    return seeded(lambda: cls(config))
 
 
 def _t5() -> Any:
@@ -81,12 +82,12 @@ def _t5() -> Any:
         pad_token_id=0,
         eos_token_id=1,
     )
-    return _seeded(lambda: T5EncoderModel(config))
+    return seeded(lambda: T5EncoderModel(config))
 
 
 def _vae() -> AutoencoderKL:
     """Eight pixels per latent along a side, as in the large models."""
-    return _seeded(
+    return seeded(
         lambda: AutoencoderKL(
             block_out_channels=(4, 4, 8, 8),
             down_block_types=("DownEncoderBlock2D",) * 4,

@@ -33,7 +33,7 @@ def _build(cls: Any, seed: int, config: dict[str, Any]) -> Any:
     return model.eval()
 
 
-def tiny_sdxl_unet(seed: int = 0) -> UNet2DConditionModel:
+def tiny_sdxl_unet(seed: int = 0, **changes: Any) -> UNet2DConditionModel:
     """SDXL's structure: no attention at the first resolution, 5 stages with 1 and 2 blocks."""
     config = {
         "sample_size": 32,
@@ -49,6 +49,7 @@ def tiny_sdxl_unet(seed: int = 0) -> UNet2DConditionModel:
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": 8,
         "projection_class_embeddings_input_dim": TEXT_WIDTH + 6 * 8,
+        **changes,
     }
     return _build(UNet2DConditionModel, seed, config)
 
@@ -69,7 +70,11 @@ def tiny_sd_unet(seed: int = 0) -> UNet2DConditionModel:
 
 
 def tiny_flux(
-    guidance: bool = True, num_layers: int = 2, num_single_layers: int = 3, seed: int = 0
+    guidance: bool = True,
+    num_layers: int = 2,
+    num_single_layers: int = 3,
+    seed: int = 0,
+    **changes: Any,
 ) -> FluxTransformer2DModel:
     """Flux's structure: double-stream blocks, then single-stream blocks."""
     config = {
@@ -82,6 +87,7 @@ def tiny_flux(
         "pooled_projection_dim": TEXT_WIDTH,
         "guidance_embeds": guidance,
         "axes_dims_rope": (4, 6, 6),
+        **changes,
     }
     return _build(FluxTransformer2DModel, seed, config)
 

@@ -59,11 +59,7 @@ def holding(pipe: Any, model: nn.Module) -> Iterator[Any]:
 
 
 def drawing(**options: Any) -> Draw:
-    """A call that draws the latents of an image of 8 x 8 tokens in 4 steps, unless told else.
-
-    Args:
-        **options: of the call; those that are functions of a seed are called with it.
-    """
+    """A call that draws the latents of an image of 8 x 8 tokens in 4 steps, unless told else."""
 
     def draw(pipe: Any, seed: int) -> Tensor:
         call = {
@@ -77,7 +73,6 @@ def drawing(**options: Any) -> Draw:
         }
         if part_of(pipe) == "transformer":
             call.setdefault("max_sequence_length", PROMPT_TOKENS)
-        call = {name: value for name, value in call.items() if value is not None}
         images: Tensor = pipe(**call).images
         return images
 
