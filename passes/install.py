@@ -9,17 +9,21 @@ A leader that is compiled by itself, as ``compile_repeated_blocks`` does, become
 plan, and the rest, which is the code of the blocks that follow it and is compiled with theirs.
 """
 
+import contextlib
 import copy
 import functools
 import linecache
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from types import MethodType, ModuleType
 from typing import Any
 
 import torch
+
+# Private, and where diffusers' hooks look up what a block takes and returns.
+from diffusers.hooks._helpers import TransformerBlockRegistry
 from torch import fx, nn
 
 from toma_fx.passes.plan_apart import plan_apart
@@ -98,7 +102,11 @@ def _class_of(base: Any, code: _Code, apart: _Apart | None) -> type[Any]:
         attributes["compile"] = _compile_apart(
             _function(base, apart.planner), _class_of(base, apart.follower, None)
         )
-    return type(base.__name__, (base,), attributes)
+    cls = type(base.__name__, (base,), attributes)
+    with contextlib.suppress(ValueError):  # a block that diffusers' hooks do not know either
+        known = TransformerBlockRegistry.get(base)
+        TransformerBlockRegistry.register(cls, replace(known, _cached_parameter_indices=None))
+    return cls
 
 
 def _function(base: Any, code: _Code) -> Any:

@@ -16,6 +16,8 @@ from diffusers.models.transformers import transformer_2d
 from torch import Tensor, nn
 
 from toma_fx.config import MergeConfig
+from toma_fx.errors import ModelError
+from toma_fx.hooks import check_caches
 from toma_fx.runtime.plan import SCOPE, PlanScope
 from toma_fx.runtime.schedule import DenoisingClock, make_slots
 
@@ -136,6 +138,15 @@ class FluxTransformer2DModel(_Clocked, diffusers.FluxTransformer2DModel):  # typ
             return (toma.reorder(output[0], raster), *output[1:])
         output.sample = toma.reorder(output.sample, raster)
         return output
+
+    def enable_cache(self, config: Any) -> None:
+        """As diffusers' method, but not for caches that merging would mislead: `check_caches`."""
+        super().enable_cache(config)
+        try:
+            check_caches(self)
+        except ModelError:
+            self.disable_cache()
+            raise
 
 
 _unet_arguments = _keyword_only(diffusers.UNet2DConditionModel.forward)

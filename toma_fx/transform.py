@@ -4,7 +4,6 @@ A copy of the model shares every tensor with the original. The graph of each tra
 captured, rewritten by passes, and installed as the block's forward.
 """
 
-import copy
 import fnmatch
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -18,6 +17,7 @@ from toma_fx.captured import transform_captured
 from toma_fx.config import MergeConfig, build_config
 from toma_fx.errors import ModelError
 from toma_fx.families import Block, Family, example_inputs, family_of, leaf_value
+from toma_fx.hooks import attach_hooks, check_caches, check_hooks, copied_with_hooks
 from toma_fx.models import Rewrite
 from toma_fx.passes.capture import capture_block
 from toma_fx.passes.cleanup import Cleanup
@@ -60,8 +60,8 @@ def transform(model: Model, config: MergeConfig | None = None, **options: Any) -
 
     Raises:
         ConfigError: when an option is unknown or holds a value it cannot take.
-        ModelError: when the model is unknown, compiled or transformed already, or when no block
-            would be merged.
+        ModelError: when the model is unknown, compiled, offloaded or transformed already, when no
+            block would be merged, or when a cache keeps what merging changes at every step.
         CaptureError: when a captured model holds something that merged tokens cannot go through.
     """
     if config is not None and options:
@@ -130,7 +130,7 @@ def _pipeline_part(pipeline: object) -> str:
 def _transform_model(model: nn.Module, config: MergeConfig) -> nn.Module:
     _check_model(model)
     family = family_of(model)
-    copied = copy.deepcopy(model, {id(t): t for t in [*model.parameters(), *model.buffers()]})
+    copied, hooks = copied_with_hooks(model)
     blocks = {path: (block, row) for path, block, row in _blocks(copied, family)}
     skipped = _skipped(list(blocks), config, family)
     merging = [path for path in blocks if path not in skipped]
@@ -154,6 +154,8 @@ def _transform_model(model: nn.Module, config: MergeConfig) -> nn.Module:
             merged[path] = _components(gm, config)
     rewrite = Rewrite(config, model, skipped, merged)
     _install_borders(copied, family, rewrite)
+    attach_hooks(hooks)
+    check_caches(copied)
     return copied
 
 
@@ -238,6 +240,7 @@ def _check_model(model: nn.Module) -> None:
             f"this {type(model).__name__} is compiled, and compiled code cannot be rewritten; "
             "call toma_fx.transform first and compile its result"
         )
+    check_hooks(model)
 
 
 def _blocks(model: nn.Module, family: Family) -> Iterator[tuple[str, nn.Module, Block]]:

@@ -1,0 +1,101 @@
+"""Hooks that others put on a model: followed to the copy, or refused where merging breaks them.
+
+A hook of diffusers replaces ``module.forward`` by a closure over the module and the next hook. In a
+copied model such a closure still runs the original's forward: nothing would be merged, and nothing
+would say so. Hooks are therefore taken off the copy and put on again when its blocks are rewritten.
+"""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+from diffusers.hooks import HookRegistry
+from torch import nn
+
+from toma_fx.errors import ModelError
+
+_HELD = {
+    "diffusers.hooks.group_offloading": "group offload",
+    "diffusers.hooks.context_parallel": "context parallelism",
+}
+"""Modules whose hooks hold devices, streams or process groups, which no copy can share."""
+
+Attached = tuple[nn.Module, str, Any]
+"""A module, and the name and the hook that it had."""
+
+
+def check_hooks(model: nn.Module) -> None:
+    """Refuse a model with hooks that cannot follow it to its copy.
+
+    Raises:
+        ModelError: when it is offloaded or parallel already.
+    """
+    for path, module in model.named_modules():
+        where = f"{type(model).__name__}{'.' if path else ''}{path}"
+        if hasattr(module, "_hf_hook"):
+            raise ModelError(
+                f"{where} has accelerate's {type(module._hf_hook).__name__}, which is bound to this "
+                "very model; transform first, then offload: pipe.remove_all_hooks(), "
+                "toma_fx.transform(pipe), pipe.enable_model_cpu_offload()"
+            )
+        for _, hook in _hooks(module):
+            held = _HELD.get(type(hook).__module__)
+            if held is not None:
+                raise ModelError(
+                    f"{where} has diffusers' {type(hook).__name__}, which is bound to this very "
+                    f"model; transform first, then enable {held} on the transformed model"
+                )
+
+
+def copied_with_hooks(model: nn.Module) -> tuple[nn.Module, list[Attached]]:
+    """A copy that shares every tensor with the model and has none of its hooks, and those hooks.
+
+    Returns:
+        the copy; and copies of the hooks, for `attach_hooks`, in the order of attachment.
+    """
+    shared: list[Any] = [*model.parameters(), *model.buffers()]
+    # A cache asks its pipeline for the timestep; the pipeline must not be copied along.
+    cache = getattr(model, "_cache_config", None)
+    shared += [] if cache is None else [cache, *filter(callable, vars(cache).values())]
+    copied = copy.deepcopy(model, {id(each): each for each in shared})
+    attached = []
+    for module in copied.modules():
+        hooks = list(_hooks(module))
+        attached += [(module, name, hook) for name, hook in hooks]
+        vars(module).pop("_diffusers_hook", None)
+        if hooks:
+            del module.forward  # the closure; the class has the method
+    return copied, attached
+
+
+def attach_hooks(attached: list[Attached]) -> None:
+    """Put hooks on modules again."""
+    for module, name, hook in attached:
+        HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, name)
+
+
+def check_caches(model: nn.Module) -> None:
+    """Refuse a cache of what merged tokens are inside a block, where the next step's are others.
+
+    Raises:
+        ModelError: when a module within a merged block keeps its output for later steps, while
+            every step chooses its own destinations.
+    """
+    rewrite: Any = model._toma
+    if rewrite.config.selector != "facility_location":
+        return
+    for block in rewrite.merged:
+        for path, module in model.get_submodule(block).named_modules(prefix=block):
+            kept = [type(hook).__name__ for _, hook in _hooks(module) if hook._is_stateful]
+            if kept and path != block:
+                raise ModelError(
+                    f"{kept[0]} keeps the output of {path} for later steps, which merge into other "
+                    "tokens; transform with selector='grid', which keeps its tokens, or cache whole "
+                    "blocks: FirstBlockCacheConfig or MagCacheConfig"
+                )
+
+
+def _hooks(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    registry = vars(module).get("_diffusers_hook")
+    if registry is not None:
+        yield from ((name, registry.hooks[name]) for name in registry._hook_order)
