@@ -12,6 +12,7 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.models.transformers import transformer_2d
 from torch import Tensor, nn
 
@@ -122,22 +123,21 @@ class FluxTransformer2DModel(_Clocked, diffusers.FluxTransformer2DModel):  # typ
         if not self._toma.config.schedule.stateless:
             tokens = call["hidden_states"]
             make_slots(self, tokens[:, :, :1].expand(-1, -1, self.inner_dim))
-        if self._toma.config.region != "tile":
+        if self._toma.config.region != "tile" or _TILE_ORDER in _hook_names(self):
             return super().forward(**call)
-        ids = call["img_ids"]
-        ids = ids if ids.ndim == 2 else ids[0]
-        order = toma.tile_order_of_ids(ids)
-        call["hidden_states"] = toma.reorder(call["hidden_states"], order)
-        call["img_ids"] = ids[order]
-        for residuals in ("controlnet_block_samples", "controlnet_single_block_samples"):
-            if call.get(residuals) is not None:
-                call[residuals] = [toma.reorder(each, order) for each in call[residuals]]
-        raster = order.argsort()
-        output = super().forward(**call)
-        if isinstance(output, tuple):
-            return (toma.reorder(output[0], raster), *output[1:])
-        output.sample = toma.reorder(output.sample, raster)
-        return output
+        return _in_tile_order(super().forward, call)
+
+    def enable_parallelism(self, *, config: Any, **options: Any) -> None:
+        """As diffusers' method; the ranks of context parallelism get neighbouring tiles.
+
+        Tokens are put in tile order before they are split, so that each rank holds a compact part
+        of the image, whose regions are those of the whole image where they divide its tokens.
+        """
+        super().enable_parallelism(config=config, **options)
+        if self._toma.config.region == "tile" and self._parallel_config.context_parallel_config:
+            HookRegistry.check_if_exists_or_initialize(self).register_hook(
+                _TileOrderHook(), _TILE_ORDER
+            )
 
     def enable_cache(self, config: Any) -> None:
         """As diffusers' method, but not for caches that merging would mislead: `check_caches`."""
@@ -147,6 +147,39 @@ class FluxTransformer2DModel(_Clocked, diffusers.FluxTransformer2DModel):  # typ
         except ModelError:
             self.disable_cache()
             raise
+
+
+_TILE_ORDER = "toma_tile_order"
+
+
+class _TileOrderHook(ModelHook):  # type: ignore[misc]
+    """Tile order around the hook that splits tokens among ranks, and so among all of them."""
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return _in_tile_order(self.fn_ref.original_forward, _flux_arguments(args, kwargs))
+
+
+def _hook_names(module: nn.Module) -> Any:
+    registry = getattr(module, "_diffusers_hook", None)
+    return () if registry is None else registry.hooks
+
+
+def _in_tile_order(forward: Callable[..., Any], call: dict[str, Any]) -> Any:
+    """Flux on reordered tokens; what comes out is in the caller's order."""
+    ids = call["img_ids"]
+    ids = ids if ids.ndim == 2 else ids[0]
+    order = toma.tile_order_of_ids(ids)
+    call["hidden_states"] = toma.reorder(call["hidden_states"], order)
+    call["img_ids"] = ids[order]
+    for residuals in ("controlnet_block_samples", "controlnet_single_block_samples"):
+        if call.get(residuals) is not None:
+            call[residuals] = [toma.reorder(each, order) for each in call[residuals]]
+    raster = order.argsort()
+    output = forward(**call)
+    if isinstance(output, tuple):
+        return (toma.reorder(output[0], raster), *output[1:])
+    output.sample = toma.reorder(output.sample, raster)
+    return output
 
 
 _unet_arguments = _keyword_only(diffusers.UNet2DConditionModel.forward)
