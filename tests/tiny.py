@@ -11,7 +11,7 @@ TEXT_WIDTH = 32
 TEXT_TOKENS = 7
 
 
-def _liven(model: nn.Module) -> None:
+def liven(model: nn.Module) -> None:
     """Gives a model the parts that only training does.
 
     diffusers leaves the AdaLN gates of an untrained model near 0, so that its blocks hardly
@@ -29,7 +29,7 @@ def _build(cls: Any, seed: int, config: dict[str, Any]) -> Any:
         torch.manual_seed(seed)
         model = cls(**config)
         with torch.no_grad():
-            _liven(model)
+            liven(model)
     return model.eval()
 
 
