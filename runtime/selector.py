@@ -7,16 +7,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # Private, and the only way to write a loop whose trip count is no part of the graph.
+from torch._functorch import config as functorch_config
 from torch._higher_order_ops.while_loop import while_loop_op
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from toma_fx.errors import InputError
 from toma_fx.runtime.regions import kept_tokens, region_size
 
-_GAIN_STEPS = 2.0**12
-"""Gains are compared in steps of ``1 / _GAIN_STEPS``. Two tokens that are nearest to each other
+GAIN_STEPS = 2.0**12
+"""Gains are compared in steps of ``1 / GAIN_STEPS``. Two tokens that are nearest to each other
 have exactly the same gain, ``1 + S_ij - c_i - c_j``, so ties are the rule; without the steps
 rounding would decide them, and eager, compiled and exported models would pick differently."""
+
+KERNEL_TOKENS = 256
+"""The largest region whose destinations a GPU kernel picks; see `kernels`."""
 
 
 def unit_tokens(tokens_BND: Tensor) -> Tensor:
@@ -54,7 +58,7 @@ def facility_location(similarity: Tensor, keep: int, *sized: Tensor) -> Tensor:
     def pick(*state: Tensor) -> tuple[Tensor, ...]:
         step, covered, free, picks, similarity, *_ = state
         gain = (similarity - covered[:, None, :]).relu().sum(-1)
-        best = ((gain * _GAIN_STEPS).round() + free).argmax(-1, keepdim=True)
+        best = ((gain * GAIN_STEPS).round() + free).argmax(-1, keepdim=True)
         row = similarity.gather(1, best[:, :, None].expand(-1, -1, similarity.shape[2])).squeeze(1)
         here = torch.arange(picks.shape[1], device=picks.device) == step.to(picks.device)
         return (
@@ -82,13 +86,43 @@ def facility_location(similarity: Tensor, keep: int, *sized: Tensor) -> Tensor:
     return start[3]
 
 
-def _facility_location(tokens_BND: Tensor, size: int, keep: int) -> Tensor:
-    regions = tokens_BND.unflatten(1, (-1, size))
-    unit = unit_tokens(regions.flatten(0, 1))
+def similarities(tokens_BND: Tensor, size: int) -> Tensor:
+    """Cosine similarities of the tokens of each region, ``(B * R, n, n)`` float32, no NaN."""
+    unit = unit_tokens(tokens_BND.unflatten(1, (-1, size)).flatten(0, 1))
     # A token with NaN resembles nothing, so it is picked last; its NaN still shows in the output.
-    similarity = (unit @ unit.transpose(1, 2)).nan_to_num(nan=-1.0)
-    picks = facility_location(similarity, keep, tokens_BND)
-    return picks.reshape(*regions.shape[:2], keep)
+    return (unit @ unit.transpose(1, 2)).nan_to_num(nan=-1.0)
+
+
+def facility_location_by_loop(tokens_BND: Tensor, size: int, keep: int) -> Tensor:
+    """`facility_location` in regions of ``size`` tokens, on any device: ``(B, R, keep)`` int64."""
+    picks = facility_location(similarities(tokens_BND, size), keep, tokens_BND)
+    return picks.unflatten(0, (tokens_BND.shape[0], -1))
+
+
+def _facility_location(tokens_BND: Tensor, size: int, keep: int) -> Tensor:
+    if _has_kernel(tokens_BND, size):
+        picks: Tensor = torch.ops.toma.facility_location(tokens_BND.detach(), size, keep)
+        return picks
+    return facility_location_by_loop(tokens_BND, size, keep)
+
+
+def _has_kernel(tokens_BND: Tensor, size: int) -> bool:
+    return (
+        isinstance(size, int)  # the symbolic size of one region for any image is not
+        and size <= KERNEL_TOKENS
+        # A program that is exported, or lowered for export, must load without this package.
+        and functorch_config.decompose_custom_triton_ops
+        and _runs_kernels(tokens_BND.device)
+    )
+
+
+def _runs_kernels(device: torch.device) -> bool:
+    """Whether `ops` found triton and the device is a GPU that triton supports."""
+    return (
+        device.type == "cuda"
+        and hasattr(torch.ops.toma, "facility_location")
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
 
 
 def _random(tokens_BND: Tensor, size: int, keep: int) -> Tensor:

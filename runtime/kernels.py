@@ -1,0 +1,190 @@
+"""Facility location on a GPU: all picks of all regions in one launch.
+
+The loop of `selector.facility_location` costs several launches a pick, hundreds for each plan. Here
+a program keeps what it searches on chip and makes every pick itself.
+
+* Regions of up to 128 tokens: similarities come from the tokens (two passes over them, one for
+  their lengths, one for their products) and stay in registers: 16 KiB for a region of 64 tokens,
+  64 KiB for one of 128. Regions below 64 share a program, since the matrix units work on tiles of
+  64 rows; pairs across regions count as -1, which adds nothing to any gain.
+* Regions of 129 to 256 tokens: 256 KiB would fill a whole register file, half-precision storage
+  would round by more than the steps in which gains are compared, and computing similarities anew
+  for each pick would read all tokens for each. So they are one matrix product in memory, small
+  enough for the L2 cache, which every pick reads once, strip by strip.
+* Larger regions stay with the loop, whose work each pick is spread over the whole GPU.
+
+Similarities are float32 products of normalised tokens, as in `selector`; three products of TF32
+parts give the matrix units float32's precision. A gain, counted in the steps of `selector` and
+rounded as `torch.round` does, is followed in one integer by its token's place, counted down, so
+that one maximum finds the largest gain and among equals the first token.
+
+This module needs triton, so `ops` imports it only where kernels can run.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from toma_fx.runtime import selector
+
+_STEPS = tl.constexpr(selector.GAIN_STEPS)
+# Adding and taking away 1.5 * 2**23 rounds a float32 below 2**22 to the nearest integer, half to
+# even. The largest gain is 2 for each of 256 tokens, which is 2**21 steps.
+_ROUND = tl.constexpr(1.5 * 2**23)
+
+_REGISTER_TOKENS = 128
+_TILE = 64
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _rank(gain, free, place, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    steps = (gain * _STEPS + _ROUND) - _ROUND
+    return tl.where(free, steps.to(tl.int32) * BLOCK + (BLOCK - 1 - place), -1)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _pick_by_tokens(  # type: ignore[no-untyped-def]
+    tokens,
+    picks,
+    batch_stride,
+    token_stride,
+    channel_stride,
+    groups,
+    regions,
+    size,
+    width,
+    keep,
+    REGIONS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    row = tl.arange(0, REGIONS * BLOCK)
+    place = row % BLOCK
+    group = tl.program_id(0).to(tl.int64) * REGIONS + row // BLOCK
+    inside = (group < groups) & (place < size)
+    token = group // regions * batch_stride + (group % regions * size + place) * token_stride
+    token = tokens + token[:, None]
+    channel = tl.arange(0, CHANNELS)[None, :]
+
+    squares = tl.zeros([REGIONS * BLOCK, CHANNELS], tl.float32)
+    for start in range(0, width, CHANNELS):
+        at = start + channel
+        values = tl.load(token + at * channel_stride, inside[:, None] & (at < width), 0.0)
+        values = values.to(tl.float32)
+        squares += values * values
+    length = tl.maximum(tl.sqrt_rn(tl.sum(squares, 1)), 1e-12)[:, None]
+
+    similarity = tl.zeros([REGIONS * BLOCK, REGIONS * BLOCK], tl.float32)
+    for start in range(0, width, CHANNELS):
+        at = start + channel
+        values = tl.load(token + at * channel_stride, inside[:, None] & (at < width), 0.0)
+        unit = values.to(tl.float32) / length
+        similarity = tl.dot(unit, tl.trans(unit), similarity, input_precision="tf32x3")
+    pair = (group[:, None] == group[None, :]) & inside[None, :]
+    not_nan = similarity == similarity
+    similarity = tl.where(pair & not_nan, similarity, -1.0)
+
+    covered = tl.full([REGIONS * BLOCK], -1.0, tl.float32)
+    free = inside
+    for step in range(keep):
+        gain = tl.sum(tl.maximum(similarity - covered[None, :], 0.0), 1)
+        rank = _rank(gain, free, place, BLOCK)
+        best = tl.max(tl.reshape(rank, [REGIONS, BLOCK]), 1, keep_dims=True)
+        best = tl.reshape(tl.broadcast_to(best, [REGIONS, BLOCK]), [REGIONS * BLOCK])
+        picked = rank == best
+        covered = tl.maximum(covered, tl.max(tl.where(picked[:, None], similarity, -1.0), 0))
+        free = free & (rank != best)
+        tl.store(picks + group * keep + step, place.to(tl.int64), picked & inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _pick_by_similarity(  # type: ignore[no-untyped-def]
+    similarity, picks, size, keep, BLOCK: tl.constexpr, ROWS: tl.constexpr
+):
+    group = tl.program_id(0).to(tl.int64)
+    similarity += group * size * size
+    place = tl.arange(0, BLOCK)
+    line = tl.arange(0, ROWS)
+    strip = tl.arange(0, BLOCK // ROWS)[:, None]
+    place_in_strips = strip * ROWS + line[None, :]
+
+    covered = tl.full([BLOCK // ROWS, ROWS], -1.0, tl.float32)
+    free = place < size
+    for step in range(keep):
+        gains = tl.zeros([ROWS, BLOCK], tl.float32)
+        for number in range(BLOCK // ROWS):
+            row = number * ROWS + line[:, None]
+            inside = (row < size) & (place < size)[None, :]
+            values = tl.load(similarity + row * size + place[None, :], inside, -1.0)
+            bar = tl.max(tl.where(strip == number, covered, -1.0), 0)
+            gains += tl.maximum(values - bar[:, None], 0.0)
+        best = BLOCK - 1 - tl.max(_rank(tl.sum(gains, 0), free, place, BLOCK), 0) % BLOCK
+        inside = place_in_strips < size
+        values = tl.load(similarity + best * size + place_in_strips, inside, -1.0)
+        covered = tl.maximum(covered, values)
+        free = free & (place != best)
+        tl.store(picks + group * keep + step, best.to(tl.int64))
+
+
+def _launch(by_tokens: Any, by_similarity: Any, tokens: Tensor, size: int, keep: int) -> Tensor:
+    batch, count, width = tokens.shape
+    regions = count // size
+    groups = batch * regions
+    picks = tokens.new_empty((batch, regions, keep), dtype=torch.int64)
+    block = max(16, triton.next_power_of_2(size))
+    if size > _REGISTER_TOKENS:
+        similarity = selector.similarities(tokens, size)
+        by_similarity[(groups,)](similarity, picks, size, keep, BLOCK=block, ROWS=64, num_warps=16)
+        return picks
+    together = max(1, _TILE // block)
+    by_tokens[(triton.cdiv(groups, together),)](
+        tokens,
+        picks,
+        *tokens.stride(),
+        groups,
+        regions,
+        size,
+        width,
+        keep,
+        REGIONS=together,
+        BLOCK=block,
+        CHANNELS=32,
+        num_warps=4 if block <= _TILE else 8,
+    )
+    return picks
+
+
+@torch.library.triton_op("toma::facility_location", mutates_args=())
+def facility_location(tokens: Tensor, size: int, keep: int) -> Tensor:
+    """The picks of `selector.facility_location` in every region of every image.
+
+    Args:
+        tokens: ``(B, N, D)`` float32, bfloat16 or float16, with any strides.
+        size: tokens of a region, a divisor of ``N``, at most `selector.KERNEL_TOKENS`.
+        keep: picks per region, at most ``size``.
+
+    Returns:
+        ``(B, N // size, keep)`` int64 places inside the region, in the order of picking.
+    """
+    by_tokens = torch.library.wrap_triton(_pick_by_tokens)
+    by_similarity = torch.library.wrap_triton(_pick_by_similarity)
+    return _launch(by_tokens, by_similarity, tokens, size, keep)
+
+
+@facility_location.register_fake
+def _picks_of_shape(tokens: Tensor, size: int, keep: int) -> Tensor:
+    return tokens.new_empty((tokens.shape[0], tokens.shape[1] // size, keep), dtype=torch.int64)
+
+
+@facility_location.register_kernel("cpu")
+def _on_cpu(tokens: Tensor, size: int, keep: int) -> Tensor:
+    return selector.facility_location_by_loop(tokens, size, keep)
+
+
+@facility_location.register_kernel("cuda")
+def _on_cuda(tokens: Tensor, size: int, keep: int) -> Tensor:
+    with torch.cuda.device(tokens.device):  # triton launches on the current device
+        return _launch(_pick_by_tokens, _pick_by_similarity, tokens, size, keep)
