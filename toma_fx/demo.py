@@ -18,10 +18,6 @@ FLUX_BLOCK_BYTES = 1.24 * 2**30
 """One double-stream and two single-stream blocks in bfloat16."""
 FLUX_MOST = 3
 """Double-stream blocks that keep the demo within ten minutes on two cores; the model has 19."""
-SMALL_MODELS = Path(__file__).resolve().parent.parent / "examples" / "small_models"
-"""Trained pipelines that the repository holds; a wheel has none."""
-SMALL_PIXELS, SMALL_GUIDANCE = 128, 3.0
-"""Height and width of the pictures that they were trained on; the guidance of their cards."""
 PROMPT = "a large red circle left of a small blue square on a striped green ground under a blue sky"
 RATIOS = (0.25, 0.5, 0.75)
 
@@ -65,18 +61,16 @@ def _draw(name: str, config: MergeConfig, prompt: str, steps: int, output: Path)
     from toma_fx.lab.compare import draw_ratios, side_by_side_picture
     from toma_fx.lab.draw import Task, load_pipeline
     from toma_fx.lab.prompts import Prompt
+    from toma_fx.lab.small_models import FOLDER, own_settings
 
     small = name in RANDOM
-    folder = str(SMALL_MODELS / name) if small else name
-    size, guidance = (SMALL_PIXELS, SMALL_GUIDANCE) if small else (None, None)
+    folder = str(FOLDER / name) if small else name
     _headline(f"{name}: images by {'a small trained pipeline' if small else name}")
     if small and not Path(folder).exists():
         print(f"none: the trained pipelines are in the repository, and {folder} is not there")
         return
     prompts = (Prompt(text=prompt),)
-    task = Task(
-        model=folder, prompts=prompts, steps=steps, guidance=guidance, height=size, width=size
-    )
+    task = Task(model=folder, prompts=prompts, steps=steps, **own_settings(folder))
     drawn = draw_ratios(load_pipeline(folder), task, RATIOS, config)
     rows = [(f"{d.ratio:g}" if d.ratio else "untouched", d.seconds, d.psnr) for d in drawn]
     print(f"{prompt!r}, {steps} steps, not compiled")

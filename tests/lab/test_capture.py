@@ -22,8 +22,8 @@ def look(model: Any, inputs: dict[str, Any], layers: tuple[str, ...], calls: int
         seen[layer, step] = tokens, grid
 
     with torch.no_grad(), watching(model, layers, see):
-        for _ in range(calls):
-            model(**inputs)
+        for call in range(calls):
+            model(**{**inputs, "timestep": inputs["timestep"] * (1 - call / calls)})
     hooks = [m for m in model.modules() if m._forward_pre_hooks]
     assert not hooks
     return seen
@@ -92,6 +92,24 @@ def test_the_first_layers_destinations_are_the_transformed_models(
     places = (inside + 16 * torch.arange(regions)[:, None]).flatten()
     order = grid.tile_order if region == "tile" else torch.arange(len(tokens))
     assert torch.equal(order[places].sort().values, ours.destinations)
+
+
+def test_of_two_calls_at_a_timestep_the_first_is_seen() -> None:
+    model = tiny_flux()
+    inputs = flux_inputs(model, height=4, width=4)
+    layer = "transformer_blocks.0"
+    seen: list[tuple[int, Tensor]] = []
+    with (
+        torch.no_grad(),
+        watching(model, (layer,), lambda _, step, x, grid: seen.append((step, x))),
+    ):
+        for timestep in (0.75, 0.5):
+            for scale in (1, -1):
+                hidden_states = scale * inputs["hidden_states"]
+                timesteps = torch.full_like(inputs["timestep"], timestep)
+                model(**{**inputs, "hidden_states": hidden_states, "timestep": timesteps})
+    assert [step for step, _ in seen] == [0, 1]
+    assert torch.equal(seen[0][1], look(model, inputs, (layer,))[layer, 0][0])
 
 
 def test_reference_images_are_refused() -> None:

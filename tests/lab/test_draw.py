@@ -1,5 +1,6 @@
 """One image from a folder."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,15 +39,33 @@ def test_settings_reach_the_pipeline(sdxl: Path) -> None:
     assert wide.size == (256, 64)  # the width is the pipeline's own
 
 
-def test_flux_does_not_use_a_negative_prompt() -> None:
-    assert takes_negative(tiny_sdxl_pipeline())
-    assert not takes_negative(tiny_flux_pipeline())
+def test_flux_uses_a_negative_prompt_with_true_guidance_alone() -> None:
+    guided = replace(TASK, arguments={"true_cfg_scale": 4.0})
+    assert takes_negative(tiny_sdxl_pipeline(), TASK)
+    assert not takes_negative(tiny_flux_pipeline(), TASK)
+    assert takes_negative(tiny_flux_pipeline(), guided)
+    pipeline, negative = tiny_flux_pipeline(), Prompt(text="a b", negative="z y x")
+    images = [
+        draw(pipeline, task, prompt, 0)[0].tobytes()
+        for task in (TASK, guided)
+        for prompt in (PROMPT, negative)
+    ]
+    assert images[0] == images[1]
+    assert len(set(images)) == 3
+
+
+def test_arguments_that_the_pipeline_does_not_take_are_named() -> None:
+    pipeline = tiny_flux_pipeline()
+    for name in ("clip_skip", "height"):
+        with pytest.raises(ConfigError, match=rf"{name}=2 .* FluxPipeline; it takes .*max_seq"):
+            draw(pipeline, replace(TASK, arguments={name: 2}), PROMPT, 0)
 
 
 def test_settings_leave_out_the_number_of_seeds() -> None:
     settings = Task(model="m", prompts=(PROMPT,), seeds=4).settings()
     assert "seeds" not in settings
     assert settings == Task(model="m", prompts=(PROMPT,)).settings()
+    assert settings != Task(model="m", prompts=(PROMPT,), arguments={"eta": 1}).settings()
     assert settings["prompts"] == [{"text": "a b", "negative": ""}]
 
 

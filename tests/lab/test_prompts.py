@@ -37,6 +37,20 @@ def test_gemrec_has_negative_prompts(tmp_path: Path) -> None:
     )
 
 
+def test_a_table_of_images_has_each_prompt_once(tmp_path: Path) -> None:
+    rows = [
+        f'{model},{seed},"{prompt}",x' for prompt in "ab" for model in (1, 2) for seed in (3, 4)
+    ]
+    table = "\n".join(["model_id,seed,prompt,negativePrompt", *rows, "1,3,b,y"])
+    file = write(tmp_path, "a.csv", table)
+    assert texts(file) == ["a", "b", "b"]  # the last b has another negative prompt
+    assert texts(file, limit=1) == ["a"]
+
+
+def test_a_cell_may_hold_several_lines(tmp_path: Path) -> None:
+    assert texts(write(tmp_path, "a.csv", 'prompt\n"a\nb"\nc\n')) == ["a\nb", "c"]
+
+
 def test_prompt_comes_before_other_columns_and_case_is_ignored(tmp_path: Path) -> None:
     assert texts(write(tmp_path, "a.tsv", "text\tPROMPT\nno\tyes\n")) == ["yes"]
 
@@ -53,6 +67,8 @@ def test_json_lists_and_lines(tmp_path: Path) -> None:
     ("name", "text"),
     [
         ("a.txt", "n01440764 tench, Tinca tinca\nn02123045 tabby_cat"),
+        ("b.txt", "n01440764 449 tench\nn02123045 174 tabby_cat"),
+        ("c.txt", "{0: 'tench, Tinca tinca',\n 281: \"tabby cat\"}"),
         ("a.json", '{"0": ["n01440764", "tench"], "281": ["n02123045", "tabby_cat"]}'),
         ("b.json", '{"0": "tench, Tinca tinca", "281": "tabby cat"}'),
     ],

@@ -63,7 +63,8 @@ def watching(model: nn.Module, layers: Sequence[str], see: See) -> Iterator[None
     Args:
         model: a UNet or a Flux transformer.
         layers: paths of transformer blocks.
-        see: what looks; steps are counted as calls of the model.
+        see: what looks; a step is a change of timestep, and of several calls at one the first, with
+            the prompt, is shown (Flux's true guidance makes a second).
 
     Raises:
         ModelError: when Flux is given tokens of more than one image, as Kontext is.
@@ -87,11 +88,18 @@ def watching(model: nn.Module, layers: Sequence[str], see: See) -> Iterator[None
 @dataclass
 class _Watch:
     step: int = -1
+    timestep: float | None = None
+    first: bool = True
+    """Whether this is the first call at its timestep."""
     grids: dict[str, Grid] = field(default_factory=dict)
     """By path of the stage; Flux, whose tokens have one grid throughout, has it under ""."""
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.step += 1
+        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
+        timestep = float(torch.as_tensor(timestep).flatten()[0])
+        self.first = timestep != self.timestep
+        self.timestep = timestep
+        self.step += self.first
         ids = kwargs.get("img_ids")
         if ids is not None:
             self.grids[""] = _grid_of_ids(ids if ids.ndim == 2 else ids[0])
@@ -109,7 +117,8 @@ class _Watch:
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             tokens_BND = args[0] if args else kwargs["hidden_states"]
-            see(layer, self.step, tokens_BND[-1].detach(), self.grids[stage])
+            if self.first:
+                see(layer, self.step, tokens_BND[-1].detach(), self.grids[stage])
 
         return hook
 

@@ -1,16 +1,20 @@
-"""The lab's commands: ``toma-fx eval``, ``plot`` and ``show``.
+"""The lab's commands: ``toma-fx eval``, ``study``, ``plot`` and ``show``.
 
 What they run is imported when they run, so that the other commands stay quick and need nothing of
 the lab's packages.
 """
 
 import argparse
+import json
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from toma_fx.errors import ConfigError
+from toma_fx.lab import small_models
 from toma_fx.lab.measures import MEASURES
+from toma_fx.lab.studies import STUDIES, Study
 
 PACKAGES = ("matplotlib", "torchmetrics")
 MODEL = "folder or hub name of a diffusers pipeline"
@@ -19,6 +23,14 @@ MODEL = "folder or hub name of a diffusers pipeline"
 def add_commands(commands: Any) -> None:
     """Add the lab's commands to those of ``toma-fx``."""
     _add_eval(commands.add_parser("eval", help="draw with contenders and measure their images"))
+    _add_study(
+        commands.add_parser(
+            "study",
+            help="a table of the paper, or a question of ours, with the paper's figures beside",
+            epilog="\n".join(f"{name:13} {_about(study)}" for name, study in STUDIES.items()),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+    )
     _add_plot(commands.add_parser("plot", help="plot what eval measured"))
     _add_show(commands.add_parser("show", help="pictures of what merging does inside a model"))
 
@@ -26,27 +38,42 @@ def add_commands(commands: Any) -> None:
 def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help=MODEL)
     add = parser.add_argument
-    add("--prompts", type=Path, required=True, metavar="FILE", help=".txt, .csv, .tsv or .json(l)")
-    add("--template", metavar="TEXT", help="what each prompt is put into: 'a photo of a {}'")
-    add("--limit", type=int, metavar="N", help="only the first N prompts")
-    add("--seeds", type=int, default=1, metavar="N", help="images of each prompt (1)")
     add("--ratio", type=float, nargs="+", default=[0.25, 0.5, 0.75], help="(0.25 0.5 0.75)")
     add(
         "--variants",
         nargs="+",
         default=["default", "steps"],
         metavar="NAME",
-        help="presets such as toma or toma:region=stripe, steps, steps=18, tomesd (default steps)",
+        help="presets such as toma or toma:region=stripe, steps, steps=18, tomesd, and the "
+        "repository's todo and tofu (default steps)",
     )
     add("--rival", type=Path, nargs="+", default=[], metavar="FILE", help="Python files with more")
     add("--schedule", metavar="A/B", help="select every A and weigh every B steps, as in 10/5")
+    _add_measuring(parser, default="all")
+    parser.set_defaults(run=_eval)
+
+
+def _add_study(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("name", choices=tuple(STUDIES), metavar="NAME", help=f"one of {', '.join(STUDIES)}")
+    add("model", nargs="?", help=f"{MODEL} (the study's small one)")
+    add("--ratio", type=float, nargs="+", default=[], help="(the study's own)")
+    _add_measuring(parser, default="mse psnr ssim, and those whose network is named")
+    parser.set_defaults(run=_study)
+
+
+def _add_measuring(parser: argparse.ArgumentParser, *, default: str) -> None:
+    add = parser.add_argument
+    add("--prompts", type=Path, metavar="FILE", help=".txt, .csv, .tsv or .json(l)")
+    add("--template", metavar="TEXT", help="what each prompt is put into: 'a photo of a {}'")
+    add("--limit", type=int, metavar="N", help="only the first N prompts")
+    add("--seeds", type=int, default=1, metavar="N", help="images of each prompt (1)")
     add(
         "--measures",
         nargs="+",
         choices=tuple(MEASURES),
-        default=tuple(MEASURES),
         metavar="NAME",
-        help=f"some of {', '.join(MEASURES)} (all)",
+        help=f"some of {', '.join(MEASURES)} ({default})",
     )
     add("--reference", type=Path, metavar="DIR", help="real images for FID (untouched ones)")
     for name in ("clip", "dino", "fid"):
@@ -54,16 +81,20 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     add("--lpips", choices=("alex", "vgg", "squeeze"), help="the network of lpips (alex)")
     add("--out", type=Path, required=True, metavar="DIR", help="new, or of an earlier run")
     _add_drawing(parser)
-    parser.set_defaults(run=_eval)
 
 
 def _add_plot(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="DIR", help="the --out of toma-fx eval")
+    parser.add_argument(
+        "results",
+        type=Path,
+        metavar="RESULTS",
+        help="the --out of toma-fx eval, or a study's table such as DIR/variants.csv",
+    )
     parser.add_argument("--x", choices=("arithmetic", "seconds"), default="arithmetic")
     parser.add_argument(
         "--y", nargs="+", choices=tuple(MEASURES), default=["psnr"], help="a panel each (psnr)"
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="(DIR/psnr_arithmetic.png)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="(psnr_arithmetic.png there)")
     parser.set_defaults(run=_plot)
 
 
@@ -90,55 +121,49 @@ def _add_drawing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float16", "float32"), help="(bfloat16 on a GPU)"
     )
+    parser.add_argument(
+        "--argument",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="others of the pipeline's call: true_cfg_scale=4 max_sequence_length=256",
+    )
 
 
 def _eval(options: argparse.Namespace) -> None:
     _need_packages()
-    from toma_fx.lab.draw import Task, default_dtype
-    from toma_fx.lab.evaluate import Plan, evaluate
-    from toma_fx.lab.networks import Networks
-    from toma_fx.lab.prompts import load_prompts
-    from toma_fx.lab.rivals import TOMESD, load_rival, tomesd
-    from toma_fx.lab.variants import parse_schedule, parse_variant
+    from toma_fx.lab.evaluate import evaluate
+    from toma_fx.lab.rivals import load_rival, named_variant
+    from toma_fx.lab.variants import parse_schedule
 
     schedule = None if options.schedule is None else parse_schedule(options.schedule)
-    variants = [
-        tomesd() if name == TOMESD else parse_variant(name, schedule=schedule)
-        for name in options.variants
-    ]
-    names = {name: getattr(options, name) for name in ("clip", "dino", "fid", "lpips")}
-    plan = Plan(
-        variants=(*variants, *map(load_rival, options.rival)),
-        ratios=tuple(options.ratio),
-        measures=tuple(name for name in MEASURES if name in options.measures),
-        networks=Networks(**{name: given for name, given in names.items() if given is not None}),
-        reference=options.reference,
-    )
-    task = Task(
-        model=options.model,
-        prompts=load_prompts(options.prompts, template=options.template, limit=options.limit),
-        seeds=options.seeds,
-        steps=options.steps,
-        guidance=options.guidance,
-        height=options.height,
-        width=options.width,
-        dtype=options.dtype or default_dtype(),
-    )
-    text = evaluate(task, plan, options.out)
-    if text:
-        print(text)
+    variants = [named_variant(name, schedule=schedule) for name in options.variants]
+    variants += map(load_rival, options.rival)
+    plan = _plan(options, variants, tuple(MEASURES))
+    _print(evaluate(_task(options, _prompts(options)), plan, options.out))
+
+
+def _study(options: argparse.Namespace) -> None:
+    _need_packages()
+    from toma_fx.lab.study import run_study
+
+    if options.model is None:
+        options.model = str(small_models.FOLDER / STUDIES[options.name].model)
+    default = {"mse", "psnr", "ssim", *_networks(options)}
+    default |= {"clip_image"} if options.clip else set()
+    plan = _plan(options, (), tuple(name for name in MEASURES if name in default))
+    _print(run_study(options.name, _task(options, _prompts(options)), plan, options.out))
 
 
 def _plot(options: argparse.Namespace) -> None:
     _need_packages()
     from toma_fx.lab.plot import plot
 
-    print(plot(options.folder, x=options.x, ys=tuple(options.y), file=options.out))
+    print(plot(options.results, x=options.x, ys=tuple(options.y), file=options.out))
 
 
 def _show(options: argparse.Namespace) -> None:
     _need_packages()
-    from toma_fx.lab.draw import Task, default_dtype
     from toma_fx.lab.prompts import Prompt
     from toma_fx.lab.show import Look, show
     from toma_fx.lab.variants import Merging, parse_variant
@@ -146,15 +171,7 @@ def _show(options: argparse.Namespace) -> None:
     variant = parse_variant(options.variant)
     if not isinstance(variant, Merging):
         raise ConfigError(f"variant={options.variant!r} chooses no destinations; use a preset")
-    task = Task(
-        model=options.model,
-        prompts=(Prompt(text=options.prompt),),
-        steps=options.steps,
-        guidance=options.guidance,
-        height=options.height,
-        width=options.width,
-        dtype=options.dtype or default_dtype(),
-    )
+    task = _task(options, (Prompt(text=options.prompt),))
     look = Look(
         config=variant.config(options.ratio),
         seed=options.seed,
@@ -165,6 +182,73 @@ def _show(options: argparse.Namespace) -> None:
     )
     for file in show(task, look, options.out):
         print(file)
+
+
+def _plan(options: argparse.Namespace, variants: Sequence[Any], measures: tuple[str, ...]) -> Any:
+    from toma_fx.lab.evaluate import Plan
+    from toma_fx.lab.networks import Networks
+
+    chosen = options.measures or measures
+    return Plan(
+        variants=tuple(variants),
+        ratios=tuple(options.ratio),
+        measures=tuple(name for name in MEASURES if name in chosen),
+        networks=Networks(**_networks(options)),
+        reference=options.reference,
+    )
+
+
+def _networks(options: argparse.Namespace) -> dict[str, str]:
+    names = {name: getattr(options, name) for name in ("clip", "dino", "fid", "lpips")}
+    return {name: given for name, given in names.items() if given is not None}
+
+
+def _task(options: argparse.Namespace, prompts: tuple[Any, ...]) -> Any:
+    """The task of the options, and of the model's card where it is one of the repository's own."""
+    from toma_fx.lab.draw import Task, default_dtype
+
+    own = small_models.own_settings(options.model)
+    names = ("guidance", "height", "width", "dtype")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    settings = {"dtype": default_dtype(), **own, **given}
+    settings["arguments"] = own.get("arguments", {}) | dict(map(_argument, options.argument))
+    return Task(
+        model=options.model,
+        prompts=prompts,
+        seeds=getattr(options, "seeds", 1),
+        steps=options.steps,
+        **settings,
+    )
+
+
+def _argument(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"argument={text!r} must be NAME=VALUE, such as true_cfg_scale=4")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+def _prompts(options: argparse.Namespace) -> tuple[Any, ...]:
+    from toma_fx.lab.prompts import load_prompts
+
+    file = options.prompts
+    if file is None:
+        if not small_models.own_settings(options.model):
+            raise ConfigError(f"model={options.model!r} needs --prompts FILE, a prompt a line")
+        file = small_models.PROMPTS
+    return load_prompts(file, template=options.template, limit=options.limit)
+
+
+def _about(study: Study) -> str:
+    return f"{study.title} ({study.paper.table})" if study.paper else study.title
+
+
+def _print(text: str) -> None:
+    if text:  # the first of several processes alone has one
+        print(text)
 
 
 def _need_packages() -> None:

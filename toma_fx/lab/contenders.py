@@ -74,10 +74,23 @@ def contend(
             elif variant.count is None:
                 config = MergeConfig(ratio=ratio) if merging is None else merging.config(ratio)
                 paid = count(transform(model, config), call) / untouched
-                found.append(_fewer(variant, ratio, max(1, round(steps * paid)), steps))
+                found.append(_fewer(variant, ratio, affordable(steps, paid), steps))
         if isinstance(variant, FewerSteps) and variant.count is not None:
             found.append(_fewer(variant, None, variant.count, steps))
     return found
+
+
+def affordable(steps: int, share: float) -> int:
+    """The number of steps whose arithmetic is nearest to a share of all steps'.
+
+    It is fewer than all where the share is below 1, however few they are: all of them would be the
+    untouched image, at a cost that merging did not have.
+
+    >>> affordable(25, 0.78), affordable(4, 0.95), affordable(4, 0.4), affordable(25, 1.1)
+    (20, 3, 2, 25)
+    """
+    most = steps if share >= 1 else steps - 1
+    return max(1, min(most, round(steps * share)))
 
 
 def _merging(

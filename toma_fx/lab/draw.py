@@ -2,7 +2,8 @@
 
 import inspect
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import diffusers
@@ -33,6 +34,8 @@ class Task:
     height: int | None = None
     width: int | None = None
     dtype: str = "float32"
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Others of the pipeline's call, such as ``true_cfg_scale`` and ``max_sequence_length``."""
 
     def __post_init__(self) -> None:
         for name in ("seeds", "steps"):
@@ -47,6 +50,8 @@ class Task:
         """What must be equal for images to be mixed: all but the number of seeds."""
         fields = asdict(self)
         del fields["seeds"]
+        if not self.arguments:
+            del fields["arguments"]
         return {**fields, "prompts": [asdict(prompt) for prompt in self.prompts]}
 
 
@@ -79,10 +84,30 @@ def load_pipeline(name: str, *, dtype: str = "float32", device: Any = None) -> A
     return pipeline.to(device)
 
 
-def takes_negative(pipeline: Any) -> bool:
-    """Whether a negative prompt has an effect; Flux's has none at its usual guidance."""
+def takes_negative(pipeline: Any, task: Task) -> bool:
+    """Whether a negative prompt has an effect; on Flux with a ``true_cfg_scale`` above 1 alone."""
     parameters = inspect.signature(type(pipeline).__call__).parameters
-    return "negative_prompt" in parameters and "true_cfg_scale" not in parameters
+    true_guidance = task.arguments.get("true_cfg_scale", 1)
+    return "negative_prompt" in parameters and (
+        "true_cfg_scale" not in parameters or true_guidance > 1
+    )
+
+
+def _check_arguments(pipeline: Any, task: Task) -> None:
+    """Refuse arguments that the pipeline does not take or that the lab itself gives.
+
+    Raises:
+        ConfigError: when there is one; the message lists those that can be given.
+    """
+    own = {"self", "prompt", "negative_prompt", "num_inference_steps", "guidance_scale"}
+    own |= {"height", "width", "generator", "output_type", "return_dict", "num_images_per_prompt"}
+    free = [n for n in inspect.signature(type(pipeline).__call__).parameters if n not in own]
+    for name, value in task.arguments.items():
+        if name not in free:
+            raise ConfigError(
+                f"argument {name}={value!r} cannot be given to {type(pipeline).__name__}; it takes "
+                f"{', '.join(free)}; steps, sizes, guidance and prompts have options of their own"
+            )
 
 
 @torch.no_grad()
@@ -93,16 +118,22 @@ def draw(
 
     Args:
         pipeline: of `load_pipeline`, changed or not.
-        task: sizes and guidance.
+        task: sizes, guidance and other arguments.
         prompt: one of the task's.
         seed: of the starting noise, which is made on the CPU so that every device starts alike.
         steps: of denoising; the task's when left out.
+
+    Raises:
+        ConfigError: when the task has an argument that the pipeline does not take.
     """
+    _check_arguments(pipeline, task)
+    # Flux guides only where a negative prompt, if an empty one, is given; the UNet's own is zeros.
+    negative = prompt.negative if "true_cfg_scale" in task.arguments else prompt.negative or None
     options = {
         "guidance_scale": task.guidance,
         "height": task.height,
         "width": task.width,
-        "negative_prompt": (prompt.negative or None) if takes_negative(pipeline) else None,
+        "negative_prompt": negative if takes_negative(pipeline, task) else None,
     }
     given = {name: value for name, value in options.items() if value is not None}
     generator = torch.Generator().manual_seed(seed)
@@ -113,6 +144,7 @@ def draw(
         num_inference_steps=task.steps if steps is None else steps,
         generator=generator,
         **given,
+        **task.arguments,
     ).images[0]
     _synchronize()
     return image, time.perf_counter() - start

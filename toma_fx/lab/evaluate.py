@@ -7,6 +7,7 @@ Drawing can be ended at any time and taken up again, and shared by several proce
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -48,6 +49,14 @@ class Plan:
     """Folder of real images for FID; the untouched model's images when left out."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """What was measured, the untouched model first, and what readers of the figures must know."""
+
+    outcomes: tuple[Outcome, ...]
+    notes: tuple[str, ...]
+
+
 def evaluate(task: Task, plan: Plan, out: Path) -> str:
     """Draw what is missing, measure everything, and write ``images.csv`` and ``summary.csv``.
 
@@ -62,6 +71,27 @@ def evaluate(task: Task, plan: Plan, out: Path) -> str:
     Raises:
         TomaError: when the model, a variant, a ratio or the folder is not what it must be.
     """
+    results = draw_and_measure(task, plan, out)
+    if results is None:
+        return ""
+    outcomes = results.outcomes
+    write_table(image_rows(outcomes, task.prompts, task.seeds, plan.measures), out / IMAGES)
+    rows = summary_rows(outcomes, task.seeds, plan.measures)
+    write_table(rows, out / SUMMARY)
+    return "\n".join([as_text(rows, plan.measures), *results.notes])
+
+
+def draw_and_measure(task: Task, plan: Plan, out: Path) -> Results | None:
+    """Draw what is missing and measure everything; ``None`` in processes other than the first.
+
+    Args:
+        task: what is drawn.
+        plan: by whom, and what is measured.
+        out: the folder of the images, new or of an earlier run with the same task.
+
+    Raises:
+        TomaError: as `evaluate`.
+    """
     real = () if plan.reference is None else pictures(plan.reference)
     processes = processes_of_launch()
     pipeline = load_pipeline(task.model, dtype=task.dtype, device=processes.device)
@@ -75,9 +105,9 @@ def evaluate(task: Task, plan: Plan, out: Path) -> str:
     draw_missing(pipeline, task, contenders, gallery, processes)
     processes.wait()
     if not processes.first:
-        return ""
+        return None
     outcomes = measure(task, plan, contenders, gallery, real)
-    return _write(task, plan, outcomes, out, notes=_notes(pipeline, task))
+    return Results(outcomes=tuple(outcomes), notes=tuple(_notes(pipeline, task)))
 
 
 def pictures(folder: Path) -> tuple[Path, ...]:
@@ -118,17 +148,14 @@ def processes_of_launch() -> Processes:
         return Processes()
     if find_spec("accelerate") is None:
         raise ConfigError("several processes need accelerate: pip install accelerate")
-    state: Any = import_module("accelerate").PartialState()
-
-    def share(units: list[Any]) -> list[Any]:
-        with state.split_between_processes(units) as mine:
-            return list(mine)
-
+    # A process may wait for others for as long as their images take.
+    state: Any = import_module("accelerate").PartialState(timeout=timedelta(days=7))
     return Processes(
         device=state.device,
         first=state.is_main_process,
         wait=state.wait_for_everyone,
-        share=share,
+        # In turn, so that each has some of every contender: they are not equally fast.
+        share=lambda units: units[state.process_index :: state.num_processes],
     )
 
 
@@ -148,6 +175,7 @@ def draw_missing(
         for seed in range(task.seeds)
     }
     mine = processes.share([unit for file, unit in units.items() if not file.exists()])
+    processes.wait()  # nobody draws before all have seen what is missing
     hidden = None if processes.first else True
     with tqdm(total=len(mine), unit="image", disable=hidden) as progress:
         for contender, prompt, seed in mine:
@@ -192,18 +220,9 @@ def measure(
     ]
 
 
-def _write(
-    task: Task, plan: Plan, outcomes: Sequence[Outcome], out: Path, *, notes: Sequence[str]
-) -> str:
-    write_table(image_rows(outcomes, task.prompts, task.seeds, plan.measures), out / IMAGES)
-    rows = summary_rows(outcomes, task.seeds, plan.measures)
-    write_table(rows, out / SUMMARY)
-    return "\n".join([as_text(rows, plan.measures), *notes])
-
-
 def _notes(pipeline: Any, task: Task) -> list[str]:
     negative = sum(bool(prompt.negative) for prompt in task.prompts)
-    if not negative or takes_negative(pipeline):
+    if not negative or takes_negative(pipeline, task):
         return []
     name = type(pipeline).__name__
     return [f"{negative} prompts have a negative prompt, which {name} does not use"]

@@ -39,15 +39,15 @@ class Point:
 
 
 def plot(
-    folder: Path, *, x: str = "arithmetic", ys: Sequence[str] = ("psnr",), file: Path | None = None
+    results: Path, *, x: str = "arithmetic", ys: Sequence[str] = ("psnr",), file: Path | None = None
 ) -> Path:
     """Draw what `toma_fx.lab.evaluate.evaluate` measured.
 
     Args:
-        folder: its ``out``.
+        results: its ``out``, or a table of `toma_fx.lab.study.run_study`.
         x: ``"arithmetic"`` or ``"seconds"``.
         ys: names of measures, a panel each.
-        file: the PNG file; named after the axes, in the folder, when left out.
+        file: the PNG file; named after the table and the axes, beside the table, when left out.
 
     Returns:
         the file.
@@ -56,7 +56,8 @@ def plot(
         ConfigError: when there is no summary, or no figures of a measure in it; the message gives
             the reason that stands there instead.
     """
-    rows = _rows(folder / SUMMARY)
+    table = results if results.is_file() else results / SUMMARY
+    rows = _rows(table)
     figure = Figure(figsize=(1.6 + 4.6 * len(ys), 4.8), layout="constrained")
     panels = figure.subplots(1, len(ys), squeeze=False)[0]
     curves: list[str] = []
@@ -72,8 +73,10 @@ def plot(
         ncols=4,
         frameon=False,
     )
-    figure.suptitle(_title(folder, rows), fontsize=10)
-    file = folder / f"{'_'.join(ys)}_{x}.png" if file is None else file
+    figure.suptitle(_title(table.parent, rows), fontsize=10)
+    if file is None:
+        of = "" if table.name == SUMMARY else f"{table.stem}_"
+        file = table.parent / f"{of}{'_'.join(ys)}_{x}.png"
     figure.savefig(file, dpi=150)
     return file
 
@@ -171,7 +174,8 @@ def _rows(file: Path) -> list[dict[str, str]]:
             return list(csv.DictReader(stream))
     except OSError as error:
         raise ConfigError(
-            f"{file} cannot be read: {error.strerror}; give the --out of toma-fx eval"
+            f"{file} cannot be read: {error.strerror}; give the --out of toma-fx eval, or the "
+            "table of a study"
         ) from error
 
 

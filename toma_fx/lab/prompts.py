@@ -1,6 +1,7 @@
 """Prompt files: plain text, tables with a prompt column (GEMRec's among them), ImageNet classes."""
 
 import csv
+import io
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -16,8 +17,12 @@ NEGATIVE_COLUMNS = ("negativeprompt", "negative_prompt", "negative")
 """Names of the column with the negative prompt; the first is GEMRec's."""
 CLASS_TEMPLATE = "a photo of a {}"
 """What a class name is put into when the file holds ImageNet's classes."""
-SYNSET = re.compile(r"n\d{8}\s+(?P<names>.+)")
-"""A line of ImageNet's own list of classes: ``n01440764 tench, Tinca tinca``."""
+CLASS_LINES = (
+    re.compile(r"n\d{8}\s+(?:\d+\s+)?(?P<names>.+)"),
+    re.compile(r"""\{?\s*\d+:\s*(['"])(?P<names>.+)\1[,}]*"""),
+)
+"""Lines of ImageNet's lists of classes: ``n01440764 tench, Tinca tinca``, the same with a number
+between as in its development kit, and ``{0: 'tench, Tinca tinca',``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +36,14 @@ class Prompt:
 def load_prompts(
     path: str | Path, *, template: str | None = None, limit: int | None = None
 ) -> tuple[Prompt, ...]:
-    """The prompts of a file.
+    """The prompts of a file, each once: the same prompt again would draw the same images.
 
     Args:
-        path: ``.txt``: a prompt a line, or ImageNet's ``n01440764 tench, Tinca tinca``.
-            ``.csv`` and ``.tsv``: a table with a column ``prompt``, ``caption`` or ``text``, and
-            perhaps one with negative prompts. ``.json`` and ``.jsonl``: strings, or objects with
-            such fields; or ImageNet's ``{"0": ["n01440764", "tench"], ...}``.
+        path: ``.txt``: a prompt a line, or ImageNet's classes (`CLASS_LINES`). ``.csv`` and
+            ``.tsv``: a table with a column ``prompt``, ``caption`` or ``text``, and perhaps one
+            with negative prompts, such as GEMRec's, which has a row for each image. ``.json`` and
+            ``.jsonl``: strings, or objects with such fields; or ImageNet's
+            ``{"0": ["n01440764", "tench"], ...}``.
         template: what every entry is put into at ``{}``. ``"a photo of a {}"`` for classes, and the
             entry itself for prompts, when left out.
         limit: take only the first so many.
@@ -63,9 +69,8 @@ def load_prompts(
         raise ConfigError(f"prompts={str(path)!r} is no {path.suffix} file: {error}") from error
     if not found:
         raise ConfigError(f"prompts={str(path)!r} holds no prompt; write one a line")
-    return tuple(
-        Prompt(text=_filled(entry, template), negative=entry.negative) for entry in found[:limit]
-    )
+    prompts = (Prompt(text=_filled(entry, template), negative=entry.negative) for entry in found)
+    return tuple(dict.fromkeys(prompts))[:limit]
 
 
 @dataclass(frozen=True)
@@ -87,13 +92,14 @@ def _class(names: str) -> _Entry:
 
 def _lines(text: str) -> Iterator[_Entry]:
     for line in text.splitlines():
-        synset = SYNSET.fullmatch(line.strip())
-        yield _class(synset["names"]) if synset else _Entry(line.strip())
+        matches = (pattern.fullmatch(line.strip()) for pattern in CLASS_LINES)
+        names = next((match["names"] for match in matches if match), None)
+        yield _Entry(line.strip()) if names is None else _class(names)
 
 
 def _table(delimiter: str) -> Any:
     def read(text: str) -> Iterator[_Entry]:
-        table = csv.DictReader(text.splitlines(), delimiter=delimiter)
+        table = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
         _find(PROMPT_COLUMNS, table.fieldnames or [])
         for row in table:
             yield _row(row)

@@ -16,9 +16,12 @@ from typing import Any
 
 import torch
 
+from toma_fx.config import Schedule
 from toma_fx.errors import ConfigError, ModelError
-from toma_fx.lab.variants import Rival
+from toma_fx.lab.variants import FewerSteps, Merging, Rival, parse_variant
 
+RIVALS = Path(__file__).resolve().parents[2] / "examples" / "rivals"
+"""Files of the repository; a wheel holds none."""
 TOMESD = "tomesd"
 TOMESD_OPTIONS: dict[str, Any] = {
     # Levels of the UNet that are merged, as the largest factor between the latents' side and a
@@ -32,6 +35,22 @@ TOMESD_OPTIONS: dict[str, Any] = {
 }
 TOMESD_MOST = 0.75
 """One token of each 2 x 2 is always kept."""
+
+
+def named_variant(text: str, *, schedule: Schedule | None = None) -> Merging | FewerSteps | Rival:
+    """A variant as written on the command line: tomesd, a rival of the repository, or a preset.
+
+    Args:
+        text: ``"tomesd"``, the name of a file in ``examples/rivals/``, or as `parse_variant` takes.
+        schedule: for every merging variant that does not name its own.
+
+    Raises:
+        ConfigError: when there is no such variant.
+    """
+    if text == TOMESD:
+        return tomesd()
+    file = RIVALS / f"{text}.py"
+    return load_rival(file) if file.exists() else parse_variant(text, schedule=schedule)
 
 
 def load_rival(path: str | Path) -> Rival:

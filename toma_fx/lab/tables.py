@@ -105,7 +105,7 @@ def as_text(rows: Sequence[dict[str, Any]], chosen: Sequence[str]) -> str:
             row["steps"],
             f"{row['arithmetic']:.1%}",
             f"{row['seconds']:.3g}",
-            *(_cell(row, name, reasons) for name in chosen),
+            *(cell(row, name, reasons) for name in chosen),
         )
         for row in rows
     ]
@@ -134,7 +134,14 @@ def _mean(outcome: Outcome, name: str, seeds: int) -> dict[str, Any]:
     return {name: statistics.fmean(values), **dict(zip(ends, shown, strict=True))}
 
 
-def _cell(row: dict[str, Any], name: str, reasons: list[str]) -> str:
+def cell(row: dict[str, Any], name: str, reasons: list[str]) -> str:
+    """A mean with its interval; the number of the reason where there is none.
+
+    Args:
+        row: of `summary_rows`.
+        name: a measure.
+        reasons: those met so far; a new one is added.
+    """
     value = row[name]
     if isinstance(value, str):
         if not value:

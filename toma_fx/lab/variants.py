@@ -8,7 +8,7 @@ A variant is what is written on the command line; with a ratio it becomes a cont
 ``...:components=mlp+...``    several values of one field are parted by ``+``
 ``...:schedule=10/5``         steps between two selections and between two computations of weights
 ``steps``                     no merging, as few steps as the first merging variant's arithmetic
-                              pays for
+                              pays for, to the nearest, and fewer than all if it saves any
 ``steps=18``                  no merging, 18 steps
 ``tomesd``                    the package of that name, on UNets (`toma_fx.lab.rivals`)
 ============================  =====================================================================
