@@ -4,7 +4,7 @@ Before, the leader::
 
     destinations = torch.ops.toma.select(hidden_states, 64, 0.5, 'facility_location')
     weights = torch.ops.toma.weigh(hidden_states, destinations, 0.001, 'region', 'transpose')
-    plan = share(cross_attention_kwargs, weights[0], weights[1])
+    plan = share(cross_attention_kwargs, 'Block', weights[0], weights[1])
     merged = torch.ops.toma.merge(hidden_states, plan[0])
     ...
 
@@ -12,7 +12,7 @@ After, a graph that ends with the plan::
 
     destinations = torch.ops.toma.select(hidden_states, 64, 0.5, 'facility_location')
     weights = torch.ops.toma.weigh(hidden_states, destinations, 0.001, 'region', 'transpose')
-    plan = share(cross_attention_kwargs, weights[0], weights[1])
+    plan = share(cross_attention_kwargs, 'Block', weights[0], weights[1])
     return None
 
 What is left of the leader is the graph of the blocks that follow it. So when blocks are compiled

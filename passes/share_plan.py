@@ -12,11 +12,11 @@ After, with ``role="alone"``, the first plan serves the block; with ``"lead"``, 
 
     select = torch.ops.toma.select(norm1, ...)
     weigh = torch.ops.toma.weigh(norm1, select, ...)
-    share = toma_fx_runtime_plan_share(cross_attention_kwargs, weigh[0], weigh[1])
+    share = toma_fx_runtime_plan_share(cross_attention_kwargs, 'Block', weigh[0], weigh[1])
 
 With ``role="follow"`` the block makes none::
 
-    shared = toma_fx_runtime_plan_shared(cross_attention_kwargs)
+    shared = toma_fx_runtime_plan_shared(cross_attention_kwargs, 'Block')
 
 With a ``memory``, the leader keeps its plan for the steps that follow::
 
@@ -49,6 +49,8 @@ class SharePlan(Pass):
 
     attention_kwargs: str
     """The argument that carries the plan from block to block."""
+    blocks: str
+    """Name of the block's class, under which its group finds the plan."""
     role: Literal["alone", "lead", "follow"] = "alone"
     memory: PlanMemory | None = None
     """Keeps the plan of a leader between steps."""
@@ -78,7 +80,7 @@ class SharePlan(Pass):
     def _example_scope(self, graph: fx.Graph) -> None:
         """Give the argument that carries the scope an example value with a plan in it."""
         scope = plan.PlanScope((torch.tensor(0), torch.tensor(0)))
-        scope.plan = tuple(tensor.meta["val"] for tensor in _plan_tensors(graph))
+        scope.plans[self.blocks] = tuple(tensor.meta["val"] for tensor in _plan_tensors(graph))
         placeholder(graph, self.attention_kwargs).meta["val"] = {plan.SCOPE: scope}
 
     def _remember(self, gm: fx.GraphModule, memory: PlanMemory) -> None:
@@ -104,9 +106,9 @@ class SharePlan(Pass):
         last = max(tensors, key=list(graph.nodes).index)
         with graph.inserting_after(last):
             if self.role == "lead":
-                through = call(graph, plan.share, (kwargs, *tensors), name="plan")
+                through = call(graph, plan.share, (kwargs, self.blocks, *tensors), name="plan")
             else:
-                through = call(graph, plan.shared, (kwargs,), name="plan")
+                through = call(graph, plan.shared, (kwargs, self.blocks), name="plan")
         at = through
         for index, tensor in enumerate(tensors):
             with graph.inserting_after(at):

@@ -25,14 +25,16 @@ class PlanScope:
     """The plans of one call of a model.
 
     Attributes:
-        plan: what the last group leader made, for the blocks of its group that follow.
+        plans: what a group's first block made, for the blocks that follow it, by the class of the
+            blocks. A model has one group of a class, or a scope of its own for each; so a block
+            that runs again later, as in gradient checkpointing, finds the plan that it had.
         time: step and run of the model's `DenoisingClock`, when it has a schedule.
     """
 
-    __slots__ = ("plan", "time")
+    __slots__ = ("plans", "time")
 
     def __init__(self, time: tuple[Tensor, Tensor] | None = None) -> None:
-        self.plan: Plan | None = None
+        self.plans: dict[str, Plan] = {}
         self.time = time
 
 
@@ -40,27 +42,33 @@ def _scope(attention_kwargs: Mapping[str, Any] | None) -> PlanScope | None:
     return None if attention_kwargs is None else attention_kwargs.get(SCOPE)
 
 
-def share(attention_kwargs: Mapping[str, Any] | None, *plan: Tensor) -> Plan:
-    """Hand the plan to the later blocks of the group; returns it."""
+def own_scope(attention_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The attention kwargs with a scope of their own, for a part of a model with its own group."""
+    scope = _scope(attention_kwargs)
+    return {**(attention_kwargs or {}), SCOPE: PlanScope(None if scope is None else scope.time)}
+
+
+def share(attention_kwargs: Mapping[str, Any] | None, blocks: str, *plan: Tensor) -> Plan:
+    """Hand the plan to the later blocks of the group, whose class is ``blocks``; returns it."""
     scope = _scope(attention_kwargs)
     if scope is not None:
-        scope.plan = plan
+        scope.plans[blocks] = plan
     return plan
 
 
-def shared(attention_kwargs: Mapping[str, Any] | None) -> Plan:
+def shared(attention_kwargs: Mapping[str, Any] | None, blocks: str) -> Plan:
     """The plan that the group's first block made in this call of the model.
 
     Raises:
         InputError: when the block was called on its own, so that there is none.
     """
     scope = _scope(attention_kwargs)
-    if scope is None or scope.plan is None:
+    if scope is None or blocks not in scope.plans:
         raise InputError(
             "this block shares the plan of its group's first block, which did not run before it; "
             "call the whole model, or transform with share='block' to run blocks on their own"
         )
-    return scope.plan
+    return scope.plans[blocks]
 
 
 def time_of(attention_kwargs: Mapping[str, Any] | None) -> tuple[Tensor, Tensor]:

@@ -59,7 +59,7 @@ def contiguous_inputs(name: str) -> dict[str, Any]:
 
 
 def graph_of(block: nn.Module, role: Any) -> Any:
-    share = SharePlan(attention_kwargs=row_of(block).attention_kwargs, role=role)
+    share = SharePlan(attention_kwargs=row_of(block).attention_kwargs, blocks="Block", role=role)
     return rewrite(block, MergeOnce(options=OPTIONS, flow=flow_of(block)), share)
 
 

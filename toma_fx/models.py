@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from toma_fx.config import MergeConfig
 from toma_fx.errors import ModelError
 from toma_fx.hooks import check_caches
-from toma_fx.runtime.plan import SCOPE, PlanScope
+from toma_fx.runtime.plan import SCOPE, PlanScope, own_scope
 from toma_fx.runtime.schedule import DenoisingClock, make_slots
 
 toma = torch.ops.toma
@@ -47,8 +47,18 @@ class Rewrite:
 
 def _keyword_only(function: Callable[..., Any]) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
     """How to give every argument of a method a name, whatever the version of diffusers."""
-    names = tuple(inspect.signature(function).parameters)[1:]
-    return lambda args, kwargs: {**dict(zip(names, args, strict=False)), **kwargs}
+    signature = inspect.signature(function)
+    names = tuple(signature.parameters)[1:]
+    required = tuple(n for n in names if signature.parameters[n].default is inspect.Parameter.empty)
+
+    def named(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        call = {**dict(zip(names, args, strict=False)), **kwargs}
+        lost = len(call) < len(args) + len(kwargs)
+        if lost or any(name not in call for name in required):
+            signature.bind(None, *args, **kwargs)  # raises the TypeError of an ordinary call
+        return call
+
+    return named
 
 
 class _Clocked(nn.Module):
@@ -89,6 +99,12 @@ class Transformer2DModel(transformer_2d.Transformer2DModel):  # type: ignore[mis
 
     _toma: Rewrite
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As diffusers' ``forward``; the blocks of a stage are a group, whose plan is its own."""
+        call = _stage_arguments(args, kwargs)
+        call["cross_attention_kwargs"] = own_scope(call.get("cross_attention_kwargs"))
+        return super().forward(**call)
+
     def _operate_on_continuous_inputs(self, hidden_states: Tensor) -> tuple[Tensor, int]:
         height, width = hidden_states.shape[-2:]
         tokens, inner_dim = super()._operate_on_continuous_inputs(hidden_states)
@@ -118,7 +134,9 @@ class FluxTransformer2DModel(_Clocked, diffusers.FluxTransformer2DModel):  # typ
         """As diffusers' ``forward``."""
         call = _flux_arguments(args, kwargs)
         call["joint_attention_kwargs"] = self._open_scope(
-            call.get("joint_attention_kwargs"), call["timestep"], call["encoder_hidden_states"]
+            call.get("joint_attention_kwargs"),
+            call.get("timestep"),
+            call.get("encoder_hidden_states"),
         )
         if not self._toma.config.schedule.stateless:
             tokens = call["hidden_states"]
@@ -183,12 +201,17 @@ def _in_tile_order(forward: Callable[..., Any], call: dict[str, Any]) -> Any:
 
 
 _unet_arguments = _keyword_only(diffusers.UNet2DConditionModel.forward)
+_stage_arguments = _keyword_only(transformer_2d.Transformer2DModel.forward)
 _flux_arguments = _keyword_only(diffusers.FluxTransformer2DModel.forward)
 
 
 def _new(name: str) -> Any:
     cls = globals()[name]
-    return cls.__new__(cls)
+    return object.__new__(cls)
+
+
+def _new_upstream(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    return cls.upstream(*args, **kwargs)
 
 
 def _reduce(self: Any, protocol: object) -> tuple[Callable[..., Any], Any, Any]:
@@ -196,10 +219,14 @@ def _reduce(self: Any, protocol: object) -> tuple[Callable[..., Any], Any, Any]:
 
 
 # Whoever asks finds diffusers' class: pipelines look up the module of a class when they save, hooks
-# the signature of its forward. A pickle must then be told where the class really is.
+# the signature of its forward. A pickle must then be told where the class really is. And whoever
+# makes a model of a transformed one's class, as by type(model).from_config(model.config), gets an
+# untouched one: only `transform` makes the other.
 for _class in (UNet2DConditionModel, Transformer2DModel, FluxTransformer2DModel):
     _upstream: Any = next(c for c in _class.__mro__ if c.__module__.startswith("diffusers"))
     _class.__module__ = _upstream.__module__
     _class.__reduce_ex__ = _reduce  # type: ignore[method-assign]
+    _class.__new__ = _new_upstream  # type: ignore[method-assign, assignment]
+    _class.upstream = _upstream
     if "forward" in vars(_class):
         vars(_class)["forward"].__signature__ = inspect.signature(_upstream.forward)

@@ -210,7 +210,12 @@ def passes_for(row: Block, config: MergeConfig, role: Role) -> tuple[Pass, ...]:
     return (
         *merge,
         GuardInputs(components=config.components, masks=row.masks),
-        SharePlan(attention_kwargs=row.attention_kwargs, role=role, memory=memory),
+        SharePlan(
+            attention_kwargs=row.attention_kwargs,
+            blocks=row.cls.__name__,
+            role=role,
+            memory=memory,
+        ),
         Cleanup(),
     )
 

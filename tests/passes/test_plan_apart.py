@@ -39,7 +39,7 @@ EVERY_BLOCK = pytest.mark.parametrize("name", NAMES)
 
 
 def graph_of(block: nn.Module, role: Any, memory: PlanMemory | None = None) -> fx.GraphModule:
-    share = SharePlan(attention_kwargs=row_of(block).attention_kwargs, role=role, memory=memory)
+    share = SharePlan(attention_kwargs=row_of(block).attention_kwargs, blocks="Block", role=role, memory=memory)
     return rewrite(block, MergeOnce(options=OPTIONS, flow=flow_of(block)), share)
 
 
@@ -69,7 +69,7 @@ def test_plan_and_follower_are_the_leader(name: str) -> None:
     whole, parts = PlanScope(), PlanScope()
     expected = run(lead, inputs, **scope_kwargs(block, whole))
     assert apart(**inputs, **scope_kwargs(block, parts)) is None
-    assert is_equal(parts.plan or (), whole.plan or ())
+    assert is_equal(parts.plans["Block"], whole.plans["Block"])
     assert is_equal(run(follow, inputs, **scope_kwargs(block, parts)), expected)
 
 
@@ -92,7 +92,7 @@ def test_a_plan_made_inside_the_block_stays_there(name: str) -> None:
     block = block_of(name)
     find = FindSites(sites=row_of(block).sites, components=COMPONENTS)
     merge = MergeComponents(options=OPTIONS, flow=flow_of(block))
-    share = SharePlan(attention_kwargs=row_of(block).attention_kwargs, role="lead")
+    share = SharePlan(attention_kwargs=row_of(block).attention_kwargs, blocks="Block", role="lead")
     assert plan_apart(rewrite(block, find, merge, share)) is None
 
 

@@ -20,22 +20,36 @@ PLAN = (torch.zeros(1), torch.ones(1))
 
 def test_a_shared_plan_reaches_the_blocks_of_the_same_call_only() -> None:
     first, second = {plan.SCOPE: plan.PlanScope()}, {plan.SCOPE: plan.PlanScope()}
-    assert plan.share(first, *PLAN) == PLAN
-    assert plan.shared(first) == PLAN
+    assert plan.share(first, "Block", *PLAN) == PLAN
+    assert plan.shared(first, "Block") == PLAN
     with pytest.raises(InputError):
-        plan.shared(second)
+        plan.shared(second, "Block")
 
 
 def test_the_latest_plan_is_the_one_that_is_shared() -> None:
     kwargs = {plan.SCOPE: plan.PlanScope()}
-    plan.share(kwargs, torch.zeros(2))
-    plan.share(kwargs, *PLAN)
-    assert plan.shared(kwargs) == PLAN
+    plan.share(kwargs, "Block", torch.zeros(2))
+    plan.share(kwargs, "Block", *PLAN)
+    assert plan.shared(kwargs, "Block") == PLAN
+
+
+def test_blocks_of_another_class_and_parts_of_a_model_have_their_own_plans() -> None:
+    time = (torch.tensor(3), torch.tensor(1))
+    kwargs = {"scale": 0.5, plan.SCOPE: plan.PlanScope(time)}
+    plan.share(kwargs, "Block", *PLAN)
+    plan.share(kwargs, "SingleBlock", torch.zeros(2))
+    assert plan.shared(kwargs, "Block") == PLAN
+    part = plan.own_scope(kwargs)
+    assert part["scale"] == 0.5
+    assert plan.time_of(part) is time
+    with pytest.raises(InputError):
+        plan.shared(part, "Block")
+    assert plan.share(plan.own_scope(None), "Block", *PLAN) == PLAN
 
 
 @pytest.mark.parametrize("kwargs", [None, {}, {"scale": 1.0}])
 def test_a_leader_that_is_called_on_its_own_still_gets_its_plan(kwargs: Any) -> None:
-    assert plan.share(kwargs, *PLAN) == PLAN
+    assert plan.share(kwargs, "Block", *PLAN) == PLAN
 
 
 WITHOUT_SCOPE = pytest.mark.parametrize(
@@ -52,7 +66,7 @@ def test_a_follower_that_is_called_on_its_own(kwargs: Any) -> None:
         "call the whole model, or transform with share='block' to run blocks on their own"
     )
     with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
-        plan.shared(kwargs)
+        plan.shared(kwargs, "Block")
 
 
 @WITHOUT_SCOPE

@@ -1,0 +1,112 @@
+"""The checks that diffusers publishes for its models, on transformed ones of both families."""
+
+from typing import Any, ClassVar
+
+import torch
+from diffusers.models.attention_processor import AttnProcessor2_0, IPAdapterAttnProcessor2_0
+from diffusers.models.embeddings import ImageProjection
+from diffusers.models.transformers.transformer_flux import (
+    FluxAttnProcessor,
+    FluxIPAdapterAttnProcessor,
+)
+
+from tests.checks.adapters import Adapters
+from tests.checks.attention import AttentionLayers, embeds
+from tests.checks.calls import Calls, Saving
+from tests.checks.compiling import Compiling
+from tests.checks.memory import Memory
+from tests.checks.training import Training
+from tests.tiny import TEXT_WIDTH, flux_inputs, tiny_flux, tiny_sdxl_unet, unet_inputs
+
+
+def image_projection() -> dict[str, torch.Tensor]:
+    """The weights of an IP-Adapter's projection of image embeddings, by the names of its file."""
+    state = ImageProjection(
+        image_embed_dim=TEXT_WIDTH, cross_attention_dim=TEXT_WIDTH, num_image_text_embeds=4
+    ).state_dict()
+    names = {"image_embeds": "proj", "norm": "norm"}
+    return {
+        f"{names[module]}.{kind}": tensor
+        for name, tensor in state.items()
+        for module, _, kind in [name.partition(".")]
+    }
+
+
+class AllChecks(Calls, Saving, Training, AttentionLayers, Memory, Compiling, Adapters):
+    """Every check."""
+
+
+class TestUNet(AllChecks):
+    attention_kwargs = "cross_attention_kwargs"
+    main_input = "sample"
+    checkpointed: ClassVar = {
+        "CrossAttnDownBlock2D",
+        "CrossAttnUpBlock2D",
+        "DownBlock2D",
+        "Transformer2DModel",
+        "UNetMidBlock2DCrossAttn",
+        "UpBlock2D",
+    }
+
+    processor = AttnProcessor2_0
+    sizes: ClassVar = [
+        {"batch": 2, "height": 32, "width": 96},
+        {"batch": 3, "height": 64, "width": 32},
+    ]
+
+    def untouched(self) -> Any:
+        return tiny_sdxl_unet()
+
+    def inputs(self, **size: int) -> dict[str, Any]:
+        return unet_inputs(tiny_sdxl_unet(), **{"height": 16, "width": 16, **size})
+
+    def ip_adapter(self, model: Any) -> None:
+        layers: dict[str, torch.Tensor] = {}
+        key = 1  # the adapter's file counts every attention layer, and holds every second
+        for name in model.attn_processors:
+            if name.endswith("attn2.processor"):
+                attention = model.get_submodule(name.removesuffix(".processor"))
+                state = IPAdapterAttnProcessor2_0(attention.inner_dim, TEXT_WIDTH).state_dict()
+                for part in ("to_k_ip", "to_v_ip"):
+                    layers[f"{key}.{part}.weight"] = state[f"{part}.0.weight"]
+                key += 2
+        model._load_ip_adapter_weights([{"image_proj": image_projection(), "ip_adapter": layers}])
+
+    def image_embeds(self) -> dict[str, Any]:
+        added = self.inputs()["added_cond_kwargs"]
+        return {"added_cond_kwargs": {**added, "image_embeds": [embeds(TEXT_WIDTH)]}}
+
+
+class TestFlux(AllChecks):
+    attention_kwargs = "joint_attention_kwargs"
+    main_input = "hidden_states"
+    checkpointed: ClassVar = {"FluxTransformer2DModel"}
+    processor = FluxAttnProcessor
+    sizes: ClassVar = [
+        {"batch": 2, "height": 16, "width": 48},
+        {"batch": 3, "height": 32, "width": 16},
+    ]
+
+    def untouched(self) -> Any:
+        return tiny_flux()
+
+    def inputs(self, **size: int) -> dict[str, Any]:
+        return flux_inputs(tiny_flux(), **{"height": 8, "width": 8, **size})
+
+    def ip_adapter(self, model: Any) -> None:
+        layers: dict[str, torch.Tensor] = {}
+        for key, _ in enumerate(model.transformer_blocks):
+            state = FluxIPAdapterAttnProcessor(model.inner_dim, TEXT_WIDTH).state_dict()
+            for part in ("to_k_ip", "to_v_ip"):
+                for kind in ("weight", "bias"):
+                    layers[f"{key}.{part}.{kind}"] = state[f"{part}.0.{kind}"]
+        model._load_ip_adapter_weights([{"image_proj": image_projection(), "ip_adapter": layers}])
+
+    def image_embeds(self) -> dict[str, Any]:
+        return {"joint_attention_kwargs": {"ip_adapter_image_embeds": [embeds(TEXT_WIDTH)]}}
+
+    def test_position_ids_with_a_batch_dimension(self) -> None:
+        model, inputs = self.merged(), self.inputs()
+        inputs |= {name: inputs[name][None] for name in ("img_ids", "txt_ids")}
+        with torch.no_grad():
+            assert torch.equal(model(**inputs).sample, self.run(model))
