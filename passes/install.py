@@ -7,6 +7,9 @@ what it looks for: class, submodules, state-dict keys, hooks.
 
 A leader that is compiled by itself, as ``compile_repeated_blocks`` does, becomes two graphs: the
 plan, and the rest, which is the code of the blocks that follow it and is compiled with theirs.
+
+A block that merges at some noise levels only runs one of two graphs, as the call of the model says:
+the rewritten one, or the one that was captured.
 """
 
 import contextlib
@@ -27,6 +30,7 @@ from diffusers.hooks._helpers import TransformerBlockRegistry
 from torch import fx, nn
 
 from toma_fx.passes.plan_apart import plan_apart
+from toma_fx.runtime import plan
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,17 @@ class _Apart:
     follower: _Code
 
 
+@dataclass(frozen=True)
+class _Gate:
+    """What a block runs in a call of the model that does not merge."""
+
+    untouched: _Code
+    place: int
+    """Where, after ``self``, the argument with the attention kwargs stands."""
+    name: str
+    """Its name."""
+
+
 def generated_class(base: Any, gm: fx.GraphModule) -> type[Any]:
     """The subclass of ``base`` that runs a graph.
 
@@ -55,16 +70,25 @@ def generated_class(base: Any, gm: fx.GraphModule) -> type[Any]:
     Returns:
         The class; the same one whenever base and code are the same.
     """
-    return _class_of(base, _code_of(gm), None)
+    return _class_of(base, _code_of(gm), None, None)
 
 
-def install(block: nn.Module, gm: fx.GraphModule, follower: fx.GraphModule | None = None) -> None:
+def install(
+    block: nn.Module,
+    gm: fx.GraphModule,
+    *,
+    follower: fx.GraphModule | None = None,
+    untouched: fx.GraphModule | None = None,
+    attention_kwargs: str = "",
+) -> None:
     """Let ``block`` run the graph, with a copy of each submodule that passes added to it.
 
     Args:
         block: a module of the class whose ``forward`` was captured.
         gm: what it runs.
         follower: when ``gm`` is that of a leader, the graph of the blocks that follow it.
+        untouched: what it runs instead in calls that do not merge, if there are such calls.
+        attention_kwargs: the argument that says which calls those are.
     """
     for name, child in gm.named_children():
         if name not in block._modules:
@@ -73,8 +97,12 @@ def install(block: nn.Module, gm: fx.GraphModule, follower: fx.GraphModule | Non
     apart = None
     if planner is not None and follower is not None:
         apart = _Apart(_code_of(planner), _code_of(follower))
+    gate = None
+    if untouched is not None:
+        names = [n.target for n in untouched.graph.find_nodes(op="placeholder")]
+        gate = _Gate(_code_of(untouched), names.index(attention_kwargs), attention_kwargs)
     base: Any = type(block)
-    block.__class__ = _class_of(base, _code_of(gm), apart)
+    block.__class__ = _class_of(base, _code_of(gm), apart, gate)
 
 
 def _code_of(gm: fx.GraphModule) -> _Code:
@@ -86,21 +114,21 @@ def _code_of(gm: fx.GraphModule) -> _Code:
 
 
 @functools.cache
-def _class_of(base: Any, code: _Code, apart: _Apart | None) -> type[Any]:
+def _class_of(base: Any, code: _Code, apart: _Apart | None, gate: _Gate | None) -> type[Any]:
     def reduce(self: Any, protocol: object) -> tuple[Callable[..., Any], Any, Any]:
         # A generated class cannot be found by name, so a pickle holds what makes it.
-        return _new, (base, code, apart), self.__getstate__()
+        return _new, (base, code, apart, gate), self.__getstate__()
 
     attributes = {
         "__doc__": base.__doc__,
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__reduce_ex__": reduce,
-        "forward": _function(base, code),
+        "forward": _function(base, code) if gate is None else _gated(base, code, gate),
     }
     if apart is not None:
         attributes["compile"] = _compile_apart(
-            _function(base, apart.planner), _class_of(base, apart.follower, None)
+            _function(base, apart.planner), _class_of(base, apart.follower, None, gate), gate
         )
     cls = type(base.__name__, (base,), attributes)
     with contextlib.suppress(ValueError):  # a block that diffusers' hooks do not know either
@@ -119,8 +147,37 @@ def _function(base: Any, code: _Code) -> Any:
     return namespace["forward"]
 
 
-def _compile_apart(planner: Callable[..., Any], follower_class: type[Any]) -> Callable[..., None]:
+_DISPATCH = """
+def forward(self, *args, **kwargs):
+    run = merged if merging(args, kwargs) else untouched
+    return run(self, *args, **kwargs)
+"""
+
+
+def _gated(base: Any, code: _Code, gate: _Gate) -> Any:
+    """The ``forward`` that runs one of two graphs."""
+    merged = _function(base, code)
+    names = {"merged": merged, "untouched": _function(base, gate.untouched)}
+    # From source, since Dynamo counts the graphs of one code object, and a closure's are all one.
+    forward = _function(base, _Code(_DISPATCH, (*names.items(), ("merging", _merging(gate)))))
+    return functools.wraps(merged)(forward)
+
+
+def _merging(gate: _Gate) -> Callable[[tuple[Any, ...], dict[str, Any]], bool]:
+    """Whether the call of the model, to which a call of a block belongs, merges."""
+
+    def merging(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        given = args[gate.place] if len(args) > gate.place else kwargs.get(gate.name)
+        return plan.merging(given)
+
+    return merging
+
+
+def _compile_apart(
+    planner: Callable[..., Any], follower_class: type[Any], gate: _Gate | None
+) -> Callable[..., None]:
     """The ``compile`` of a leader."""
+    merging = None if gate is None else _merging(gate)
 
     def compile_(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         """Compile this block for its own calls; arguments as `torch.compile` takes them."""
@@ -130,11 +187,12 @@ def _compile_apart(planner: Callable[..., Any], follower_class: type[Any]) -> Ca
         follower = copy.copy(self)  # shares every tensor, submodule and hook
         follower.__class__ = follower_class
         follower.compile(*args, **kwargs)
-        plan = torch.compile(MethodType(planner, self), *args, **kwargs)
+        make_plan = torch.compile(MethodType(planner, self), *args, **kwargs)
 
         def call(*inputs: Any, **named: Any) -> Any:
             follower.training = self.training
-            plan(*inputs, **named)
+            if merging is None or merging(inputs, named):
+                make_plan(*inputs, **named)
             return follower(*inputs, **named)
 
         self._compiled_call_impl = call
@@ -142,6 +200,6 @@ def _compile_apart(planner: Callable[..., Any], follower_class: type[Any]) -> Ca
     return compile_
 
 
-def _new(base: Any, code: _Code, apart: _Apart | None) -> Any:
-    cls: Any = _class_of(base, code, apart)
+def _new(base: Any, code: _Code, apart: _Apart | None, gate: _Gate | None) -> Any:
+    cls: Any = _class_of(base, code, apart, gate)
     return cls.__new__(cls)

@@ -29,13 +29,15 @@ class PlanScope:
             blocks. A model has one group of a class, or a scope of its own for each; so a block
             that runs again later, as in gradient checkpointing, finds the plan that it had.
         time: step and run of the model's `DenoisingClock`, when it has a schedule.
+        merging: whether the blocks merge in this call.
     """
 
-    __slots__ = ("plans", "time")
+    __slots__ = ("merging", "plans", "time")
 
-    def __init__(self, time: tuple[Tensor, Tensor] | None = None) -> None:
+    def __init__(self, time: tuple[Tensor, Tensor] | None = None, merging: bool = True) -> None:
         self.plans: dict[str, Plan] = {}
         self.time = time
+        self.merging = merging
 
 
 def _scope(attention_kwargs: Mapping[str, Any] | None) -> PlanScope | None:
@@ -45,7 +47,14 @@ def _scope(attention_kwargs: Mapping[str, Any] | None) -> PlanScope | None:
 def own_scope(attention_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
     """The attention kwargs with a scope of their own, for a part of a model with its own group."""
     scope = _scope(attention_kwargs)
-    return {**(attention_kwargs or {}), SCOPE: PlanScope(None if scope is None else scope.time)}
+    own = PlanScope() if scope is None else PlanScope(scope.time, scope.merging)
+    return {**(attention_kwargs or {}), SCOPE: own}
+
+
+def merging(attention_kwargs: Mapping[str, Any] | None) -> bool:
+    """Whether a block merges in this call of the model; on its own, it always does."""
+    scope = _scope(attention_kwargs)
+    return scope is None or scope.merging
 
 
 def share(attention_kwargs: Mapping[str, Any] | None, blocks: str, *plan: Tensor) -> Plan:

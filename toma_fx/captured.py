@@ -53,6 +53,12 @@ def transform_captured(
             f"{config.schedule} keeps plans between calls, and a captured graph has no place for "
             "them; use Schedule(), or transform the model before it is captured"
         )
+    if config.merge_below < 1:
+        raise ModelError(
+            f"merge_below={config.merge_below} needs both the merged and the untouched graph, and a "
+            "captured graph is only one; use merge_below=1 and choose between the two programs by "
+            "timestep, or transform the model before it is captured"
+        )
     if program is not None and program.dialect != "TRAINING":
         raise ModelError(
             f"the layers of this program of dialect {program.dialect} were taken apart; transform "

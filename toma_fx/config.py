@@ -123,6 +123,10 @@ class MergeConfig:
     schedule: Schedule = Schedule()
     """When a plan is computed again. Every step by default; the paper's is
     ``Schedule(select_every=10, weigh_every=5)``."""
+    merge_below: float = 1.0
+    """Noise level from which on a denoising run merges: the timestep over the 1000 of training, 1
+    for pure noise, 0 for the image. Early steps decide what the image shows, and merging disturbs
+    them most. 1 merges at every step; a model that merges at some is stateless all the same."""
     skip: tuple[str, ...] | None = None
     """Blocks to leave unmerged, as `fnmatch` patterns on their module paths, such as
     ``("mid_block.*", "transformer_blocks.0")``. ``None`` takes the model family's own list: none
@@ -150,6 +154,11 @@ class MergeConfig:
         if isinstance(self.temperature, bool) or not 0 < _number(self.temperature) < math.inf:
             raise ConfigError(
                 f"temperature={self.temperature!r} must be a number above 0, such as 0.001"
+            )
+        if isinstance(self.merge_below, bool) or not 0 < _number(self.merge_below) <= 1:
+            raise ConfigError(
+                f"merge_below={self.merge_below!r} must be a number in (0, 1]: the noise level, "
+                "timestep over 1000, from which on tokens are merged, such as 0.6"
             )
         if not isinstance(self.schedule, Schedule):
             raise ConfigError(
@@ -182,6 +191,11 @@ class MergeConfig:
             raise ConfigError(
                 f"share='block' cannot be combined with {self.schedule}, which keeps one plan per "
                 "group; use share='group' or Schedule()"
+            )
+        if self.merge_below < 1 and not self.schedule.stateless:
+            raise ConfigError(
+                f"merge_below={self.merge_below} cannot be combined with {self.schedule}, which "
+                "counts every step; use Schedule() or merge_below=1"
             )
         if self.selector == "fixed" and (self.unmerge, self.merge_over) != ("transpose", "region"):
             raise ConfigError(

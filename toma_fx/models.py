@@ -65,12 +65,43 @@ class _Clocked(nn.Module):
     """A model whose blocks share plans during a call."""
 
     _toma: Rewrite
+    _run: Callable[[dict[str, Any]], Any]
 
-    def _open_scope(self, attention_kwargs: Any, timestep: Any, conditioning: Tensor) -> Any:
-        """The attention kwargs of a call, with the scope in which its blocks share plans."""
+    def _merge_in(self, call: dict[str, Any], kwargs: str, noise: Any) -> Any:
+        """A call of the model, in a scope in which its blocks share plans.
+
+        Args:
+            call: the arguments of diffusers' ``forward``.
+            kwargs: name of the argument with the attention kwargs.
+            noise: the timestep over 1000, a number, a scalar or ``(B,)``.
+        """
         clock = getattr(self, "toma_clock", None)
-        time = None if clock is None else clock(timestep, conditioning)
-        return {**(attention_kwargs or {}), SCOPE: PlanScope(time)}
+        conditioning = call.get("encoder_hidden_states")
+        time = None if clock is None else clock(call["timestep"], conditioning)
+
+        def run(merging: bool) -> Any:
+            scope = PlanScope(time, merging)
+            return self._run({**call, kwargs: {**(call.get(kwargs) or {}), SCOPE: scope}})
+
+        below = self._toma.config.merge_below
+        if below == 1 or (isinstance(noise, Tensor) and noise.is_meta):
+            return run(True)  # without data there is no deciding: a step that merges
+        if torch.compiler.is_compiling():
+            raise ModelError(
+                f"merge_below={below} chooses between two graphs by the timestep, and one graph "
+                "cannot hold both. Compile with model.compile() or "
+                "model.compile_repeated_blocks(), which compile each. To export, export the "
+                "untouched model, and one transformed with merge_below=1, and let the timestep "
+                "choose the program"
+            )
+        return run(bool(torch.as_tensor(noise).flatten()[0] <= below))
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the model for its own calls; arguments as `torch.compile` takes them."""
+        if self._toma.config.merge_below == 1:
+            super().compile(*args, **kwargs)
+        else:  # what decides between the two graphs stays outside both
+            self._run = torch.compile(self._run, *args, **kwargs)
 
     def _reset_stateful_cache(self, *args: Any, **kwargs: Any) -> None:
         """Called by every diffusers pipeline when an image is done."""
@@ -88,9 +119,9 @@ class UNet2DConditionModel(_Clocked, diffusers.UNet2DConditionModel):  # type: i
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As diffusers' ``forward``."""
         call = _unet_arguments(args, kwargs)
-        call["cross_attention_kwargs"] = self._open_scope(
-            call.get("cross_attention_kwargs"), call["timestep"], call["encoder_hidden_states"]
-        )
+        return self._merge_in(call, "cross_attention_kwargs", call["timestep"] / 1000)
+
+    def _run(self, call: dict[str, Any]) -> Any:
         return super().forward(**call)
 
 
@@ -133,11 +164,9 @@ class FluxTransformer2DModel(_Clocked, diffusers.FluxTransformer2DModel):  # typ
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As diffusers' ``forward``."""
         call = _flux_arguments(args, kwargs)
-        call["joint_attention_kwargs"] = self._open_scope(
-            call.get("joint_attention_kwargs"),
-            call.get("timestep"),
-            call.get("encoder_hidden_states"),
-        )
+        return self._merge_in(call, "joint_attention_kwargs", call.get("timestep"))
+
+    def _run(self, call: dict[str, Any]) -> Any:
         if not self._toma.config.schedule.stateless:
             tokens = call["hidden_states"]
             make_slots(self, tokens[:, :, :1].expand(-1, -1, self.inner_dim))

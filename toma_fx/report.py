@@ -175,7 +175,13 @@ def _plan(config: MergeConfig) -> str:
         f"{config.selector} in each {where}, weights over the {config.merge_over} at temperature "
         f"{config.temperature:g}, unmerge by {config.unmerge}, one for each {config.share}, "
         f"selected every {_steps(times.select_every)} and weighed every {_steps(times.weigh_every)}"
+        f"{_when(config)}"
     )
+
+
+def _when(config: MergeConfig) -> str:
+    below = config.merge_below
+    return "" if below == 1 else f"\nmerges below a noise level of {below:g}, timestep over 1000"
 
 
 def _merged(group: GroupReport) -> str:

@@ -142,14 +142,24 @@ def _transform_model(model: nn.Module, config: MergeConfig) -> nn.Module:
     leaders = set(_leaders(merging))
     merged = {}
     graphs: dict[Any, fx.GraphModule] = {}
+
+    def graph(block: nn.Module, row: Block, role: Role | None) -> fx.GraphModule:
+        key = _structure(block), role
+        if key not in graphs:
+            graphs[key] = rewritten_graph(block, row, config, role)
+        return graphs[key]
+
     for path, (block, row) in blocks.items():
         role = None if path in skipped else _role(path, leaders, config)
-        structure = _structure(block)
-        for needed in (role, "follow") if role == "lead" else (role,):
-            if (structure, needed) not in graphs:
-                graphs[structure, needed] = rewritten_graph(block, row, config, needed)
-        gm = graphs[structure, role]
-        install(block, gm, graphs[structure, "follow"] if role == "lead" else None)
+        gm = graph(block, row, role)
+        rests = role is not None and config.merge_below < 1
+        install(
+            block,
+            gm,
+            follower=graph(block, row, "follow") if role == "lead" else None,
+            untouched=graph(block, row, None) if rests else None,
+            attention_kwargs=row.attention_kwargs,
+        )
         if role is not None:
             merged[path] = _components(gm, config)
     rewrite = Rewrite(config, model, skipped, merged)

@@ -47,7 +47,7 @@ def installed(name: str) -> tuple[Any, Any]:
     """A leader and a follower, as a model holds them."""
     lead, follow = block_of(name), block_of(name)
     follower = graph_of(follow, "follow")
-    install(lead, graph_of(lead, "lead"), follower)
+    install(lead, graph_of(lead, "lead"), follower=follower)
     install(follow, follower)
     return lead, follow
 

@@ -47,7 +47,8 @@ def contend(
         variants: in the order of the tables.
         ratios: shares of tokens merged away.
         steps: of the untouched model.
-        call: of the denoising model, for counting; see `first_call`.
+        call: of the denoising model, for counting; see `first_call`, which also leaves the
+            scheduler with the timesteps of an image.
 
     Raises:
         TomaError: when a ratio, or the model, is nothing that a variant takes.
@@ -73,7 +74,8 @@ def contend(
                 found.append(_rival(variant, pipeline, ratio, steps, call, untouched))
             elif variant.count is None:
                 config = MergeConfig(ratio=ratio) if merging is None else merging.config(ratio)
-                paid = count(transform(model, config), call) / untouched
+                merged = count(transform(model, config), call) / untouched
+                paid = _of_all_steps(merged, config, pipeline)
                 found.append(_fewer(variant, ratio, affordable(steps, paid), steps))
         if isinstance(variant, FewerSteps) and variant.count is not None:
             found.append(_fewer(variant, None, variant.count, steps))
@@ -98,14 +100,22 @@ def _merging(
 ) -> Contender:
     config = variant.config(ratio)
     transformed = transform(model_of(pipeline), config)
+    merged = count(transformed, call) / untouched
     return Contender(
         variant=variant.name,
         ratio=ratio,
         steps=steps,
-        arithmetic=count(transformed, call) / untouched,
+        arithmetic=_of_all_steps(merged, config, pipeline),
         identity=repr(config),
         changed=lambda: _in_place_of(pipeline, transformed),
     )
+
+
+def _of_all_steps(merged: float, config: MergeConfig, pipeline: Any) -> float:
+    """The mean over an image's steps, of which those above ``merge_below`` do not merge."""
+    timesteps = [float(timestep) for timestep in pipeline.scheduler.timesteps]
+    merging = sum(timestep <= 1000 * config.merge_below for timestep in timesteps)
+    return 1 - (1 - merged) * merging / len(timesteps)
 
 
 def _rival(
