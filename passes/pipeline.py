@@ -6,12 +6,15 @@ another's value. In between, anything goes. Linting, dead code and recompiling h
 passes, and so can printing or timing, through the one callback.
 """
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import fx, nn
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,7 @@ def run_passes(
     """
     for each in passes:
         changed = each.apply(gm)
+        logger.debug("%s: %s changed %d places", type(gm).__name__, each.name, changed)
         if changed:
             gm.graph.eliminate_dead_code()
             refresh_values(gm)

@@ -1,5 +1,6 @@
 """Which tokens to keep: destinations, chosen region by region (Eq. 5, Alg. 1 and 2)."""
 
+import logging
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from toma_fx.errors import InputError
 from toma_fx.runtime.regions import kept_tokens, region_size
+
+logger = logging.getLogger(__name__)
 
 GAIN_STEPS = 2.0**12
 """Gains are compared in steps of ``1 / GAIN_STEPS``. Two tokens that are nearest to each other
@@ -175,6 +178,15 @@ def select(tokens: Tensor, region_tokens: int, ratio: float, selector: str) -> T
     if selector not in SELECTORS:
         raise InputError(f"select: selector={selector!r} must be one of {', '.join(SELECTORS)}")
     size = region_size(tokens.shape[1], region_tokens)
-    inside = SELECTORS[selector](tokens, size, kept_tokens(size, ratio))
+    keep = kept_tokens(size, ratio)
+    if not torch.compiler.is_compiling() and logger.isEnabledFor(logging.DEBUG):
+        logger.debug(
+            "%s keeps %s of %s tokens in each region of (B, N, D) = %s",
+            selector,
+            keep,
+            size,
+            tuple(tokens.shape),
+        )
+    inside = SELECTORS[selector](tokens, size, keep)
     first = size * torch.arange(inside.shape[1], device=tokens.device)
     return inside + first[:, None]

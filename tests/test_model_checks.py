@@ -50,8 +50,8 @@ class TestUNet(AllChecks):
 
     processor = AttnProcessor2_0
     sizes: ClassVar = [
-        {"batch": 2, "height": 32, "width": 96},
-        {"batch": 3, "height": 64, "width": 32},
+        {"batch": 2, "height": 64, "width": 96},  # no two dimensions equal
+        {"batch": 3, "height": 96, "width": 128},
     ]
 
     def untouched(self) -> Any:

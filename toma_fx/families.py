@@ -201,4 +201,7 @@ def family_of(model: nn.Module) -> Family:
         if isinstance(model, family.cls):
             return family
     known = ", ".join(family.cls.__name__ for family in FAMILIES)
-    raise ModelError(f"{type(model).__name__} is not a model that toma_fx knows; it knows {known}")
+    raise ModelError(
+        f"{type(model).__name__} is not a model that toma_fx knows; it knows {known}. Pass one of "
+        "them, or add a row for yours to toma_fx/families.py, as the README says"
+    )

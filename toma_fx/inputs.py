@@ -43,7 +43,8 @@ def random_inputs(
     step = VAE_SCALE * (FLUX_PATCH if flux else 1)
     if height % step or width % step or height < step or width < step:
         raise ModelError(
-            f"an image of {height} x {width} pixels must be a multiple of {step} pixels"
+            f"an image of {height} x {width} pixels must be a multiple of {step} pixels along each "
+            f"side, such as {max(1, height // step) * step} x {max(1, width // step) * step}"
         )
     make = _flux_inputs if flux else _unet_inputs
     return make(config, like, batch, height // step, width // step)

@@ -34,12 +34,14 @@ class Rewrite:
         original: the untouched model, which shares every tensor with the transformed one.
         skipped: block path to the reason why it was left unmerged.
         merged: block path to the components that run on merged tokens.
+        speedup: what the ratio was chosen for, when it was not given.
     """
 
     config: MergeConfig
     original: nn.Module = field(repr=False)
     skipped: Mapping[str, str]
     merged: Mapping[str, tuple[str, ...]]
+    speedup: float | None = None
 
     def __deepcopy__(self, memo: object) -> "Rewrite":
         return self  # a copy of the transformed model has the same original

@@ -48,6 +48,13 @@ class Report:
     groups: tuple[GroupReport, ...]
     flops_before: int
     flops_after: int
+    asked: float | None = None
+    """The ``speedup`` that the ratio was chosen for."""
+
+    @property
+    def speedup(self) -> float:
+        """How many times less the arithmetic of the model is: predicted, not measured time."""
+        return self.flops_before / self.flops_after
 
     @property
     def saved(self) -> float:
@@ -73,7 +80,15 @@ class Report:
         return (
             f"{self.model}, {self.image}, ratio {self.config.ratio}\n"
             f"{tabulate(rows, headers, disable_numparse=True)}\n"
-            f"plan: {_plan(self.config)}"
+            f"plan: {_plan(self.config)}" + self._prediction()
+        )
+
+    def _prediction(self) -> str:
+        if self.asked is None:
+            return ""
+        return (
+            f"\nratio chosen for speedup={self.asked:g} at the model's native size; here the "
+            f"predicted arithmetic is {self.speedup:.2f} times less, which is not measured time"
         )
 
 
@@ -120,6 +135,7 @@ def report(
         groups=tuple(groups),
         flops_before=flops_before,
         flops_after=flops_after,
+        asked=rewrite.speedup,
     )
 
 

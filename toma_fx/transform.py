@@ -5,6 +5,8 @@ captured, rewritten by passes, and installed as the block's forward.
 """
 
 import fnmatch
+import logging
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any, Literal, TypeVar
@@ -15,7 +17,7 @@ from torch.export import ExportedProgram
 
 from toma_fx.captured import transform_captured
 from toma_fx.config import MergeConfig, build_config
-from toma_fx.errors import ModelError
+from toma_fx.errors import ConfigError, ModelError
 from toma_fx.families import Block, Family, example_inputs, family_of, leaf_value
 from toma_fx.hooks import attach_hooks, check_caches, check_hooks, copied_with_hooks
 from toma_fx.models import Rewrite
@@ -34,13 +36,21 @@ from toma_fx.runtime.schedule import DenoisingClock, PlanMemory
 
 Model = TypeVar("Model")
 
+logger = logging.getLogger(__name__)
+
 Role = Literal["alone", "lead", "follow"]
 
 PIPELINE_PARTS = ("unet", "transformer")
 """Names under which a pipeline holds its denoising model."""
 
 
-def transform(model: Model, config: MergeConfig | None = None, **options: Any) -> Model:
+def transform(
+    model: Model,
+    config: MergeConfig | None = None,
+    *,
+    speedup: float | None = None,
+    **options: Any,
+) -> Model:
     """Merge tokens in a diffusers model; returns a new model, or the same pipeline with one.
 
     A model is copied, but every tensor is shared with the original, which stays as it was. A
@@ -53,15 +63,20 @@ def transform(model: Model, config: MergeConfig | None = None, **options: Any) -
             `torch.export.export` returned, or a `torch.fx.GraphModule` from `toma_fx.trace`,
             from Dynamo, or from the ``module()`` of an exported program.
         config: what to do; `MergeConfig` with its defaults when left out.
+        speedup: in place of a ratio: take the smallest whose predicted arithmetic, at the model's
+            native size, is this many times less than the untouched model's. That is no promise of
+            time; `report` says what was chosen.
         **options: fields of `MergeConfig`, in place of ``config``: ``transform(unet, ratio=0.4)``.
 
     Returns:
         A model of the same class (a subclass with the same name), or the given pipeline.
 
     Raises:
-        ConfigError: when an option is unknown or holds a value it cannot take.
+        ConfigError: when an option is unknown or holds a value it cannot take, or when both a ratio
+            and a speed-up are given.
         ModelError: when the model is unknown, compiled, offloaded or transformed already, when no
-            block would be merged, or when a cache keeps what merging changes at every step.
+            block would be merged, when a cache keeps what merging changes at every step, or when
+            no ratio reaches the speed-up.
         CaptureError: when a captured model holds something that merged tokens cannot go through.
     """
     if config is not None and options:
@@ -69,13 +84,27 @@ def transform(model: Model, config: MergeConfig | None = None, **options: Any) -
             f"transform got both a config and the options {', '.join(options)}; put them into the "
             "config: MergeConfig.preset('default', ...) or dataclasses.replace(config, ...)"
         )
+    if speedup is not None and "ratio" in options:
+        raise ConfigError(
+            f"transform got both ratio={options['ratio']!r} and speedup={speedup!r}, which chooses "
+            "the ratio; give one of them"
+        )
     config = build_config(**options) if config is None else config
+    if not isinstance(config, MergeConfig):
+        raise ConfigError(
+            f"config={config!r} must be a MergeConfig; options go by name: "
+            "toma_fx.transform(model, ratio=0.5)"
+        )
     if isinstance(model, fx.GraphModule | ExportedProgram):
+        if speedup is not None:
+            raise ModelError(
+                f"speedup={speedup!r} is for diffusers models; give a captured graph a ratio"
+            )
         return transform_captured(model, config, plan_options(config), _skipped)  # type: ignore[no-any-return]
     if isinstance(model, nn.Module):
-        return _transform_model(model, config)  # type: ignore[return-value]
+        return _transform_model(model, config, speedup)  # type: ignore[return-value]
     part = _pipeline_part(model)
-    setattr(model, part, _transform_model(getattr(model, part), config))
+    setattr(model, part, _transform_model(getattr(model, part), config, speedup))
     return model
 
 
@@ -127,8 +156,22 @@ def _pipeline_part(pipeline: object) -> str:
     )
 
 
-def _transform_model(model: nn.Module, config: MergeConfig) -> nn.Module:
+def _transform_model(
+    model: nn.Module, config: MergeConfig, speedup: float | None = None
+) -> nn.Module:
     _check_model(model)
+    family_of(model)
+    if speedup is not None:
+        from toma_fx.speedup import for_speedup  # which transforms, to count
+
+        config = for_speedup(model, config, speedup)
+    copied = rewritten(model, config, speedup)
+    _log(rewrite_of(copied))
+    return copied
+
+
+def rewritten(model: nn.Module, config: MergeConfig, speedup: float | None = None) -> nn.Module:
+    """`transform` of a model that can be transformed, without a word to the log."""
     family = family_of(model)
     copied, hooks = copied_with_hooks(model)
     blocks = {path: (block, row) for path, block, row in _blocks(copied, family)}
@@ -162,11 +205,32 @@ def _transform_model(model: nn.Module, config: MergeConfig) -> nn.Module:
         )
         if role is not None:
             merged[path] = _components(gm, config)
-    rewrite = Rewrite(config, model, skipped, merged)
+    rewrite = Rewrite(config, model, skipped, merged, speedup)
     _install_borders(copied, family, rewrite)
     attach_hooks(hooks)
     check_caches(copied)
     return copied
+
+
+def _log(rewrite: Rewrite) -> None:
+    merged, skipped = rewrite.merged, rewrite.skipped
+    leaders = set(_leaders(list(merged)))
+    logger.info(
+        "transformed %s: %d of %d blocks merge tokens, in %d groups; %s",
+        type(rewrite.original).__name__,
+        len(merged),
+        len(merged) + len(skipped),
+        len(leaders),
+        rewrite.config,
+    )
+    for reason, count in Counter(skipped.values()).items():
+        logger.info("left %d blocks unmerged: %s", count, reason)
+    for path, components in merged.items():
+        role = "plans for its group" if path in leaders else "uses the plan of its group"
+        role = "plans for itself" if rewrite.config.share == "block" else role
+        logger.debug("%s merges around %s and %s", path, ", ".join(components), role)
+    for path, reason in skipped.items():
+        logger.debug("%s is left unmerged: %s", path, reason)
 
 
 def rewritten_graph(

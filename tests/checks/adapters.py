@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounter
 
 from tests.checks.base import Base, changed
 
+FILE: dict[str, Any] = {"prefix": None, "use_safetensors": True}
 LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
@@ -36,6 +37,8 @@ def adapted(model: nn.Module) -> bool:
     return any(isinstance(m, BaseTunerLayer) for m in model.modules())
 
 
+@pytest.mark.filterwarnings("ignore:Already found a .peft_config. attribute:UserWarning")
+@pytest.mark.filterwarnings("ignore:Adapter one was active which is now deleted:UserWarning")
 class Adapters(Base):
     """LoRA after `transform`; the saved weights are those of an untouched model's LoRA."""
 
@@ -53,13 +56,13 @@ class Adapters(Base):
         self.same(model, plain)
         for low_memory in (False, True):
             model = self.merged()
-            model.load_lora_adapter(tmp_path, prefix=None, low_cpu_mem_usage=low_memory)
+            model.load_lora_adapter(tmp_path, **FILE, low_cpu_mem_usage=low_memory)
             assert adapted(model)
             self.same(model, output)
             loaded = model.peft_config["default_0"].to_dict()
             assert {**loaded, "inference_mode": None} == {**metadata, "inference_mode": None}
         untouched = self.untouched()
-        untouched.load_lora_adapter(tmp_path, prefix=None)
+        untouched.load_lora_adapter(tmp_path, **FILE)
         self.same(self.merged(untouched), output)
 
     def test_unknown_adapter_is_refused(self, tmp_path: Path) -> None:
@@ -112,10 +115,10 @@ class Adapters(Base):
         torch.compiler.reset()
         frames, model = CompileCounter(), self.merged()
         model.enable_lora_hotswap(target_rank=max(ranks))
-        model.load_lora_adapter(tmp_path / "0", prefix=None, adapter_name="swapped")
+        model.load_lora_adapter(tmp_path / "0", **FILE, adapter_name="swapped")
         model.compile(fullgraph=True, backend=frames, dynamic=False)
         torch.testing.assert_close(self.run(model), outputs[0], rtol=1e-4, atol=1e-4)
-        model.load_lora_adapter(tmp_path / "1", prefix=None, adapter_name="swapped", hotswap=True)
+        model.load_lora_adapter(tmp_path / "1", **FILE, adapter_name="swapped", hotswap=True)
         torch.testing.assert_close(self.run(model), outputs[1], rtol=1e-4, atol=1e-4)
         assert frames.frame_count == 1
         torch.compiler.reset()

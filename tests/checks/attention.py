@@ -72,7 +72,7 @@ class AttentionLayers(Base):
             self.same(self.merged(before), output)
             self.same(after, output)
         for size in (1000, [1]):
-            with pytest.raises(ValueError, match="slice"):
+            with pytest.raises(ValueError, match=r"size|slice"):
                 after.set_attention_slice(size)
 
     def ip_adapter(self, model: Any) -> None:
@@ -94,7 +94,9 @@ class AttentionLayers(Base):
         for each in scaled:
             each.scale = [0.0]
         assert changed(output, self.run(model, **self.image_embeds()))
-        self.same(model, self.run(self.merged()))
+        torch.testing.assert_close(
+            self.run(model, **self.image_embeds()), self.run(self.merged()), rtol=1e-5, atol=1e-5
+        )
 
 
 def embeds(width: int) -> torch.Tensor:

@@ -53,7 +53,7 @@ class Memory(Base):
     def test_layerwise_casting_in_training(self) -> None:
         model = self.merged().train()
         model.enable_layerwise_casting(storage_dtype=torch.float16, compute_dtype=torch.float32)
-        with warnings.catch_warnings():
+        with torch.autocast("cpu"), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
             output = model(**self.inputs()).sample
         output.square().mean().backward()
