@@ -5,20 +5,29 @@ model holds one graph for all steps. A plan is used only in the denoising run th
 
 * a timestep that rises, or other conditioning, starts a new run;
 * every plan carries the number of its run, and one of another run is made again;
-* plans are kept apart by the shape and device of the tokens.
+* plans are kept apart by the shape and device of the tokens;
+* a call while another is under way, as from two threads, is refused.
 
 What cannot be told apart is two images with the same prompt that take turns, step by step, on one
 model, or of which one broke off and the other starts at a lower timestep. Give each its own
 ``transform`` (the weights are shared, so it costs no memory), or reset the clock.
 """
 
+import contextlib
 import operator
+import threading
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, fx, nn
 
 # What torch.cond calls once it has compiled its branches; called directly, eager mode stays eager.
 from torch._higher_order_ops.cond import cond_op
+
+from toma_fx.errors import InputError
+
+_ONE_BY_ONE = threading.Lock()
+"""Held only while a call begins."""
 
 
 class DenoisingClock(nn.Module):
@@ -37,6 +46,27 @@ class DenoisingClock(nn.Module):
         super().__init__()
         for name in ("timestep_bits", "conditioning_bits", "step", "run"):
             self.register_buffer(name, torch.tensor(0), persistent=False)
+        self.in_call = False
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the kept plans for one call of the model.
+
+        Raises:
+            InputError: when another call is under way.
+        """
+        with _ONE_BY_ONE:
+            if self.in_call:
+                raise InputError(
+                    "a model with a schedule keeps its plans between calls and cannot serve two "
+                    "calls at the same time; transform once for each thread, which shares the "
+                    "weights, or without a schedule"
+                )
+            self.in_call = True
+        try:
+            yield
+        finally:
+            self.in_call = False
 
     def forward(self, timestep: Tensor | float, conditioning: Tensor) -> tuple[Tensor, Tensor]:
         """Note a call of the model.

@@ -69,6 +69,14 @@ class _Clocked(nn.Module):
     _toma: Rewrite
     _run: Callable[[dict[str, Any]], Any]
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As diffusers' model, but one call at a time where plans are kept between calls."""
+        clock = getattr(self, "toma_clock", None)
+        if torch.compiler.is_compiling() or not isinstance(clock, DenoisingClock):
+            return super().__call__(*args, **kwargs)
+        with clock.alone():
+            return super().__call__(*args, **kwargs)
+
     def _merge_in(self, call: dict[str, Any], kwargs: str, noise: Any) -> Any:
         """A call of the model, in a scope in which its blocks share plans.
 
@@ -104,6 +112,11 @@ class _Clocked(nn.Module):
             super().compile(*args, **kwargs)
         else:  # what decides between the two graphs stays outside both
             self._run = torch.compile(self._run, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()
+        state.pop("_run", None)  # a copy or a pickle is not compiled, as with any module
+        return state
 
     def _reset_stateful_cache(self, *args: Any, **kwargs: Any) -> None:
         """Called by every diffusers pipeline when an image is done."""

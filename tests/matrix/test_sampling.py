@@ -95,7 +95,8 @@ def test_flow_match_heun(cell: Cell, config: MergeConfig) -> None:
                 img_ids=ids,
             ).sample
             latents = scheduler.step(velocity, timestep, latents).prev_sample
-        return latents
+        drawn: Tensor = latents
+        return drawn
 
     check(cell, pipeline("flux"), draw, config)
 
