@@ -1,0 +1,407 @@
+"""Rows: what makes a model smaller, or lets it do less."""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import gguf
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import FluxTransformer2DModel
+from diffusers.hooks import (
+    FasterCacheConfig,
+    FirstBlockCacheConfig,
+    MagCacheConfig,
+    PyramidAttentionBroadcastConfig,
+    TaylorSeerCacheConfig,
+)
+from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+from diffusers.models.model_loading_utils import load_gguf_checkpoint
+from diffusers.quantizers.gguf.utils import (
+    GGUFLinear,
+    _replace_with_gguf_linear,
+    dequantize_gguf_tensor,
+)
+from torch import Tensor, nn
+
+from tests.matrix.frame import Cell, difference, row
+from tests.matrix.pictures import LOSSLESS, check, drawing, holding, model_of, pipeline
+from toma_fx import MergeConfig, transform
+from toma_fx.errors import ModelError
+
+# diffusers' Euler scheduler hands a tensor to NumPy in a way that NumPy 2 is about to change.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+SECTION = "Memory and speed"
+DRAW = drawing()
+ORDER = pytest.mark.parametrize("when", ["before", "after"])
+CPU = torch.device("cpu")
+
+
+def merged(family: str) -> Tensor:
+    """What the pipeline draws with merged tokens and nothing else."""
+    return DRAW(transform(pipeline(family)), 0)
+
+
+# Offloading
+
+
+@row("Model offload", section=SECTION, modes=("eager",), note="after `transform`")
+def test_model_offload(cell: Cell) -> None:
+    pipe = transform(pipeline(cell.family))
+    pipe.enable_model_cpu_offload(device="cpu")
+    for _ in range(2):
+        cell.agree(DRAW(pipe, 0), merged(cell.family))
+
+
+@row(
+    "Sequential offload",
+    section=SECTION,
+    modes=("eager",),
+    note="after `transform`; tested by accelerate's `cpu_offload` of the model",
+)
+def test_sequential_offload(cell: Cell) -> None:
+    pipe = transform(pipeline(cell.family))
+    accelerate.cpu_offload(model_of(pipe), CPU)
+    assert any(each.is_meta for each in model_of(pipe).parameters())
+    for _ in range(2):
+        cell.agree(DRAW(pipe, 0), merged(cell.family))
+
+
+@row("Offload enabled before `transform`", section=SECTION, modes=("eager",))
+def test_offload_before(cell: Cell) -> None:
+    pipe = pipeline(cell.family)
+    pipe.enable_model_cpu_offload(device="cpu")
+    with cell.refuses(ModelError, match=r"transform first.*pipe\.enable_model_cpu_offload"):
+        transform(pipe)
+
+
+@pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
+@row(
+    "Group offload (`{kind}`)",
+    section=SECTION,
+    modes=("eager",),
+    note="after `transform`; no stream",
+)
+def test_group_offload(cell: Cell, kind: str) -> None:
+    pipe = transform(pipeline(cell.family))
+    groups = {"num_blocks_per_group": 1} if kind == "block_level" else {}
+    model_of(pipe).enable_group_offload(onload_device=CPU, offload_type=kind, **groups)
+    for _ in range(2):
+        cell.agree(DRAW(pipe, 0), merged(cell.family))
+
+
+@row("Group offload enabled before `transform`", section=SECTION, modes=("eager",))
+def test_group_offload_before(cell: Cell) -> None:
+    pipe = pipeline(cell.family)
+    model_of(pipe).enable_group_offload(onload_device=CPU, offload_type="leaf_level")
+    with cell.refuses(ModelError, match="transform first, then enable group offload"):
+        transform(pipe)
+
+
+# Smaller weights
+
+
+@ORDER
+@row(
+    "Layerwise casting, enabled {when} `transform`",
+    section=SECTION,
+    note="casts the weights, which the original shares",
+)
+def test_layerwise_casting(cell: Cell, when: str) -> None:
+    pipe = pipeline(cell.family)
+    cast = {"storage_dtype": torch.float8_e4m3fn, "compute_dtype": torch.float32}
+    reference = pipeline(cell.family)
+    with torch.no_grad():
+        for weight in _cast_weights(model_of(reference), **cast):
+            weight.copy_(weight.to(torch.float8_e4m3fn))
+    if when == "before":
+        model_of(pipe).enable_layerwise_casting(**cast)
+        transform(pipe)
+    else:
+        transform(pipe)
+        model_of(pipe).enable_layerwise_casting(**cast)
+    cell.apply(model_of(pipe))
+    drawn = DRAW(pipe, 0)
+    cell.agree(drawn, DRAW(transform(reference), 0))
+    assert difference(drawn, merged(cell.family)) > 1e-3
+
+
+def _cast_weights(model: Any, **cast: torch.dtype) -> list[nn.Parameter]:
+    """The weights that casting would store in fewer bits."""
+    probe = copy.deepcopy(model)
+    probe.enable_layerwise_casting(**cast)
+    stored = [name for name, p in probe.named_parameters() if p.dtype == cast["storage_dtype"]]
+    assert len(stored) > 20
+    return [model.get_parameter(name) for name in stored]
+
+
+class PackedLinear(nn.Linear):
+    """A linear layer with int8 weights, as quantisation libraries store them.
+
+    As bitsandbytes' layers it is a subclass of `torch.nn.Linear` whose ``weight`` has another shape
+    and dtype than ``out_features`` and ``in_features`` say, and no other layer can use.
+    """
+
+    def __init__(self, plain: nn.Linear) -> None:
+        super().__init__(plain.in_features, plain.out_features, plain.bias is not None)
+        self.scale = nn.Parameter(plain.weight.detach().abs().amax(1, keepdim=True) / 127)
+        packed = (plain.weight.detach() / self.scale).round().to(torch.int8).reshape(-1, 1)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        self.bias = plain.bias
+
+    def unpacked(self) -> Tensor:
+        return self.weight.reshape(self.out_features, self.in_features) * self.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.unpacked(), self.bias)
+
+
+def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers of the blocks."""
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and "transformer_blocks" in name
+    }
+    assert len(found) > 20
+    return found
+
+
+@row(
+    "Quantised layers of other libraries",
+    section=SECTION,
+    note="by their interface: a `Linear` with a packed weight, as bitsandbytes has",
+)
+def test_packed_layers(cell: Cell) -> None:
+    pipe, reference = pipeline(cell.family), pipeline(cell.family)
+    for name, plain in block_linears(model_of(pipe)).items():
+        packed = PackedLinear(plain)
+        model_of(pipe).set_submodule(name, packed)
+        model_of(reference).get_submodule(name).weight.data = packed.unpacked().detach()
+    check(cell, pipe, DRAW)
+    assert difference(DRAW(transform(pipe), 0), DRAW(transform(reference), 0)) < 1e-4
+    assert difference(DRAW(pipe, 0), merged(cell.family)) > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("kind", ["Int8WeightOnly", "Int8DynamicActivationInt8Weight"])
+@row("torchao `{kind}Config`", section=SECTION)
+def test_torchao(cell: Cell, kind: str) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    pipe = pipeline(cell.family)
+    config = getattr(quantization, f"{kind}Config")()
+    wanted = set(block_linears(model_of(pipe)))
+    quantization.quantize_(model_of(pipe), config, lambda module, name: name in wanted)
+    check(cell, pipe, DRAW)
+    transform(pipe)
+    layer = next(iter(block_linears(model_of(pipe)).values()))
+    assert type(layer.weight.data) is not Tensor
+    drawn = DRAW(pipe, 0)
+    assert difference(drawn, merged(cell.family)) > 1e-3
+    if kind == "Int8WeightOnly":
+        reference = pipeline(cell.family)
+        for name, quantized in block_linears(model_of(pipe)).items():
+            model_of(reference).get_submodule(name).weight.data = quantized.weight.dequantize()
+        assert difference(drawn, DRAW(transform(reference), 0)) < 1e-4
+
+
+@row("GGUF file", section=SECTION, families=("flux",), note="Q8_0, by diffusers' quantiser")
+def test_gguf(cell: Cell, tmp_path: Path) -> None:
+    pipe, reference = pipeline(cell.family), pipeline(cell.family)
+    names = [f"{name}.weight" for name in block_linears(model_of(pipe))]
+    write_gguf(tmp_path / "flux.gguf", model_of(pipe).state_dict(), set(names))
+    state = load_gguf_checkpoint(str(tmp_path / "flux.gguf"))
+    for name in names:
+        unpacked = dequantize_gguf_tensor(state[name]).float()
+        model_of(reference).get_parameter(name).data = unpacked.as_subclass(Tensor)
+    model = model_of(pipe)
+    _replace_with_gguf_linear(model, torch.float32, state)
+    model.load_state_dict(state, assign=True)
+    assert isinstance(model.transformer_blocks[0].attn.to_q, GGUFLinear)
+    assert isinstance(model, FluxTransformer2DModel)
+    cell.apply(model_of(transform(pipe)))
+    drawn = DRAW(pipe, 0)
+    assert difference(drawn, DRAW(transform(reference), 0)) < 1e-4
+    assert difference(drawn, merged(cell.family)) > 1e-3
+    with cell.steady():
+        cell.agree(DRAW(pipe, 0), drawn)
+
+
+def write_gguf(path: Path, state: dict[str, Tensor], quantized: set[str]) -> None:
+    """A GGUF file of a state dict, some of it in Q8_0."""
+    writer = gguf.GGUFWriter(path, "flux")
+    for name, value in state.items():
+        kind = gguf.GGMLQuantizationType.Q8_0 if name in quantized else None
+        array = value.numpy()
+        packed = array if kind is None else gguf.quants.quantize(array, kind)
+        writer.add_tensor(name, packed, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+# Other ways to compute the same
+
+
+@row("VAE tiling and slicing", section=SECTION, modes=("eager",))
+def test_vae_tiling(cell: Cell) -> None:
+    pipe = pipeline(cell.family)
+    pipe.vae.enable_tiling()
+    pipe.vae.enable_slicing()
+    check(cell, pipe, drawing(output_type="pt", num_images_per_prompt=2))
+
+
+@ORDER
+@row("`fuse_qkv_projections` {when} `transform`", section=SECTION)
+def test_fused_projections(cell: Cell, when: str) -> None:
+    pipe = pipeline(cell.family)
+    expected = merged(cell.family)
+    if when == "before":
+        model_of(pipe).fuse_qkv_projections()
+    transform(pipe)
+    if when == "after":
+        model_of(pipe).fuse_qkv_projections()
+    cell.apply(model_of(pipe))
+    assert "Fused" in type(next(iter(model_of(pipe).attn_processors.values()))).__name__ or any(
+        module.fused_projections for module in model_of(pipe).modules() if hasattr(module, "to_qkv")
+    )
+    assert difference(DRAW(pipe, 0), expected) < 1e-4
+    if when == "after":
+        model_of(pipe).unfuse_qkv_projections()
+        assert difference(DRAW(pipe, 0), expected) < 1e-4
+
+
+@pytest.fixture
+def backend_as_it_was() -> Iterator[None]:
+    """diffusers keeps the backend that was set last for models to come."""
+    before = _AttentionBackendRegistry._active_backend
+    yield
+    _AttentionBackendRegistry._active_backend = before
+
+
+@pytest.mark.usefixtures("backend_as_it_was")
+@pytest.mark.parametrize("name", ["native", "_native_math", "flex"])
+@row("Attention backend `{name}`", section=SECTION, families=("flux",))
+def test_attention_backend(cell: Cell, name: str) -> None:
+    expected = merged(cell.family)
+    pipe = transform(pipeline(cell.family))
+    model_of(pipe).set_attention_backend(name)
+    cell.apply(model_of(pipe))
+    assert difference(DRAW(pipe, 0), expected) < 1e-4
+
+
+# Caches
+
+STEPS = drawing(num_inference_steps=8)
+NO_GRAPH = "caches break graphs, merged or not"
+
+CacheConfig = Callable[[Any], Any]
+
+BLOCK_CACHES: dict[str, CacheConfig] = {
+    "First-block cache": lambda pipe: FirstBlockCacheConfig(threshold=0.4),
+    "MagCache": lambda pipe: MagCacheConfig(
+        threshold=1.0, max_skip_steps=2, num_inference_steps=8, mag_ratios=FLUX_MAG_RATIOS
+    ),
+}
+ATTENTION_CACHES: dict[str, CacheConfig] = {
+    "TaylorSeer": lambda pipe: TaylorSeerCacheConfig(
+        cache_interval=2, disable_cache_before_step=2, taylor_factors_dtype=torch.float32
+    ),
+    "Pyramid attention broadcast": lambda pipe: PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2,
+        spatial_attention_timestep_skip_range=(-1, 1001),
+        current_timestep_callback=lambda: pipe.current_timestep,
+    ),
+    "FasterCache": lambda pipe: FasterCacheConfig(
+        spatial_attention_block_skip_range=2,
+        spatial_attention_timestep_skip_range=(-1, 901),
+        unconditional_batch_skip_range=2,
+        unconditional_batch_timestep_skip_range=(-1, 901),
+        attention_weight_callback=lambda _: 0.5,
+        is_guidance_distilled=True,
+        current_timestep_callback=lambda: pipe.current_timestep,
+    ),
+}
+
+
+def check_cache(cell: Cell, config: CacheConfig, when: str, options: MergeConfig) -> None:
+    """Assert that a cache does with merged tokens what it does with all, and can be taken off."""
+    pipe = pipeline(cell.family)
+    plain = STEPS(pipe, 0)
+    model = model_of(pipe)
+    without = transform(model, options)
+    with holding(pipe, without):
+        uncached = STEPS(pipe, 0)
+    cached = copy.deepcopy(model)
+    cached.enable_cache(config(pipe))
+
+    def both(options: MergeConfig) -> Any:
+        if when == "before":
+            return transform(cached, options)
+        made = transform(model, options)
+        made.enable_cache(config(pipe))
+        return made
+
+    with holding(pipe, cached):
+        expected = STEPS(pipe, 0)
+    assert difference(expected, plain) > 1e-4
+    lossless = replace(LOSSLESS, selector=options.selector)
+    with holding(pipe, both(lossless)):
+        assert difference(STEPS(pipe, 0), expected) < 1e-3 * difference(expected, plain)
+    with holding(pipe, both(options)):
+        drawn = STEPS(pipe, 0)
+        assert difference(drawn, expected) > 1e-2
+        assert difference(drawn, uncached) > 1e-4
+        assert difference(STEPS(pipe, 1), drawn) > 1e-2
+        cell.agree(STEPS(pipe, 0), drawn)
+        model_of(pipe).disable_cache()
+        cell.agree(STEPS(pipe, 0), uncached)
+
+
+@ORDER
+@pytest.mark.parametrize("cache", BLOCK_CACHES)
+@row(
+    "{cache}, enabled {when} `transform`",
+    section=SECTION,
+    families=("flux",),
+    modes=("eager",),
+    note=NO_GRAPH,
+)
+def test_block_cache(cell: Cell, cache: str, when: str) -> None:
+    check_cache(cell, BLOCK_CACHES[cache], when, MergeConfig())
+
+
+@ORDER
+@pytest.mark.parametrize("cache", ATTENTION_CACHES)
+@row(
+    "{cache} with `selector='grid'`, enabled {when} `transform`",
+    section=SECTION,
+    families=("flux",),
+    modes=("eager",),
+    note=NO_GRAPH,
+)
+def test_attention_cache(cell: Cell, cache: str, when: str) -> None:
+    check_cache(cell, ATTENTION_CACHES[cache], when, MergeConfig(selector="grid"))
+
+
+@ORDER
+@pytest.mark.parametrize("cache", ATTENTION_CACHES)
+@row("{cache}, enabled {when} `transform`", section=SECTION, families=("flux",), modes=("eager",))
+def test_attention_cache_of_changing_tokens(cell: Cell, cache: str, when: str) -> None:
+    pipe = pipeline(cell.family)
+    config = ATTENTION_CACHES[cache](pipe)
+    if when == "before":
+        model_of(pipe).enable_cache(config)
+    with cell.refuses(ModelError, match="transform with selector='grid'"):
+        transform(pipe)
+        model_of(pipe).enable_cache(config)
+    if when == "after":
+        assert not model_of(pipe).is_cache_enabled
+        cell.agree(DRAW(pipe, 0), merged(cell.family))
