@@ -10,6 +10,7 @@ are there already are not drawn again, so a run that was broken off can be repea
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -38,7 +39,8 @@ def main(arguments: list[str] | None = None) -> list[Path]:
     pipeline = load_pipeline(options.model, dtype=options.dtype, device=state.device)
     toma_fx.transform(pipeline, ratio=options.ratio)
     if options.compile:
-        model_of(pipeline).compile_repeated_blocks(fullgraph=True)
+        denoiser: Any = model_of(pipeline)
+        denoiser.compile_repeated_blocks(fullgraph=True)
     options.out.mkdir(parents=True, exist_ok=True)
     prompts = enumerate(options.prompts.read_text().splitlines())
     wanted = [(line, prompt) for line, prompt in prompts if prompt.strip()]

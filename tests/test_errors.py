@@ -8,7 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    FluxTransformer2DModel,
+    UNet2DConditionModel,
+)
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor, nn
 
@@ -85,6 +90,11 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[TomaError], tuple[str, ...]]] 
         lambda: transform(nn.Linear(2, 2)),
         ModelError,
         ("Linear", "not a model that toma_fx knows", *KNOWN),
+    ),
+    "subclass of a known model": (
+        lambda: transform(type("Faster", (FluxTransformer2DModel,), {})(**dict(flux().config))),
+        ModelError,
+        ("Faster", "subclass of diffusers' FluxTransformer2DModel", "a model of that class"),
     ),
     "unknown diffusers model": (
         lambda: transform(AutoencoderKL(block_out_channels=(4,), norm_num_groups=2)),
@@ -273,16 +283,6 @@ def test_mask_of_text_tokens_is_carried(options: dict[str, Any]) -> None:
     one, other = run(None)
     assert not torch.allclose(one, other, atol=1e-2)
     torch.testing.assert_close(*run(mask))
-
-
-def test_gligen_is_refused() -> None:
-    block = transform(unet()).mid_block.attentions[0].transformer_blocks[0]
-    kwargs = {"gligen": {"objs": torch.zeros(1, 1, TEXT_WIDTH)}}
-    check(
-        lambda: block(torch.ones(1, 64, 32), cross_attention_kwargs=kwargs),
-        InputError,
-        ("'gligen'", "merged tokens", "leave it out", "untransformed model"),
-    )
 
 
 @pytest.mark.parametrize("kwargs", [None, {}], ids=str)

@@ -443,17 +443,6 @@ def add_lora(model: Any) -> Any:
     return model
 
 
-def test_lora_may_come_before_or_after(model: Any) -> None:
-    before = transform(add_lora(copy.deepcopy(model)))
-    after = add_lora(transform(model))
-    inputs = inputs_of(model)
-    assert torch.equal(before(**inputs).sample, after(**inputs).sample)
-    assert difference(after(**inputs).sample, transform(model)(**inputs).sample) > 1e-2
-    flux = isinstance(model, FluxTransformer2DModel)
-    scale = {"joint_attention_kwargs" if flux else "cross_attention_kwargs": {"scale": 0.0}}
-    assert torch.equal(after(**inputs, **scale).sample, transform(model)(**inputs).sample)
-
-
 @pytest.mark.parametrize("preset", ["default", "toma"])
 def test_gradients_flow_through_merged_blocks(model: Any, preset: str) -> None:
     original = add_lora(copy.deepcopy(model))

@@ -34,8 +34,8 @@ def check_hooks(model: nn.Module) -> None:
         where = f"{type(model).__name__}{'.' if path else ''}{path}"
         if hasattr(module, "_hf_hook"):
             raise ModelError(
-                f"{where} has accelerate's {type(module._hf_hook).__name__}, which is bound to this "
-                "very model; transform first, then offload: pipe.remove_all_hooks(), "
+                f"{where} has accelerate's {type(module._hf_hook).__name__}, bound to this very "
+                "model; transform first, then offload: pipe.remove_all_hooks(), "
                 "toma_fx.transform(pipe), pipe.enable_model_cpu_offload()"
             )
         for _, hook in _hooks(module):
@@ -89,9 +89,9 @@ def check_caches(model: nn.Module) -> None:
             kept = [type(hook).__name__ for _, hook in _hooks(module) if hook._is_stateful]
             if kept and path != block:
                 raise ModelError(
-                    f"{kept[0]} keeps the output of {path} for later steps, which merge into other "
-                    "tokens; transform with selector='grid', which keeps its tokens, or cache whole "
-                    "blocks: FirstBlockCacheConfig or MagCacheConfig"
+                    f"{kept[0]} keeps the output of {path} for later steps, which merge into "
+                    "other tokens; transform with selector='grid', which keeps its tokens, or cache "
+                    "whole blocks: FirstBlockCacheConfig or MagCacheConfig"
                 )
 
 

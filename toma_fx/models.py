@@ -196,7 +196,8 @@ class FluxTransformer2DModel(_Clocked, diffusers.FluxTransformer2DModel):  # typ
         of the image, whose regions are those of the whole image where they divide its tokens.
         """
         super().enable_parallelism(config=config, **options)
-        if self._toma.config.region == "tile" and self._parallel_config.context_parallel_config:
+        parallel: Any = self._parallel_config
+        if self._toma.config.region == "tile" and parallel.context_parallel_config is not None:
             HookRegistry.check_if_exists_or_initialize(self).register_hook(
                 _TileOrderHook(), _TILE_ORDER
             )
@@ -207,7 +208,7 @@ class FluxTransformer2DModel(_Clocked, diffusers.FluxTransformer2DModel):  # typ
         try:
             check_caches(self)
         except ModelError:
-            self.disable_cache()
+            super().disable_cache()
             raise
 
 

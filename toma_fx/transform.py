@@ -320,6 +320,12 @@ def _check_model(model: nn.Module) -> None:
             "call toma_fx.transform first and compile its result"
         )
     check_hooks(model)
+    family = family_of(model)
+    if type(model) not in family.borders:
+        raise ModelError(
+            f"{type(model).__name__} is a subclass of diffusers' {family.cls.__name__}, whose "
+            "forward may run the blocks in a way of its own; transform a model of that class itself"
+        )
 
 
 def _blocks(model: nn.Module, family: Family) -> Iterator[tuple[str, nn.Module, Block]]:

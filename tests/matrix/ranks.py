@@ -55,7 +55,8 @@ def call(model: Any) -> Tensor:
     inputs = flux_inputs(model, batch=1)
     outputs = [model(**inputs, return_dict=False)[0] for _ in range(2)]
     assert torch.equal(*outputs)
-    return outputs[0]
+    first: Tensor = outputs[0]
+    return first
 
 
 def ulysses(mode: str, backend: str, configs: list[MergeConfig]) -> list[Tensor]:

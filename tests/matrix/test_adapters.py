@@ -261,7 +261,8 @@ def ip_adapter(pipe: Any) -> dict[str, dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator) / shape[-1] ** 0.5
+        scale: float = shape[-1] ** -0.5
+        return scale * torch.randn(*shape, generator=generator)
 
     projection = {
         "proj.weight": normal(IMAGE_TOKENS * TEXT_WIDTH, IMAGE_WIDTH),
@@ -283,7 +284,7 @@ def ip_adapter(pipe: Any) -> dict[str, dict[str, Tensor]]:
 
 
 def load_ip_adapter(pipe: Any) -> Any:
-    where = {
+    where: dict[str, dict[str, Any]] = {
         "unet": {"subfolder": "", "image_encoder_folder": None},
         "transformer": {"image_encoder_pretrained_model_name_or_path": None},
     }

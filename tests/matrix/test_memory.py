@@ -6,11 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import gguf
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import cpu_offload
 from diffusers import FluxTransformer2DModel
 from diffusers.hooks import (
     FasterCacheConfig,
@@ -67,7 +67,7 @@ def test_model_offload(cell: Cell) -> None:
 )
 def test_sequential_offload(cell: Cell) -> None:
     pipe = transform(pipeline(cell.family))
-    accelerate.cpu_offload(model_of(pipe), CPU)
+    cpu_offload(model_of(pipe), CPU)
     assert any(each.is_meta for each in model_of(pipe).parameters())
     for _ in range(2):
         cell.agree(DRAW(pipe, 0), merged(cell.family))
