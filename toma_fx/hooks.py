@@ -90,8 +90,8 @@ def check_caches(model: nn.Module) -> None:
             if kept and path != block:
                 raise ModelError(
                     f"{kept[0]} keeps the output of {path} for later steps, which merge into "
-                    "other tokens; transform with selector='grid', which keeps its tokens, or cache "
-                    "whole blocks: FirstBlockCacheConfig or MagCacheConfig"
+                    "other tokens; transform with selector='grid', which keeps its tokens, or "
+                    "cache whole blocks: FirstBlockCacheConfig or MagCacheConfig"
                 )
 
 
