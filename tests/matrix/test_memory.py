@@ -108,7 +108,8 @@ def test_group_offload_before(cell: Cell) -> None:
 @row(
     "Layerwise casting, enabled {when} `transform`",
     section=SECTION,
-    note="casts the weights, which the original shares",
+    modes=("eager",),
+    note="casts the weights that the original shares; its hooks break graphs, merged or not",
 )
 def test_layerwise_casting(cell: Cell, when: str) -> None:
     pipe = pipeline(cell.family)
@@ -311,7 +312,7 @@ def test_attention_backend(cell: Cell, name: str) -> None:
 # Caches
 
 STEPS = drawing(num_inference_steps=8)
-NO_GRAPH = "caches break graphs, merged or not"
+NO_GRAPH = "its hooks break graphs, merged or not"
 
 CacheConfig = Callable[[Any], Any]
 
