@@ -174,17 +174,17 @@ def facility_location(tokens: Tensor, size: int, keep: int) -> Tensor:
     return _launch(by_tokens, by_similarity, tokens, size, keep)
 
 
-@facility_location.register_fake
+@facility_location.register_fake  # type: ignore[untyped-decorator]
 def _picks_of_shape(tokens: Tensor, size: int, keep: int) -> Tensor:
     return tokens.new_empty((tokens.shape[0], tokens.shape[1] // size, keep), dtype=torch.int64)
 
 
-@facility_location.register_kernel("cpu")
+@facility_location.register_kernel("cpu")  # type: ignore[untyped-decorator]
 def _on_cpu(tokens: Tensor, size: int, keep: int) -> Tensor:
     return selector.facility_location_by_loop(tokens, size, keep)
 
 
-@facility_location.register_kernel("cuda")
+@facility_location.register_kernel("cuda")  # type: ignore[untyped-decorator]
 def _on_cuda(tokens: Tensor, size: int, keep: int) -> Tensor:
     with torch.cuda.device(tokens.device):  # triton launches on the current device
         return _launch(_pick_by_tokens, _pick_by_similarity, tokens, size, keep)

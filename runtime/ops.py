@@ -5,6 +5,7 @@ operators, which Inductor can fuse and which an exported file can run without th
 """
 
 from hashlib import sha256
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -31,10 +32,10 @@ for schema, function in {
     LIBRARY.define(schema)
     LIBRARY.impl(schema.partition("(")[0], function, "CompositeImplicitAutograd")
 
-# Not on the CPU, where importing triton would only take time, nor on ROCm, whose matrix units do not
-# have the products that the kernels ask for.
+# Not on the CPU, where importing triton would only take time, nor on ROCm, for which triton lacks
+# the matrix products that the kernels ask for.
 if torch.version.cuda is not None and find_spec("triton") is not None:
-    import toma_fx.runtime.kernels  # defines torch.ops.toma.facility_location
+    import_module("toma_fx.runtime.kernels")  # defines torch.ops.toma.facility_location
 
 # torch keeps compiled code on disk under the names of the operators in it, whatever they compute,
 # so a changed operator would get the code of the old one. The tag is part of every cache key.

@@ -98,8 +98,9 @@ def similarities(tokens_BND: Tensor, size: int) -> Tensor:
 
 def facility_location_by_loop(tokens_BND: Tensor, size: int, keep: int) -> Tensor:
     """`facility_location` in regions of ``size`` tokens, on any device: ``(B, R, keep)`` int64."""
+    batch, tokens, _ = tokens_BND.shape
     picks = facility_location(similarities(tokens_BND, size), keep, tokens_BND)
-    return picks.unflatten(0, (tokens_BND.shape[0], -1))
+    return picks.reshape(batch, tokens // size, keep)
 
 
 def _facility_location(tokens_BND: Tensor, size: int, keep: int) -> Tensor:

@@ -81,9 +81,9 @@ def assert_same(results: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> No
 
 def test_every_operator_is_tested() -> None:
     registered = torch._C._dispatch_get_all_op_names()
-    assert {f"toma::{name}" for name in ARGUMENTS} == {
-        name for name in registered if name.startswith("toma::")
-    }
+    ours = {name for name in registered if name.startswith("toma::")}
+    # `test_kernels` tests the kernels' operator, which exists where they were imported.
+    assert ours - {"toma::facility_location"} == {f"toma::{name}" for name in ARGUMENTS}
     assert ops.LIBRARY.ns == "toma"
 
 
