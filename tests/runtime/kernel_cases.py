@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tests.runtime.tokens import random_tokens
 from toma_fx.runtime import kernels
-from toma_fx.runtime.selector import GAIN_STEPS, facility_location_by_loop
+from toma_fx.runtime.selector import GAIN_STEPS, facility_location, facility_location_by_loop
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -116,6 +116,18 @@ def test_picks_are_those_of_the_loop_at_every_size(batch: int, size: int, keep: 
     assert torch.equal(picks_of_kernel(tokens, size, keep), expected)
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_gains_are_rounded_to_steps_as_in_the_loop(seed: int) -> None:
+    """Gains of a few quarters of a step: no sum is rounded, and every second half goes down."""
+    random = torch.Generator().manual_seed(seed)
+    quarters = torch.randint(0, 4, (3, 20, 20), generator=random).triu()
+    similarity = (quarters + quarters.mT) / (4 * GAIN_STEPS) - 1
+    picks = torch.zeros(3, 20, dtype=torch.int64, device=DEVICE)
+    launch = kernels._pick_by_similarity[(3,)]
+    launch(similarity.to(DEVICE), picks, 20, 20, BLOCK=128, ROWS=64, num_warps=16)
+    assert torch.equal(picks.cpu(), facility_location(similarity, 20))
+
+
 @FEW
 @given(
     size=st.sampled_from([9, 16, 24, 64]),
@@ -157,6 +169,7 @@ def test_every_pick_in_a_large_region_is_worth_as_much_as_the_best(size: int) ->
         ("all NaN", torch.full((1, 48, 4), math.nan)),
         ("all inf", torch.full((1, 48, 4), -math.inf)),
         ("opposites", torch.tensor([1.0, -1.0]).repeat(1, 24)[..., None]),
+        ("zero before opposites", torch.tensor([0.0, 0.0, *[1.0, -1.0] * 7] * 3).view(1, 48, 1)),
         ("tiny", 1e-38 * random_tokens(1, 48, 4)),
         ("float16 at its limit", torch.full((1, 48, 4), 65504.0, dtype=torch.float16)),
     ],
