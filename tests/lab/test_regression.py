@@ -23,10 +23,10 @@ RECORD = Path(__file__).with_name("regression.json")
 RATIOS = {"sdxl": (0.25, 0.5), "flux": (toma_fx.MergeConfig().ratio,)}
 STEPS, IMAGES = 6, 4
 TOLERANCE = 0.5
-"""In dB, of the mean PSNR. Rounding can choose another token where two are nearly equal. Measured on
-one machine: weights changed by a millionth of themselves, and oneDNN's kernels against ATen's, moved
-the means by at most 0.02 dB; bfloat16 against float32, which no other CPU's kernels can be as far
-from, by 0.35."""
+"""In dB, of the mean PSNR. Rounding can choose another token where two are nearly equal. Measured:
+weights changed by a millionth of themselves, and ATen's kernels in place of oneDNN's, move the
+means by at most 0.02 dB; bfloat16 in place of float32, far coarser than the difference between two
+CPUs, by 0.35."""
 
 
 def measured(kind: str) -> dict[str, float]:
