@@ -40,13 +40,16 @@ RANDOM = {
 }
 
 
-def load_model(name: str, *, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> nn.Module:
+def load_model(
+    name: str, *, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", **changes: Any
+) -> nn.Module:
     """A denoising model, ready for inference.
 
     Args:
         name: ``"sdxl"`` or ``"flux"`` for random weights; otherwise a folder or hub name of a
             pipeline or of its model alone, as ``from_pretrained`` takes it.
         dtype: of the weights.
+        device: where they go.
         **changes: of the configuration, for random weights only, such as ``num_layers=3``.
 
     Raises:
@@ -54,7 +57,7 @@ def load_model(name: str, *, dtype: torch.dtype = torch.bfloat16, **changes: Any
     """
     if name in RANDOM:
         cls, config = RANDOM[name]
-        return random_weights(cls, {**config, **changes}, dtype)
+        return random_weights(cls, {**config, **changes}, dtype, device)
     try:
         index = diffusers.DiffusionPipeline.load_config(name)
         part = {"subfolder": next(part for part in PIPELINE_PARTS if part in index)}
@@ -67,7 +70,7 @@ def load_model(name: str, *, dtype: torch.dtype = torch.bfloat16, **changes: Any
             f"no model could be loaded from {name!r}: {error}; give {', '.join(RANDOM)}, a folder, "
             "or the name of a diffusers pipeline or model"
         ) from error
-    return model.eval().requires_grad_(False)
+    return model.to(device).eval().requires_grad_(False)
 
 
 def architecture(name: str) -> nn.Module:
@@ -82,15 +85,17 @@ def architecture(name: str) -> nn.Module:
     return model
 
 
-def random_weights(cls: Any, config: dict[str, Any], dtype: torch.dtype) -> nn.Module:
+def random_weights(
+    cls: Any, config: dict[str, Any], dtype: torch.dtype, device: str = "cpu"
+) -> nn.Module:
     """A model with weights that keep activations finite, filled in seconds at any size."""
     with torch.device("meta"):
         model: nn.Module = cls(**config)
     for module in model.modules():  # not model.to(dtype), whose advice is for pretrained weights
         for name, parameter in module.named_parameters(recurse=False):
-            empty = torch.empty_like(parameter, dtype=dtype, device="cpu")
+            empty = torch.empty_like(parameter, dtype=dtype, device=device)
             setattr(module, name, nn.Parameter(empty, requires_grad=False))
-    pool = torch.randn(2**22, generator=torch.Generator().manual_seed(0)).to(dtype)
+    pool = torch.randn(2**22, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
             parameter.fill_(1.0 if name.endswith("weight") else 0.0)

@@ -1,6 +1,7 @@
 """The command line, ``toma-fx``."""
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,9 +11,8 @@ import diffusers
 import transformers
 
 import toma_fx
-from toma_fx.bench import machine, side_by_side, table
+from toma_fx.bench.cli import add_bench
 from toma_fx.checkpoints import DTYPES, RANDOM, architecture, load_model
-from toma_fx.cold_start import cold_starts
 from toma_fx.config import PRESETS, Component, MergeConfig, Placement, Region
 from toma_fx.demo import PROMPT, demo
 from toma_fx.errors import TomaError
@@ -24,6 +24,8 @@ MODEL = "sdxl or flux (random weights, real size), or a folder or hub name that 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     options = _parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    options.command = shlex.join(["toma-fx", *given])
     _hush()
     try:
         options.run(options)
@@ -59,22 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_size(report)
     report.set_defaults(run=_report)
 
-    bench = commands.add_parser("bench", help="time a model, untouched and transformed, in turn")
-    bench.add_argument("model", help=MODEL)
-    bench.add_argument(
-        "--ratio", type=float, nargs="+", default=[0.5], help="one or more, such as 0.25 0.5 0.75"
-    )
-    bench.add_argument("--batch", type=int, default=1, help="images (1)")
-    bench.add_argument("--repeats", type=int, default=3, help="counted calls of each model (3)")
-    bench.add_argument("--eager", action="store_true", help="do not compile")
-    bench.add_argument(
-        "--cold",
-        action="store_true",
-        help="time first calls, each in a new process, nothing cached",
-    )
-    _add_config(bench)
-    _add_size(bench)
-    bench.set_defaults(run=_bench)
+    add_bench(commands, MODEL)
 
     show = commands.add_parser(
         "demo", help="images side by side; SDXL and Flux at their real sizes: report, graphs, times"
@@ -124,16 +111,3 @@ def _report(options: argparse.Namespace) -> None:
         model = load_model(options.model, dtype=DTYPES[options.dtype])
     transformed = toma_fx.transform(model, config)
     print(toma_fx.report(transformed, height=options.height, width=options.width))
-
-
-def _bench(options: argparse.Namespace) -> None:
-    configs = {f"ratio {ratio:g}": _config(options, ratio) for ratio in options.ratio}
-    size = {"height": options.height, "width": options.width, "batch": options.batch}
-    dtype, repeats = DTYPES[options.dtype], options.repeats
-    if options.cold:
-        timings = cold_starts(options.model, configs, dtype=dtype, repeats=repeats, **size)
-    else:
-        model = load_model(options.model, dtype=dtype)
-        timings = side_by_side(model, configs, repeats=repeats, compiled=not options.eager, **size)
-    print(table(timings))
-    print(machine())

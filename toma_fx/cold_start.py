@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from toma_fx.bench import Timing
+from toma_fx.bench.timing import Timing
 from toma_fx.checkpoints import load_model
 from toma_fx.config import MergeConfig
 from toma_fx.inputs import random_inputs

@@ -54,7 +54,7 @@ def draw_ratios(
             image, seconds = draw(pipeline, task, prompt, 0)
         finally:
             restore(pipeline)
-        drawn.append(Drawn(ratio=ratio, image=image, seconds=seconds, psnr=_psnr(image, untouched)))
+        drawn.append(Drawn(ratio=ratio, image=image, seconds=seconds, psnr=psnr(image, untouched)))
     return drawn
 
 
@@ -97,7 +97,8 @@ def _difference(image: Image.Image, reference: Image.Image) -> Image.Image:
     return Image.fromarray((gap * DIFFERENCE_GAIN).clip(0, 255).astype(np.uint8))
 
 
-def _psnr(image: Image.Image, reference: Image.Image) -> float:
+def psnr(image: Image.Image, reference: Image.Image) -> float:
+    """Peak signal-to-noise ratio in dB; infinite for equal images."""
     # The formula itself: the demo runs without the lab's own dependencies.
     error = mse(*(torch.from_numpy(np.asarray(each).copy()) for each in (image, reference)))
     return 10 * math.log10(DATA_RANGE**2 / error) if error else math.inf

@@ -5,12 +5,12 @@ returns a function that undoes the change; ``NAME`` is the name in tables, the f
 out. ``examples/rivals/`` holds two.
 """
 
-import runpy
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from hashlib import sha256
 from importlib import import_module, metadata
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +64,20 @@ def load_rival(path: str | Path) -> Rival:
         source = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"rival={str(path)!r} cannot be read: {error.strerror}") from error
-    defined = runpy.run_path(str(path))
+    # A module that can be found by name, which torch.compile looks for.
+    name = f"toma_fx_rival_{path.stem}"
+    spec = spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"rival={str(path)!r} must be a Python file, whose name ends with .py")
+    module = sys.modules[name] = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    defined = vars(module)
     if not callable(defined.get("apply")):
         raise ConfigError(
             f"rival={str(path)!r} must define apply(pipeline, ratio), which returns its undoing"
         )
-    name = str(defined.get("NAME", path.stem))
-    return Rival(name=name, apply=defined["apply"], source=sha256(source).hexdigest()[:16])
+    shown = str(defined.get("NAME", path.stem))
+    return Rival(name=shown, apply=defined["apply"], source=sha256(source).hexdigest()[:16])
 
 
 def tomesd() -> Rival:

@@ -1,0 +1,20 @@
+"""``toma-fx bench``: times, memory and arithmetic, side by side in one process.
+
+==============  ===================================================================================
+`timing`        calls in turn, medians with spread; peak memory of a call
+`contenders`    the untouched model, ours, the lower bound, tomesd and others, sharing their weights
+`levels`        what is called: a block, a stage, a model, a whole image
+`compare`       contenders against the faster untouched model: the table of the levels above
+`operators`     select, weigh, merge and unmerge, beside tomesd's; how they grow with tokens
+`roofline`      what an operator needs, and what the machine gives
+`stack`         merging together with what else makes a model faster
+`profile`       where one step spends its time
+`record`        tables on screen, and as CSV, JSON and Markdown
+`presets`       the sets of tables behind ``make bench`` and ``make bench-gpu``
+==============  ===================================================================================
+"""
+
+from toma_fx.bench.compare import side_by_side as side_by_side
+from toma_fx.bench.compare import table as table
+from toma_fx.bench.record import machine as machine
+from toma_fx.bench.timing import Timing as Timing

@@ -1,0 +1,240 @@
+"""``toma-fx bench``: its options, and what they run."""
+
+import argparse
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from toma_fx.bench.compare import compare, planning_seconds, table
+from toma_fx.bench.contenders import Setting, load
+from toma_fx.bench.image import images, studio
+from toma_fx.bench.levels import LEVELS, Timed, blocks, models, stages
+from toma_fx.bench.operators import SHAPES, Shape, operators
+from toma_fx.bench.presets import MINUTES, PRESETS, label, run_preset
+from toma_fx.bench.record import Record, Table, beside, machine
+from toma_fx.bench.stack import Stack
+from toma_fx.checkpoints import DTYPES
+from toma_fx.cold_start import cold_starts
+from toma_fx.errors import ConfigError
+from toma_fx.lab.rivals import TOMESD, load_rival, tomesd
+from toma_fx.lab.variants import Merging, Rival, parse_variant
+from toma_fx.transform import model_of
+
+ALL = ("lower_bound", "default", "toma", "toma_tile", "toma_stripe", "toma_once", TOMESD)
+WIDTHS = {model: shapes[0][1] for model, shapes in SHAPES.items()}
+
+
+def add_bench(commands: Any, model_help: str) -> None:
+    """Add the command to those of ``toma-fx``."""
+    parser = commands.add_parser(
+        "bench",
+        help="time, memory and arithmetic, ours beside untouched and others",
+        description="Time contenders in turn in one process. Ratios are against the faster of the "
+        "untouched model, eager and compiled.",
+    )
+    add = parser.add_argument
+    add("model", nargs="?", default="sdxl", help=f"{model_help} (sdxl)")
+    add("--level", choices=LEVELS, default="model", help="what one call is (model)")
+    add("--ratio", type=float, nargs="+", default=[0.5], help="one or more, such as 0.25 0.5 0.75")
+    add(
+        "--variants",
+        nargs="+",
+        default=["lower_bound", "default"],
+        metavar="NAME",
+        help="presets such as toma or toma:region=stripe, tomesd, or all (lower_bound default)",
+    )
+    add("--rival", type=Path, nargs="+", default=[], metavar="FILE", help="Python files with more")
+    add("--size", "--height", type=int, dest="height", help="in pixels (the model's own)")
+    add("--width", type=int, help="in pixels (like the height)")
+    add("--batch", type=int, nargs="+", default=[1], help="images, one or more numbers (1)")
+    add("--dtype", choices=tuple(DTYPES), default="bfloat16")
+    add("--blocks", type=int, nargs=2, metavar="N", help="double- and single-stream ones, of flux")
+    add("--repeats", type=int, default=3, help="counted calls of each (3)")
+    add("--steps", type=int, default=4, help="of denoising, at the level of images (4)")
+    add("--eager", action="store_true", help="do not compile")
+    add("--no-memory", action="store_true", help="do not measure peak memory")
+    add("--tokens", type=int, nargs="+", help="of the operators (those of 1024 x 1024 pixels)")
+    add("--channels", type=int, help="width of the tokens, with --tokens")
+    add("--region-tokens", type=int, nargs="+", default=[64], help="of the operators (64)")
+    add("--stack", action="store_true", help="merging with what else makes a model faster")
+    add("--cold", action="store_true", help="first calls, each in a new process, nothing cached")
+    add("--preset", choices=tuple(PRESETS), help="a set of tables: the README's, or a GPU's")
+    add("--minutes", type=float, default=MINUTES, help=f"to start parts of a preset ({MINUTES:g})")
+    add("--tiny", action="store_true", help="models of a test, to try a command out")
+    add("--out", type=Path, metavar="DIR", help="folder for CSV, JSON and Markdown")
+    parser.set_defaults(run=_bench)
+
+
+def _bench(options: argparse.Namespace) -> None:
+    _check(options)
+    record = Record(command=options.command, folder=options.out)
+    failed = False
+    if options.cold:
+        print(_cold(options))
+    elif options.preset is not None:
+        tables = run_preset(options.preset, record, tiny=options.tiny, minutes=options.minutes)
+        for each in tables:
+            print(f"{each.text()}\n", flush=True)
+            failed |= [*each.rows[0]] == ["part", "failure"]
+    else:
+        for each in _tables(options):
+            record.add(each)
+            print(f"{each.text()}\n", flush=True)
+    print(machine())
+    for file in record.files:
+        print(f"wrote {file}")
+    if options.level == "op" and options.out is not None and options.preset is None:
+        _plot(record)
+    if failed:
+        raise ConfigError("some parts of the preset were not measured; see the rows above")
+
+
+def _check(options: argparse.Namespace) -> None:
+    for name in ("repeats", "steps"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"{name}={getattr(options, name)} must be at least 1")
+    for name in ("batch", "tokens", "region_tokens"):
+        if any(value < 1 for value in getattr(options, name) or ()):
+            raise ConfigError(f"{name}={getattr(options, name)} must be at least 1")
+
+
+def _setting(options: argparse.Namespace) -> Setting:
+    names = ALL if options.variants == ["all"] else options.variants
+    variants: list[Merging | Rival] = []
+    for name in names:
+        variant = tomesd() if name == TOMESD else parse_variant(name)
+        if not isinstance(variant, Merging | Rival):
+            raise ConfigError(
+                f"variant={name!r} takes fewer steps, and a call is one; leave it out"
+            )
+        variants.append(variant)
+    height = options.height
+    if options.tiny and height is None:
+        height = 128
+    return Setting(
+        model=options.model,
+        blocks=None if options.blocks is None else tuple(options.blocks),
+        tiny=options.tiny,
+        height=height,
+        width=options.width,
+        dtype=DTYPES[options.dtype],
+        ratios=tuple(options.ratio),
+        variants=(*variants, *map(load_rival, options.rival)),
+        repeats=options.repeats,
+        compiled=not options.eager,
+        steps=options.steps,
+        memory=not options.no_memory,
+    )
+
+
+def _tables(options: argparse.Namespace) -> Iterator[Table]:
+    setting = _setting(options)
+    if options.level == "op":
+        yield _operators(options, setting)
+        return
+    for batch in options.batch:
+        yield from _compared(options, replace(setting, batch=batch))
+
+
+def _compared(options: argparse.Namespace, setting: Setting) -> Iterator[Table]:
+    title = label(setting)
+    if options.stack:
+        yield from _stacked(options, setting)
+    elif options.level == "image":
+        timed, distances = images(setting)
+        # Distances are known once everyone drew, which is while the table is made.
+        yield compare(timed, setting, title=title, extra={"psnr": distances})
+    else:
+        model = load(setting)
+        levels = {"block": blocks, "stage": stages, "model": models}
+        whole = options.level == "model"
+        planning = planning_seconds(model, setting) if whole else None
+        for timed in levels[options.level](model, setting):
+            yield compare(timed, setting, title=title, planning=planning)
+
+
+def _stacked(options: argparse.Namespace, setting: Setting) -> Iterator[Table]:
+    if options.level not in ("model", "image"):
+        raise ConfigError(f"--stack is for --level model or image, not {options.level}")
+    room = studio(setting) if options.level == "image" else None
+    model = load(setting) if room is None else model_of(room.pipeline)
+    for config in _configs(setting):
+        stack = Stack(model=model, setting=setting, config=config, room=room)
+        timed = Timed(title=f"additions, ratio {config.ratio:g}", contenders=stack.contenders())
+        key = "error" if room is None else "psnr"
+        yield compare(timed, setting, title=label(setting), extra={key: stack.distances})
+
+
+def _configs(setting: Setting) -> Iterator[Any]:
+    variant = next((v for v in setting.variants if v.name != "lower_bound"), None)
+    if not isinstance(variant, Merging):
+        raise ConfigError("--stack needs a merging variant, such as --variants default")
+    for ratio in setting.ratios:
+        yield variant.config(ratio)
+
+
+def _operators(options: argparse.Namespace, setting: Setting) -> Table:
+    sizes = SHAPES.get(options.model)
+    if options.tokens is not None:
+        width = options.channels or WIDTHS.get(options.model)
+        sizes = None if width is None else tuple((tokens, width) for tokens in options.tokens)
+    if sizes is None:
+        raise ConfigError(
+            f"the operators' sizes are known for {' and '.join(SHAPES)}, not for "
+            f"{options.model!r}; give --tokens and --channels"
+        )
+    shapes = [
+        Shape(
+            tokens=tokens,
+            width=width,
+            batch=batch,
+            ratio=ratio,
+            region_tokens=region,
+            dtype=setting.dtype,
+        )
+        for (tokens, width), ratio, batch, region in itertools.product(
+            sizes, options.ratio, options.batch, options.region_tokens
+        )
+    ]
+    return operators(
+        shapes,
+        device=setting.device,
+        repeats=options.repeats,
+        compiled=setting.compiled,
+        small=options.tiny,
+    )
+
+
+def _plot(record: Record) -> None:
+    if find_spec("matplotlib") is None:
+        print("no plot: pip install 'toma-fx[lab]'")
+        return
+    from toma_fx.bench.growth import plot_growth, varies
+
+    rows = record.tables[0].rows
+    if varies(rows) and record.stem is not None:
+        print(f"wrote {plot_growth(rows, beside(record.stem, '.png'))}")
+
+
+def _cold(options: argparse.Namespace) -> str:
+    setting = _setting(options)
+    configs = {
+        f"{variant.name} {ratio:g}": variant.config(ratio)
+        for ratio in setting.ratios
+        for variant in setting.variants
+        if isinstance(variant, Merging)
+    }
+    (batch,) = options.batch
+    timings = cold_starts(
+        setting.model,
+        configs,
+        dtype=setting.dtype,
+        height=setting.height,
+        width=setting.width,
+        batch=batch,
+        repeats=setting.repeats,
+    )
+    return table(timings)

@@ -1,0 +1,237 @@
+"""Who is timed: the untouched model, ours at each ratio, and rivals. All share their weights."""
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import diffusers
+import torch
+from torch import nn
+
+from toma_fx.bench.timing import Contender
+from toma_fx.checkpoints import RANDOM, available_memory, load_model
+from toma_fx.config import MergeConfig, Schedule
+from toma_fx.errors import ConfigError, ModelError
+from toma_fx.lab.variants import UNTOUCHED, Merging, Rival
+from toma_fx.transform import transform
+
+LOWER_BOUND = "lower_bound"
+EAGER, COMPILED = f"{UNTOUCHED}, eager", f"{UNTOUCHED}, compiled"
+BASELINES = (EAGER, COMPILED)
+"""The faster of the two is what others are compared with."""
+
+
+TINY: dict[str, dict[str, Any]] = {
+    "sdxl": {
+        "sample_size": 16,
+        "block_out_channels": (16, 32, 32),
+        "norm_num_groups": 8,
+        "layers_per_block": 1,
+        "transformer_layers_per_block": (1, 1, 2),
+        "attention_head_dim": (2, 2, 4),
+        "cross_attention_dim": 32,
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 32 + 6 * 8,
+    },
+    "flux": {
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "axes_dims_rope": (4, 6, 6),
+        "joint_attention_dim": 32,
+        "pooled_projection_dim": 32,
+    },
+}
+"""Configurations that run in a test."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What is timed, whoever computes it."""
+
+    model: str = "sdxl"
+    """As `toma_fx.checkpoints.load_model` takes it."""
+    blocks: tuple[int, int] | None = None
+    """Double-stream and single-stream blocks of a Flux with random weights; all when left out."""
+    tiny: bool = False
+    """Whether random weights are those of a model that is small enough for a test."""
+    height: int | None = None
+    """In pixels; the model's own when left out."""
+    width: int | None = None
+    """In pixels; like the height when left out."""
+    batch: int = 1
+    dtype: torch.dtype = torch.bfloat16
+    ratios: tuple[float, ...] = (0.5,)
+    variants: tuple[Merging | Rival, ...] = ()
+    repeats: int = 3
+    compiled: bool = True
+    steps: int = 4
+    """Of denoising, at the level of images."""
+    memory: bool = True
+    """Whether peak memory is measured, by one call more of each contender."""
+
+    @property
+    def device(self) -> str:
+        """The GPU when there is one."""
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """What differs in the configuration of random weights.
+
+        Raises:
+            ConfigError: when blocks are counted in a model other than Flux.
+        """
+        changes: dict[str, Any] = dict(TINY[self.model]) if self.tiny else {}
+        if self.blocks is not None:
+            if self.model != "flux":
+                raise ConfigError(
+                    f"blocks={self.blocks} counts those of flux with random weights; leave it out "
+                    f"for {self.model}"
+                )
+            changes |= dict(zip(("num_layers", "num_single_layers"), self.blocks, strict=True))
+        return changes
+
+    @property
+    def size(self) -> dict[str, Any]:
+        """Height, width and batch, as `toma_fx.inputs.random_inputs` takes them."""
+        return {"height": self.height, "width": self.width, "batch": self.batch}
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A model that takes part."""
+
+    name: str
+    model: nn.Module
+    ratio: float | None = None
+    compiled: bool = False
+
+    def contender(self, run: Callable[[], object]) -> Contender:
+        """Its call."""
+        return Contender(name=self.name, run=run, ratio=self.ratio, compiled=self.compiled)
+
+
+def load(setting: Setting) -> nn.Module:
+    """The untouched model.
+
+    Raises:
+        ModelError: when there is none, or when random weights would not fit into memory.
+    """
+    if setting.model in RANDOM:
+        cls, config = RANDOM[setting.model]
+        with torch.device("meta"):
+            count = sum(p.numel() for p in cls(**{**config, **setting.changes}).parameters())
+        needed, there = count * setting.dtype.itemsize, _free_memory(setting.device)
+        if needed > there:
+            raise ModelError(
+                f"{setting.model} with {count / 1e9:.1f} billion parameters needs "
+                f"{needed / 2**30:.1f} GiB and {there / 2**30:.1f} are free; take fewer blocks, "
+                "such as --blocks 3 6"
+            )
+    return load_model(setting.model, dtype=setting.dtype, device=setting.device, **setting.changes)
+
+
+def _free_memory(device: str) -> int:
+    return torch.cuda.mem_get_info()[0] if device == "cuda" else available_memory()
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """A copy of a model that shares every tensor with it, to be compiled or patched apart."""
+    return copy.deepcopy(model, {id(t): t for t in [*model.parameters(), *model.buffers()]})
+
+
+def compile_blocks(model: Any, **options: Any) -> Any:
+    """Compile a model's transformer blocks one by one; returns the model."""
+    model.compile_repeated_blocks(**{"fullgraph": True, "dynamic": False, **options})
+    return model
+
+
+def merged_configs(
+    setting: Setting, *, scheduled: bool = False
+) -> Iterator[tuple[str, MergeConfig]]:
+    """Name and configuration of every merging variant at every ratio.
+
+    Unless ``scheduled``, every step makes its plan: where one call is timed, a schedule would hide
+    planning or show all of it, depending on the call.
+    """
+    for ratio in setting.ratios:
+        for variant in setting.variants:
+            if isinstance(variant, Merging):
+                config = variant.config(ratio)
+                yield variant.name, config if scheduled else replace(config, schedule=Schedule())
+
+
+def entrants(model: nn.Module, setting: Setting, *, scheduled: bool = False) -> Iterator[Entrant]:
+    """The untouched model and ours, ready to be called, compiled block by block where wanted.
+
+    Args:
+        model: untouched; it stays so.
+        setting: ratios, variants, and whether to compile.
+        scheduled: let schedules count.
+    """
+    yield Entrant(EAGER, model)
+    if setting.compiled:
+        yield Entrant(COMPILED, compile_blocks(twin(model)), compiled=True)
+    for name, config in merged_configs(setting, scheduled=scheduled):
+        merged = transform(model, config)
+        if setting.compiled:
+            compile_blocks(merged)
+        yield Entrant(name, merged, ratio=config.ratio, compiled=setting.compiled)
+
+
+def _repeated(model: Any) -> Iterator[nn.Module]:
+    """What ``compile_repeated_blocks`` looks for, under whatever name a rival gave its class."""
+    for module in model.modules():
+        if any(cls.__name__ in model._repeated_blocks for cls in type(module).__mro__):
+            yield module
+
+
+class BarePipeline(diffusers.DiffusionPipeline):  # type: ignore[misc]
+    """A pipeline that holds a denoising model and nothing else: what rivals expect to change."""
+
+    def __init__(self, **model: nn.Module) -> None:
+        super().__init__()
+        self.register_modules(**model)
+
+
+def rival_contenders(
+    model: nn.Module, setting: Setting, call: Callable[[nn.Module], object]
+) -> Iterator[Contender]:
+    """Rivals as they are, and compiled where they can be; graph breaks are allowed to them.
+
+    Args:
+        model: untouched; it stays so.
+        setting: ratios, variants, and whether to compile.
+        call: calls the model that it is given.
+    """
+    part = "unet" if isinstance(model, diffusers.UNet2DConditionModel) else "transformer"
+    undo: list[Any] = []  # held, since what it closes may be closed when it is collected
+
+    def runner(rival: Rival, ratio: float, compiled: bool) -> Callable[[], object]:
+        @functools.cache
+        def changed() -> nn.Module:
+            copied = twin(model)
+            undo.append(rival.apply(BarePipeline(**{part: copied}), ratio))
+            if compiled:
+                for block in _repeated(copied):
+                    block.compile(dynamic=False)
+            return copied
+
+        return lambda: call(changed())
+
+    for ratio in setting.ratios:
+        for rival in setting.variants:
+            if not isinstance(rival, Rival):
+                continue
+            for compiled in (False, True) if setting.compiled else (False,):
+                yield Contender(
+                    name=f"{rival.name}, {'compiled' if compiled else 'eager'}",
+                    run=runner(rival, ratio, compiled),
+                    ratio=ratio,
+                    compiled=compiled,
+                    optional=True,
+                )

@@ -1,0 +1,148 @@
+"""A whole denoising run through diffusers' pipeline, text to pixels, and how far images differ."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import diffusers
+import torch
+from PIL.Image import Image
+from torch import nn
+
+from toma_fx.bench.contenders import Setting, entrants, load, rival_contenders
+from toma_fx.bench.levels import Timed
+from toma_fx.bench.timing import Contender
+from toma_fx.checkpoints import DTYPES, RANDOM, random_weights
+from toma_fx.inputs import random_inputs
+from toma_fx.lab.compare import psnr
+from toma_fx.lab.draw import load_pipeline
+from toma_fx.transform import PIPELINE_PARTS, model_of
+
+PROMPT = "a large red circle left of a small blue square on a striped green ground under a blue sky"
+VAES: dict[str, dict[str, Any]] = {
+    "sdxl": {"latent_channels": 4, "scaling_factor": 0.13025},
+    "flux": {
+        "latent_channels": 16,
+        "scaling_factor": 0.3611,
+        "shift_factor": 0.1159,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    },
+}
+VAE: dict[str, Any] = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "force_upcast": False,
+}
+
+TINY_VAE: dict[str, Any] = {"block_out_channels": (4, 4, 8, 8), "norm_num_groups": 2}
+
+
+@dataclass(kw_only=True)
+class Studio:
+    """A pipeline and what it is asked for; draws with whichever denoising model it is given."""
+
+    pipeline: Any
+    call: dict[str, Any]
+    images: dict[int, Image] = field(default_factory=dict)
+    """The last image of each model, by its identity."""
+
+    def draw(self, model: nn.Module) -> Image:
+        """An image by the pipeline with another denoising model, always from the same noise."""
+        part = next(p for p in PIPELINE_PARTS if getattr(self.pipeline, p, None) is not None)
+        setattr(self.pipeline, part, model)
+        generator = torch.Generator().manual_seed(0)
+        image: Image = self.pipeline(generator=generator, **self.call).images[0]
+        self.images[id(model)] = image
+        return image
+
+
+def studio(setting: Setting) -> Studio:
+    """The pipeline of a checkpoint; or of random weights, with its VAE but without text encoders.
+
+    Args:
+        setting: model, size, dtype and steps. Where weights are random, so are the embeddings that
+            text encoders would give, which take a share of the time that is not counted.
+    """
+    size = {"num_inference_steps": setting.steps, "num_images_per_prompt": setting.batch}
+    size |= {k: v for k in ("height", "width") if (v := getattr(setting, k)) is not None}
+    if "height" in size:
+        size.setdefault("width", size["height"])
+    if setting.model not in RANDOM:
+        dtype = next(name for name, dtype in DTYPES.items() if dtype == setting.dtype)
+        pipeline = load_pipeline(setting.model, dtype=dtype, device=setting.device)
+        return Studio(pipeline=pipeline, call={"prompt": PROMPT, **size})
+    model = load(setting)
+    vae: Any = random_weights(
+        diffusers.AutoencoderKL,
+        {**VAE, **VAES[setting.model], **(TINY_VAE if setting.tiny else {})},
+        setting.dtype,
+        setting.device,
+    )
+    inputs = random_inputs(model)
+    nothing = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+    text = {"prompt_embeds": inputs["encoder_hidden_states"]}
+    if setting.model == "flux":
+        pipeline = diffusers.FluxPipeline(
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(
+                use_dynamic_shifting=True, shift=3.0
+            ),
+            vae=vae,
+            transformer=model,
+            **nothing,
+        )
+        text["pooled_prompt_embeds"] = inputs["pooled_projections"]
+    else:
+        pipeline = diffusers.StableDiffusionXLPipeline(
+            scheduler=diffusers.EulerDiscreteScheduler(
+                beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012
+            ),
+            vae=vae,
+            unet=model,
+            add_watermarker=False,
+            **nothing,
+        )
+        text["pooled_prompt_embeds"] = inputs["added_cond_kwargs"]["text_embeds"]
+        text |= {f"negative_{name}": torch.zeros_like(value) for name, value in text.items()}
+    pipeline.set_progress_bar_config(disable=True)
+    return Studio(pipeline=pipeline, call={**text, **size})
+
+
+def images(setting: Setting) -> tuple[Timed, Callable[[], dict[tuple[str, float | None], float]]]:
+    """A whole image by each contender; and, to be called after they drew, their PSNR in dB.
+
+    Args:
+        setting: what to draw. Schedules count here, since the steps are a denoising run.
+    """
+    room = studio(setting)
+    model = model_of(room.pipeline)
+    drawers: dict[tuple[str, float | None], nn.Module] = {}
+    contenders = []
+    for each in entrants(model, setting, scheduled=True):
+        drawers[each.name, each.ratio] = each.model
+        contenders.append(each.contender(functools.partial(room.draw, each.model)))
+    for rival in rival_contenders(model, setting, room.draw):
+
+        def run(rival: Contender = rival) -> object:
+            image = rival.run()
+            drawers[rival.name, rival.ratio] = model_of(room.pipeline)
+            return image
+
+        contenders.append(replace(rival, run=run))
+
+    def distances() -> dict[tuple[str, float | None], float]:
+        return {
+            key: psnr(room.images[id(drawer)], room.images[id(model)])
+            for key, drawer in drawers.items()
+            if drawer is not model and id(drawer) in room.images
+        }
+
+    title = f"an image in {setting.steps} steps, to pixels"
+    if setting.model in RANDOM:
+        note = "without text encoders; PSNR of noise means nothing, so there is none"
+        return Timed(title=title, contenders=contenders, notes=(note,)), dict
+    note = "PSNR: with the image of the untouched, eager model"
+    return Timed(title=title, contenders=contenders, notes=(note,)), distances

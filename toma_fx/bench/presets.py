@@ -1,0 +1,146 @@
+"""Sets of tables behind one command: the README's on a CPU, and a GPU's in under ten minutes.
+
+A part that fails, or that would start after its time, is a row that says so: what the other parts
+measured is kept.
+"""
+
+import gc
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+
+import torch
+
+from toma_fx.bench.compare import compare, planning_seconds
+from toma_fx.bench.contenders import LOWER_BOUND, Setting, load
+from toma_fx.bench.image import images
+from toma_fx.bench.levels import blocks, models
+from toma_fx.bench.operators import SHAPES, Shape, operators
+from toma_fx.bench.profile import profile_step
+from toma_fx.bench.record import Column, Record, Table
+from toma_fx.bench.timing import reason
+from toma_fx.config import MergeConfig
+from toma_fx.lab.variants import Merging
+
+Part = Callable[[], Iterable[Table]]
+MINUTES = 9.0
+"""After these no further part is started."""
+DEFAULT = Merging(name="default", preset="default")
+OURS = (Merging(name=LOWER_BOUND, preset=LOWER_BOUND), DEFAULT)
+
+
+def readme(*, tiny: bool = False) -> dict[str, Part]:
+    """The README's tables of speed, within ten minutes on two cores."""
+    both = (0.5, 0.75)
+    sdxl = Setting(model="sdxl", height=512, ratios=both, variants=OURS, tiny=tiny)
+    flux = Setting(model="flux", height=512, ratios=both, variants=OURS, blocks=(3, 6), tiny=tiny)
+    large = Setting(model="sdxl", height=1024, batch=2, ratios=both, variants=OURS, tiny=tiny)
+    if tiny:
+        sdxl, flux, large = (replace(s, height=128, repeats=1) for s in (sdxl, flux, large))
+    return {
+        "operators": lambda: [_operators(both, batch=1, tiny=tiny)],
+        "SDXL": lambda: _models(sdxl),
+        "Flux": lambda: _models(flux),
+        "SDXL's blocks": lambda: _blocks(large),
+    }
+
+
+def h200(*, tiny: bool = False) -> dict[str, Part]:
+    """What is measured whenever a GPU is at hand."""
+    ratios = (0.25, 0.5, 0.75)
+    sdxl = Setting(
+        model="sdxl", height=1024, batch=2, ratios=ratios, variants=OURS, repeats=10, tiny=tiny
+    )
+    flux = Setting(model="flux", height=1024, ratios=ratios, variants=OURS, repeats=5, tiny=tiny)
+    if tiny:
+        sdxl, flux = (replace(s, height=128, repeats=1, ratios=(0.5,)) for s in (sdxl, flux))
+    return {
+        "SDXL": lambda: _models(sdxl, profiled=True),
+        "Flux": lambda: _models(flux, profiled=True),
+        "operators": lambda: [_operators((0.5,), batch=2, tiny=tiny)],
+        "Flux, images": lambda: _images(replace(flux, ratios=(0.5,)), tiny),
+        "SDXL, images": lambda: _images(replace(sdxl, ratios=(0.5,), batch=1), tiny),
+        "operators at other ratios": lambda: [_operators((0.25, 0.75), batch=2, tiny=tiny)],
+    }
+
+
+PRESETS = {"readme": readme, "h200": h200}
+
+
+def run_preset(
+    name: str, record: Record, *, tiny: bool = False, minutes: float = MINUTES
+) -> Iterator[Table]:
+    """Measure every part of a preset, and keep each table as soon as it is there.
+
+    Args:
+        name: one of `PRESETS`.
+        record: where tables are kept.
+        tiny: models and sizes of a test.
+        minutes: after these no further part is started.
+    """
+    start = time.monotonic()
+    for title, part in PRESETS[name](tiny=tiny).items():
+        if time.monotonic() - start > 60 * minutes:
+            tables: Iterable[Table] = [_nothing(title, f"not started after {minutes:g} minutes")]
+        else:
+            tables = _guarded(title, part)
+        for table in tables:
+            record.add(table)
+            yield table
+        gc.collect()
+        torch._dynamo.reset()
+
+
+def _guarded(title: str, part: Part) -> Iterator[Table]:
+    try:
+        yield from part()
+    except Exception as error:  # the parts that follow are measured all the same
+        yield _nothing(title, reason(error))
+
+
+def _nothing(title: str, failure: str) -> Table:
+    row = {"part": title, "failure": failure}
+    return Table(title=title, columns=(Column("part", "part"),), rows=[row])
+
+
+def _operators(ratios: tuple[float, ...], *, batch: int, tiny: bool) -> Table:
+    sizes = ((256, 32),) if tiny else dict.fromkeys((*SHAPES["sdxl"], *SHAPES["flux"]))
+    shapes = [
+        Shape(tokens=tokens, width=width, batch=batch, ratio=ratio)
+        for tokens, width in sizes
+        for ratio in ratios
+    ]
+    return operators(shapes, device=Setting().device, repeats=1 if tiny else 7, small=tiny)
+
+
+def _models(setting: Setting, *, profiled: bool = False) -> Iterator[Table]:
+    model = load(setting)
+    planning = planning_seconds(model, setting)
+    for timed in models(model, setting):
+        yield compare(timed, setting, title=label(setting), planning=planning)
+    if profiled:
+        for compiled in (False, True):
+            yield profile_step(model, setting, MergeConfig(), compiled=compiled)
+
+
+def _blocks(setting: Setting) -> Iterator[Table]:
+    for timed in blocks(load(setting), setting):
+        yield compare(timed, setting, title=label(setting))
+
+
+def _images(setting: Setting, tiny: bool) -> Iterator[Table]:
+    setting = replace(
+        setting, steps=2 if tiny else 28, repeats=1 if tiny else 2, variants=(DEFAULT,)
+    )
+    timed, _ = images(setting)
+    yield compare(timed, setting, title=label(setting))
+
+
+def label(setting: Setting) -> str:
+    """A setting in words."""
+    depth = "" if setting.blocks is None else f", {setting.blocks[0]} + {setting.blocks[1]} blocks"
+    high, wide = setting.height, setting.width or setting.height
+    size = "own size" if high is None else f"{high} x {wide} pixels"
+    dtype = str(setting.dtype).removeprefix("torch.")
+    tiny = "tiny " if setting.tiny else ""
+    return f"{tiny}{setting.model}{depth}, {size}, batch {setting.batch}, {dtype}"

@@ -1,0 +1,176 @@
+"""Merging together with what else makes a model faster: a row with each, without and with merging.
+
+Every addition is made to a copy that shares the model's weights, compiled block by block. What
+cannot run here stays in the table with the reason.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import diffusers
+from diffusers.models.attention_dispatch import attention_backend
+from torch import Tensor, nn
+
+from toma_fx.bench.contenders import COMPILED, EAGER, Setting, compile_blocks, twin
+from toma_fx.bench.image import Studio
+from toma_fx.bench.timing import Contender
+from toma_fx.config import MergeConfig
+from toma_fx.errors import ConfigError
+from toma_fx.inputs import random_inputs
+from toma_fx.lab.compare import psnr
+from toma_fx.transform import transform
+
+MERGED = "merged"
+BACKENDS = ("native", "_native_flash", "_native_cudnn", "_native_efficient", "flash", "sage")
+MODES = ("reduce-overhead", "max-autotune-no-cudagraphs")
+CACHE_THRESHOLD = 0.1
+"""Of the first-block cache: a step is skipped when the first block's output changed by less."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Addition:
+    """Something that makes a model faster, whether or not it merges tokens."""
+
+    name: str
+    before: Callable[[Any], None] = lambda model: None
+    """Changes the model; `toma_fx.transform` comes after it."""
+    after: Callable[[Any], None] = lambda model: None
+    """Changes the model that `toma_fx.transform` may have made, before it is compiled."""
+    mode: str | None = None
+    """Of ``torch.compile``."""
+    fullgraph: bool = True
+    runs: bool = False
+    """Whether it needs the steps of a denoising run, and so the level of images."""
+
+
+def additions(model: nn.Module) -> Iterator[Addition]:
+    """What can be added to a model of this class."""
+    yield Addition(name="fused QKV projections", before=_fuse)
+    for backend in BACKENDS:
+        yield Addition(
+            name=f"attention backend {backend}",
+            before=functools.partial(_attention, backend),
+        )
+    for mode in MODES:
+        yield Addition(name=f"torch.compile mode {mode}", mode=mode)
+    yield Addition(name="torchao int8 dynamic quantisation", before=_int8)
+    yield Addition(
+        name=f"first-block cache, threshold {CACHE_THRESHOLD}",
+        after=_first_block_cache,
+        fullgraph=False,
+        runs=True,
+    )
+
+
+def _fuse(model: Any) -> None:
+    model.fuse_qkv_projections()
+
+
+def _attention(backend: str, model: Any) -> None:
+    if isinstance(model, diffusers.UNet2DConditionModel):
+        raise ConfigError("the UNet's attention processors know no backends")
+    with attention_backend("native"):  # setting it changes every model's; this puts that back
+        model.set_attention_backend(backend)
+
+
+def _int8(model: nn.Module) -> None:
+    if find_spec("torchao") is None:
+        raise ConfigError("torchao is not installed: pip install torchao")
+    torchao: Any = import_module("torchao.quantization")
+    torchao.quantize_(model, torchao.Int8DynamicActivationInt8WeightConfig(), _is_large)
+
+
+def _is_large(module: nn.Module, path: str) -> bool:
+    """Linear layers of the transformer blocks; embeddings and modulations stay as they are."""
+    return isinstance(module, nn.Linear) and "transformer_blocks" in path and "norm" not in path
+
+
+def _first_block_cache(model: Any) -> None:
+    if isinstance(model, diffusers.UNet2DConditionModel):
+        raise ConfigError("diffusers' first-block cache knows no UNets")
+    model.enable_cache(diffusers.FirstBlockCacheConfig(threshold=CACHE_THRESHOLD))
+
+
+def changed(
+    model: nn.Module, addition: Addition, config: MergeConfig | None, *, compiled: bool
+) -> nn.Module:
+    """A copy with an addition, merged with a configuration unless it is None."""
+    copied = twin(model)
+    addition.before(copied)
+    if config is not None:
+        copied = transform(copied, config)
+    addition.after(copied)
+    if compiled:
+        options = {"fullgraph": addition.fullgraph}
+        compile_blocks(copied, **options | ({"mode": addition.mode} if addition.mode else {}))
+    return copied
+
+
+@dataclass(kw_only=True)
+class Stack:
+    """The contenders, and how far the outputs of their last calls are from the first one's."""
+
+    model: nn.Module
+    setting: Setting
+    config: MergeConfig
+    room: Studio | None
+    outputs: dict[tuple[str, float | None], Any] = field(default_factory=dict)
+
+    def contenders(self) -> list[Contender]:
+        """The untouched model and ours; then the same with each addition."""
+        return list(self._contenders())
+
+    def _contenders(self) -> Iterator[Contender]:
+        plain = Addition(name="")
+        yield self._contender(EAGER, lambda: self.model, None)
+        compiled = self.setting.compiled
+        if compiled:
+            yield self._contender(COMPILED, self._maker(plain, None), None, compiled=True)
+        yield self._contender(MERGED, self._maker(plain, self.config), self.config)
+        for addition in additions(self.model):
+            for config in (None, self.config):
+                name = addition.name if config is None else f"{addition.name}, {MERGED}"
+                make = self._maker(addition, config)
+                yield self._contender(name, make, config, compiled=compiled, optional=True)
+
+    def _maker(self, addition: Addition, config: MergeConfig | None) -> Callable[[], nn.Module]:
+        @functools.cache
+        def make() -> nn.Module:
+            if addition.runs and self.room is None:
+                raise ConfigError("it skips steps of a denoising run: use --level image")
+            if addition.mode and not self.setting.compiled:
+                raise ConfigError("nothing is compiled: leave out --eager")
+            return changed(self.model, addition, config, compiled=self.setting.compiled)
+
+        return make
+
+    def _contender(
+        self,
+        name: str,
+        make: Callable[[], nn.Module],
+        config: MergeConfig | None,
+        **fields: bool,
+    ) -> Contender:
+        ratio = None if config is None else config.ratio
+        inputs = random_inputs(self.model, **self.setting.size) if self.room is None else {}
+
+        def run() -> object:
+            made = make()
+            output = self.room.draw(made) if self.room else made(**inputs).sample
+            self.outputs[name, ratio] = output.clone() if isinstance(output, Tensor) else output
+            return output
+
+        return Contender(name=name, run=run, ratio=ratio, warm_ups=3, **fields)
+
+    def distances(self) -> dict[tuple[str, float | None], float]:
+        """PSNR in dB of images; of outputs, the relative error."""
+        first = self.outputs[EAGER, None]
+        rest = {key: value for key, value in self.outputs.items() if key != (EAGER, None)}
+        if isinstance(first, Tensor):
+            norm = first.float().norm()
+            return {k: float((v.float() - first.float()).norm() / norm) for k, v in rest.items()}
+        return {key: psnr(value, first) for key, value in rest.items()}

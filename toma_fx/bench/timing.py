@@ -1,0 +1,150 @@
+"""Calls timed in turn in one process, and the memory that a call needs at its peak."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """A call to be timed beside others."""
+
+    name: str
+    run: Callable[[], object]
+    ratio: float | None = None
+    """Share of tokens merged away; None where nothing is merged."""
+    compiled: bool = False
+    warm_ups: int = 1
+    """Calls that are not counted. A captured CUDA graph is recorded by the second and replayed from
+    the third."""
+    optional: bool = False
+    """Whether a failure is a row that says why, instead of the end of the benchmark."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Seconds of a call of one contender."""
+
+    name: str
+    calls: tuple[float, ...]
+    first_call: float | None = None
+    """A call before the others, which includes compiling; None when there was none."""
+    failure: str = ""
+    """Why there are no calls."""
+
+    @property
+    def median(self) -> float:
+        """Median of the calls."""
+        return statistics.median(self.calls)
+
+
+def interleaved(
+    contenders: Sequence[Contender], repeats: int, *, at_least: float = 0.0
+) -> list[Timing]:
+    """Time every contender in turn, again and again, so that a slower minute meets all of them.
+
+    Args:
+        contenders: whose calls are timed.
+        repeats: samples of each, after warm-up calls that are not counted.
+        at_least: seconds of a sample, which makes as many calls as that takes; for calls that are
+            too short to be timed alone.
+
+    Returns:
+        A timing for each contender, in their order; seconds are those of one call.
+
+    Raises:
+        Exception: what a contender raises that is not optional.
+    """
+    first: dict[int, float] = {}
+    failures: dict[int, str] = {}
+    counts: dict[int, int] = {}
+    samples: dict[int, list[float]] = {number: [] for number in range(len(contenders))}
+    total = len(contenders) * (repeats + 1)
+    bar = tqdm(total=total, unit="call", leave=False, disable=None)
+    with torch.inference_mode(), bar:
+        for number, each in enumerate(contenders):
+            bar.set_description(f"{each.name}, first call")
+            try:
+                first[number] = seconds = sample(each.run)
+                for _ in range(each.warm_ups - (0 if at_least else 1)):
+                    seconds = sample(each.run)
+            except Exception as error:
+                if not each.optional:
+                    raise
+                failures[number] = reason(error)
+                bar.update(repeats)
+            else:
+                counts[number] = max(1, math.ceil(at_least / max(seconds, 1e-9)))
+            bar.update()
+        for _ in range(repeats):
+            for number, count in counts.items():
+                bar.set_description(contenders[number].name)
+                samples[number].append(sample(contenders[number].run, count))
+                bar.update()
+    return [
+        Timing(
+            name=each.name,
+            calls=tuple(samples[number]),
+            first_call=first.get(number),
+            failure=failures.get(number, ""),
+        )
+        for number, each in enumerate(contenders)
+    ]
+
+
+def sample(run: Callable[[], object], count: int = 1) -> float:
+    """Mean seconds of ``count`` calls in a row, until the device is done with them."""
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(count):
+        run()
+    synchronize()
+    return (time.perf_counter() - start) / count
+
+
+def synchronize() -> None:
+    """Wait for the GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def reason(error: BaseException) -> str:
+    """The type of an error and the first line of what it says."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def peak_memory(run: Callable[[], object]) -> int:
+    """Bytes of tensors that a call holds at its peak, beyond what was there before it.
+
+    On a GPU, what torch's allocator gave out. On the CPU, allocations and releases as torch's
+    profiler sees them, compiled code included; scratch memory inside oneDNN is not in it.
+
+    Args:
+        run: called once.
+    """
+    with torch.inference_mode():
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            run()
+            torch.cuda.synchronize()
+            return torch.cuda.max_memory_allocated() - before
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            result = run()  # kept, as a caller would
+    del result
+    held = peak = 0
+    inner: Any = profiler.profiler
+    events = [e for e in inner.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
