@@ -134,5 +134,5 @@ def test_values_that_are_no_noise_level(value: Any) -> None:
 
 
 def test_a_schedule_counts_every_step() -> None:
-    with pytest.raises(ConfigError, match="merge_below=0.6 cannot be combined"):
+    with pytest.raises(ConfigError, match=r"merge_below=0\.6 cannot be combined"):
         MergeConfig(merge_below=0.6, schedule=Schedule(select_every=10, weigh_every=5))

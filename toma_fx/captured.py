@@ -55,7 +55,7 @@ def transform_captured(
         )
     if config.merge_below < 1:
         raise ModelError(
-            f"merge_below={config.merge_below} needs both the merged and the untouched graph, and a "
+            f"merge_below={config.merge_below} needs the merged and the untouched graph, and a "
             "captured graph is only one; use merge_below=1 and choose between the two programs by "
             "timestep, or transform the model before it is captured"
         )

@@ -114,7 +114,7 @@ class _Clocked(nn.Module):
             self._run = torch.compile(self._run, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        state: dict[str, Any] = super().__getstate__()
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
         state.pop("_run", None)  # a copy or a pickle is not compiled, as with any module
         return state
 
@@ -271,7 +271,7 @@ for _class in (UNet2DConditionModel, Transformer2DModel, FluxTransformer2DModel)
     _upstream: Any = next(c for c in _class.__mro__ if c.__module__.startswith("diffusers"))
     _class.__module__ = _upstream.__module__
     _class.__reduce_ex__ = _reduce  # type: ignore[method-assign]
-    _class.__new__ = _new_upstream  # type: ignore[method-assign, assignment]
+    _class.__new__ = _new_upstream  # type: ignore[method-assign]
     _class.upstream = _upstream
     if "forward" in vars(_class):
         vars(_class)["forward"].__signature__ = inspect.signature(_upstream.forward)

@@ -200,7 +200,7 @@ def _assert_alike(example: Any, result: Any, where: str) -> None:
     elif isinstance(example, plan.RotaryTable):
         _assert_alike(example.values, result.values, where)
     elif isinstance(example, plan.PlanScope):
-        _assert_alike((example.plan, example.time), (result.plan, result.time), where)
+        _assert_alike((example.plans, example.time), (result.plans, result.time), where)
     elif isinstance(example, dict):
         assert example.keys() == result.keys(), where
         _assert_alike(tuple(example.values()), tuple(result.values()), where)
@@ -216,7 +216,7 @@ def materialise(example: Any) -> Any:
     """A real value for an example value."""
     if isinstance(example, plan.PlanScope):
         scope = plan.PlanScope((torch.tensor(0), torch.tensor(0)))
-        scope.plan = materialise(example.plan)
+        scope.plans = materialise(example.plans)
         return scope
     if isinstance(example, dict):
         return {key: materialise(value) for key, value in example.items()}

@@ -130,7 +130,7 @@ def _runner(model: nn.Module, path: str, leader: str, call: Call) -> Callable[[]
     scope = PlanScope()
 
     def run() -> object:
-        if scope.plan is None:  # the first call, which is not counted
+        if not scope.plans:  # the first call, which is not counted
             model.get_submodule(leader)(*call.args, **kwargs(scope))
         return module(*call.args, **kwargs(scope))
 
