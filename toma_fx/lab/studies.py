@@ -59,6 +59,10 @@ def _changed(base: str, *changes: str) -> tuple[str, ...]:
     return (base, *(f"{base}{comma}{change}" for change in changes))
 
 
+LATE = "default:merge_below=0.6"
+"""The default where the noise is low; Flux's schedule is shifted to higher levels."""
+FLUX_LATE = "default:merge_below=0.89"
+FLUX_SINGLE = "default:skip=transformer_blocks.*"
 ALL_RATIOS = (0.25, 0.5, 0.75)
 PAPER_EVERY_STEP = "toma:schedule=1/1"
 """The setting of the paper's ablations: weights over the image, a new plan at every step."""
@@ -198,7 +202,7 @@ STUDIES: dict[str, Study] = {
     ),
     "flux": Study(
         title="Flux",
-        groups=(("default", "toma", "toma_tile", "toma_stripe", "toma_once", "steps"),),
+        groups=(("default", FLUX_LATE, "toma", "toma_tile", "toma_stripe", "toma_once", "steps"),),
         ratios=ALL_RATIOS,
         model="flux",
         paper=Paper(
@@ -216,7 +220,7 @@ STUDIES: dict[str, Study] = {
     ),
     "rivals": Study(
         title="Other ways to save",
-        groups=(("default", "toma", "tomesd", "tofu", "todo", "steps"),),
+        groups=(("default", LATE, "toma", "tomesd", "tofu", "todo", "steps"),),
         ratios=ALL_RATIOS,
         paper=Paper(
             table="Table 9",
@@ -227,11 +231,28 @@ STUDIES: dict[str, Study] = {
     ),
     "fewer-steps": Study(
         title="Merging, and fewer steps of equal arithmetic",
-        groups=(("default", "steps"),),
+        groups=(("default", LATE, "steps"),),
         ratios=ALL_RATIOS,
         shares_of_steps=(0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.25),
         note="Steps can only be left out whole: compare the arithmetic before the quality. The "
         "paper has no such table.",
+    ),
+    "noise": Study(
+        title="Noise level from which on tokens are merged",
+        groups=(_changed("default", *(f"merge_below={n}" for n in (0.9, 0.75, 0.6, 0.4, 0.25))),),
+        ratios=(*ALL_RATIOS, 0.9),
+        note="The paper merges at every step and has no such table.",
+    ),
+    "flux-noise": Study(
+        title="Noise level from which on Flux merges, in all blocks and in single-stream ones",
+        groups=(
+            _changed("default", *(f"merge_below={n}" for n in (0.95, 0.89, 0.78, 0.6))),
+            _changed(FLUX_SINGLE, *(f"merge_below={n}" for n in (0.95, 0.89, 0.78, 0.6))),
+        ),
+        ratios=(0.5, 0.75),
+        model="flux",
+        note="Flux's schedule is shifted: at 256 tokens, 80, 60 and 40 % of the steps lie below "
+        "0.95, 0.89 and 0.78. The paper merges at every step and has no such table.",
     ),
     "temperature": Study(
         title="Temperature of the weights",
