@@ -1,0 +1,55 @@
+"""SDXL with merged tokens, from a prompt to a picture.
+
+python examples/sdxl.py                                     # a small pipeline of this repository
+python examples/sdxl.py --model stabilityai/stable-diffusion-xl-base-1.0 --compile
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+
+import toma_fx
+
+SMALL = Path(__file__).parent / "small_models" / "sdxl"
+PROMPT = "a large red circle left of a small blue square on a striped green ground under a blue sky"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Draw one picture twice, untouched and merged, side by side."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--model", default=str(SMALL), help="folder or hub name of a pipeline")
+    parser.add_argument("--prompt", default=PROMPT)
+    parser.add_argument("--ratio", type=float, default=0.5, help="share of tokens merged away")
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--compile", action="store_true", help="compile the transformer blocks")
+    parser.add_argument("--output", type=Path, default=Path("sdxl.png"))
+    options = parser.parse_args(arguments)
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    pipe: Any = diffusers.DiffusionPipeline.from_pretrained(options.model, torch_dtype=dtype)
+    pipe.to(device)
+
+    def draw() -> Any:
+        generator = torch.Generator(device).manual_seed(0)
+        return pipe(options.prompt, num_inference_steps=options.steps, generator=generator).images[
+            0
+        ]
+
+    untouched = draw()
+    toma_fx.transform(pipe, ratio=options.ratio)  # in place; toma_fx.restore(pipe) undoes it
+    print(toma_fx.report(pipe))
+    if options.compile:  # after transform
+        pipe.unet.compile_repeated_blocks(fullgraph=True)
+    merged = draw()
+    diffusers.utils.make_image_grid([untouched, merged], rows=1, cols=2).save(options.output)
+    print(f"wrote {options.output}: untouched, and with {options.ratio:.0%} of the tokens merged")
+
+
+if __name__ == "__main__":
+    main()

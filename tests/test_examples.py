@@ -1,0 +1,100 @@
+"""Each example runs at a small size, and its picture is one."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import toma_fx
+from examples import benchmark, flux, lora_controlnet, sdxl
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+SMALL = EXAMPLES / "small_models"
+
+pytestmark = [
+    # diffusers' own Euler scheduler, and a ControlNet that is made from a UNet
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*:FutureWarning"),
+]
+
+
+def pictures(file: Path, count: int) -> list[np.ndarray]:
+    """The pictures of a file, from left to right."""
+    strip = np.asarray(Image.open(file)).astype(int)
+    assert strip.shape == (128, 128 * count, 3)
+    parts = np.split(strip, count, axis=1)
+    assert all(part.std() > 5 for part in parts)
+    return parts
+
+
+def test_sdxl(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sdxl.main(["--steps", "2", "--output", str(tmp_path / "a.png")])
+    untouched, merged = pictures(tmp_path / "a.png", 2)
+    assert (untouched != merged).any()
+    assert "ratio 0.5" in capsys.readouterr().out
+
+
+def test_flux(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flux.main(["--steps", "2", "--speedup", "1.1", "--output", str(tmp_path / "a.png")])
+    pictures(tmp_path / "a.png", 1)
+    assert "ratio chosen for speedup=1.1" in capsys.readouterr().out
+
+
+def test_lora_and_controlnet(tmp_path: Path) -> None:
+    output = str(tmp_path / "a.png")
+    lora_controlnet.main(["--steps", "2", "--scales", "0", "1", "--output", output])
+    without, adapted = pictures(tmp_path / "a.png", 2)
+    assert (without != adapted).any()
+
+
+def test_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
+    benchmark.main(["--steps", "1", "--repeats", "1", "--ratio", "0.5"])
+    said = capsys.readouterr().out
+    assert "untouched" in said
+    assert "ratio 0.5" in said
+
+
+def comfyui() -> Any:
+    """The nodes, imported as ComfyUI does: from a folder of any name."""
+    file = EXAMPLES / "comfyui" / "__init__.py"
+    spec = importlib.util.spec_from_file_location("custom_nodes.toma", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(node: Any, **inputs: Any) -> Any:
+    """Run a node as ComfyUI does: by its declared function, with its declared inputs."""
+    declared = node.INPUT_TYPES()["required"]
+    assert set(inputs) <= set(declared)
+    defaults = {n: rest[0]["default"] for n, (_, *rest) in declared.items() if n not in inputs}
+    outputs = getattr(node(), node.FUNCTION)(**defaults, **inputs)
+    assert len(outputs) == len(node.RETURN_TYPES)
+    return outputs
+
+
+@pytest.mark.parametrize("kind", ["sdxl", "flux"])
+def test_comfyui_nodes(kind: str) -> None:
+    module = comfyui()
+    nodes = module.NODE_CLASS_MAPPINGS
+    assert set(module.NODE_DISPLAY_NAME_MAPPINGS) == set(nodes)
+    load, merge, draw = nodes.values()
+    (pipe,) = run(load, name=str(SMALL / kind), dtype="float32")
+    images = []
+    for ratio in (0.25, 0.5):  # the graph runs again, and the loader's output is kept
+        merged, report = run(merge, pipeline=pipe, ratio=ratio)
+        assert f"ratio {ratio}" in report
+        (image,) = run(draw, pipeline=merged, prompt="a red circle", steps=2, width=128, height=128)
+        assert image.shape == (1, 128, 128, 3)
+        assert image.dtype == torch.float32
+        assert 0 <= image.min() < image.max() <= 1
+        images.append(image)
+    assert not torch.equal(*images)
+    with pytest.raises(toma_fx.TomaError, match="not transformed"):
+        toma_fx.restore(pipe)
