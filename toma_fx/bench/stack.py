@@ -130,7 +130,8 @@ class Stack:
         compiled = self.setting.compiled
         if compiled:
             yield self._contender(COMPILED, self._maker(plain, None), None, compiled=True)
-        yield self._contender(MERGED, self._maker(plain, self.config), self.config)
+        make = self._maker(plain, self.config)
+        yield self._contender(MERGED, make, self.config, compiled=compiled)
         for addition in additions(self.model):
             for config in (None, self.config):
                 name = addition.name if config is None else f"{addition.name}, {MERGED}"

@@ -1,0 +1,50 @@
+"""How calls are timed, and what their memory is taken to be."""
+
+import pytest
+import torch
+
+from toma_fx.bench.timing import Contender, interleaved, peak_memory
+
+
+def test_contenders_take_turns_and_first_calls_are_apart() -> None:
+    order: list[str] = []
+    contenders = [Contender(name=n, run=lambda n=n: order.append(n)) for n in "ab"]  # type: ignore[misc]
+    timings = interleaved(contenders, 2)
+    assert "".join(order) == "ab" + "abab"
+    assert [len(timing.calls) for timing in timings] == [2, 2]
+    assert all(timing.first_call is not None for timing in timings)
+
+
+def test_warm_ups_are_not_counted() -> None:
+    calls: list[None] = []
+    (timing,) = interleaved([Contender(name="a", run=lambda: calls.append(None), warm_ups=3)], 2)
+    assert (len(calls), len(timing.calls)) == (5, 2)
+
+
+def test_a_failure_is_a_reason_where_it_may_be_and_an_error_elsewhere() -> None:
+    def fail() -> None:
+        raise RuntimeError("no such kernel\nand a long story")
+
+    works = Contender(name="works", run=lambda: None)
+    fails = Contender(name="fails", run=fail, optional=True)
+    timings = interleaved([fails, works], 2)
+    assert timings[0].failure == "RuntimeError: no such kernel"
+    assert timings[0].calls == ()
+    assert len(timings[1].calls) == 2
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        interleaved([Contender(name="fails", run=fail)], 1)
+
+
+def test_peak_memory_counts_what_is_alive_at_once() -> None:
+    matrix = torch.ones(256, 256)
+    size = matrix.nbytes
+
+    def chain() -> torch.Tensor:
+        a = matrix + 1
+        b = a + 1
+        del a
+        return b + 1
+
+    slack = 4096  # of the profiler's own small tensors and the allocator's rounding
+    assert size <= peak_memory(lambda: matrix + 1) <= size + slack
+    assert 2 * size <= peak_memory(chain) <= 2 * size + slack
