@@ -41,12 +41,12 @@ class Case:
     def transformed(self, **options: Any) -> Any:
         return toma_fx.transform(self.original, **{"skip": (), "merge_below": 0.6, **options})
 
-    def check(self, model: nn.Module, tolerance: float = 1e-5) -> None:
+    def check(self, model: nn.Module, **options: Any) -> None:
         """Untouched above the level, merged below it, whichever comes first."""
-        merged = self.transformed(merge_below=1.0)
+        merged = self.transformed(**options, merge_below=1.0)
         for noise, expected in ((HIGH, self.original), (LOW, merged), (HIGH, self.original)):
             torch.testing.assert_close(
-                self.call(model, noise), self.call(expected, noise), atol=tolerance, rtol=tolerance
+                self.call(model, noise), self.call(expected, noise), atol=1e-5, rtol=1e-5
             )
         assert not torch.allclose(self.call(merged, LOW), self.call(self.original, LOW), atol=1e-3)
 
@@ -82,10 +82,10 @@ def test_compiled_as_a_whole_it_has_one_graph_for_each_kind_of_step(
     model = case.transformed(placement=placement)
     model.compile(fullgraph=True, backend="aot_eager")
     torch._dynamo.utils.counters.clear()
-    case.check(model)
+    case.check(model, placement=placement)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
     with torch._dynamo.config.patch(error_on_recompile=True):
-        case.check(model)
+        case.check(model, placement=placement)
 
 
 def test_compiled_block_by_block_it_never_compiles_again(case: Case) -> None:
