@@ -28,7 +28,7 @@ class Paper:
     """None where the body of the table is not in the sources."""
     figures: Figures = field(default_factory=dict)
     says: str = ""
-    """What the paper concludes from it."""
+    """What its figures, or its text where there are none, show."""
 
 
 @dataclass(frozen=True, kw_only=True)

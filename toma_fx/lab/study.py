@@ -198,7 +198,7 @@ def _heading(column: str, paper: Paper | None) -> str:
 
 def _about(paper: Paper) -> str:
     missing = "" if paper.columns else f" Its figures are {NO_BODY}, a draft and its appendix."
-    return f"The paper's {paper.table}: {paper.setting}.{missing} It concludes: {paper.says}."
+    return f"The paper's {paper.table}: {paper.setting}.{missing} It shows: {paper.says}."
 
 
 def _firsts(rows: Sequence[dict[str, Any]]) -> list[str]:
