@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw
 import toma_fx
 
 SMALL = Path(__file__).parent / "small_models" / "sdxl"
+CHANNELS = (16, 32, 96, 256)
 PROMPT = "a large red circle left of a small blue square on a striped green ground under a blue sky"
 
 
@@ -40,7 +41,10 @@ def main(arguments: list[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     base: Any = diffusers.DiffusionPipeline.from_pretrained(options.model)
     controlnet: Any = (
-        diffusers.ControlNetModel.from_unet(base.unet)
+        diffusers.ControlNetModel.from_unet(
+            base.unet,  # with as many halvings of the image as its latents have
+            conditioning_embedding_out_channels=CHANNELS[: len(base.vae.config.block_out_channels)],
+        )
         if options.controlnet is None
         else diffusers.ControlNetModel.from_pretrained(options.controlnet)
     )

@@ -71,9 +71,9 @@ class AttentionLayers(Base):
             assert "Sliced" in str(next(iter(after.attn_processors.values())))
             self.same(self.merged(before), output)
             self.same(after, output)
-        for size in (1000, [1]):
+        for wrong in (1000, [1]):
             with pytest.raises(ValueError, match=r"size|slice"):
-                after.set_attention_slice(size)
+                after.set_attention_slice(wrong)
 
     def ip_adapter(self, model: Any) -> None:
         """Load an IP-Adapter of random weights into a model."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from tests.checks.base import Base
 class Compiling(Base):
     """No graph break, no recompilation, the numbers of the uncompiled model."""
 
-    sizes: list[dict[str, int]]
+    sizes: ClassVar[list[dict[str, int]]]
     """Sizes of images that one dynamic graph serves."""
 
     @pytest.fixture(autouse=True)
@@ -47,7 +47,7 @@ class Compiling(Base):
         assert frames.frame_count == 1
 
     @torch.no_grad()
-    def test_group_offload(self) -> None:
+    def test_compiled_group_offload(self) -> None:
         model, output = self.merged(), self.run(self.merged())
         model.enable_group_offload("cpu", offload_type="block_level", num_blocks_per_group=1)
         model.compile(backend="eager")
