@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: demo test matrix lint wheel clean
+.PHONY: demo test matrix bench bench-gpu lint wheel clean
 
 demo: $(STAMP)  ## the main job on the real architectures; DEMO="--quick" for two minutes
 	$(BIN)/toma-fx demo $(DEMO)
@@ -13,6 +13,12 @@ test: $(STAMP) lint wheel  ## lint, types, tests, and the wheel tested outside t
 
 matrix: $(STAMP)  ## all that users of diffusers do, in every mode; writes docs/matrix.md and README's summary
 	$(BIN)/python -m pytest tests/matrix -n 2 --matrix-table docs/matrix.md $(PYTEST)
+
+bench: $(STAMP)  ## the README's tables of speed, in ten minutes on two cores; BENCH="..." for more options
+	$(BIN)/toma-fx bench --preset readme --out benchmarks/results $(BENCH)
+
+bench-gpu: $(STAMP)  ## what is measured on a GPU, in ten minutes
+	$(BIN)/toma-fx bench --preset h200 --out benchmarks/results $(BENCH)
 
 lint: $(STAMP)
 	$(BIN)/ruff check toma_fx/ toma_fx/passes/ toma_fx/runtime/ tests examples

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch._inductor.utils import run_and_get_code
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.passes.blocks import (
     NAMES,
@@ -76,6 +77,40 @@ def test_a_block_pays_two_matrix_products_and_one_addition(name: str) -> None:
     assert before["scaled_dot_product_flash_attention_for_cpu"] > 0
     after.subtract(before)
     assert {kind: count for kind, count in after.items() if count} == {"bmm": 2, "fused": 1}
+
+
+class Operators(TorchDispatchMode):
+    """Counts operators that compute; views are left out."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view and func._overloadpacket not in VIEWS:
+            self.counts[func._overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+VIEWS = {torch.ops.aten._unsafe_view, torch.ops.aten._reshape_alias}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_eager_block_pays_two_matrix_products_and_two_additions(name: str) -> None:
+    inputs, scope = contiguous_inputs(name), PlanScope()
+    untouched, merged = block_of(name), block_of(name)
+    plan = plan_apart(graph_of(merged, "lead"))
+    assert plan is not None
+    plan(**inputs, **scope_kwargs(merged, scope))
+    install(merged, graph_of(merged, "follow"))
+    with torch.no_grad(), Operators() as before:
+        untouched(**inputs)
+    with torch.no_grad(), Operators() as after:
+        merged(**inputs, **scope_kwargs(merged, scope))
+    assert before.counts["addmm"] > 0
+    after.counts.subtract(before.counts)
+    extra = {kind: count for kind, count in after.counts.items() if count}
+    assert extra == {"bmm": 2, "sub": 1, "add": 1}
 
 
 def test_a_plan_is_three_matrix_products_and_a_loop() -> None:

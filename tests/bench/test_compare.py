@@ -108,9 +108,7 @@ def test_plans_are_counted_once_for_each_group() -> None:
 
 @BUILDERS
 def test_peak_memory_of_merged_calls_is_compared_with_untouched(build: Any) -> None:
-    setting = Setting(
-        height=256, dtype=torch.float32, variants=VARIANTS, repeats=1, compiled=False
-    )
+    setting = Setting(height=256, dtype=torch.float32, variants=VARIANTS, repeats=1, compiled=False)
     (timed,) = models(build(), setting)
     rows = compare(timed, setting, title="tiny").rows
     assert rows[0]["peak_share"] == 1.0

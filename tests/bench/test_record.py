@@ -3,13 +3,14 @@
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from toma_fx.bench.record import Column, Record, Table, seconds
 
 COLUMNS = (Column("name", "name"), Column("time", "time", seconds), Column("never", "never"))
-ROWS = [
+ROWS: list[dict[str, Any]] = [
     {"name": "a", "time": 0.25, "calls": [0.2, 0.3], "failure": ""},
     {"name": "b", "failure": "RuntimeError: no such kernel"},
 ]

@@ -42,7 +42,6 @@ def add_bench(commands: Any, model_help: str) -> None:
     add(
         "--variants",
         nargs="+",
-        default=["lower_bound", "default"],
         metavar="NAME",
         help="presets such as toma or toma:region=stripe, tomesd, or all (lower_bound default)",
     )
@@ -75,8 +74,8 @@ def _bench(options: argparse.Namespace) -> None:
     if options.cold:
         print(_cold(options))
     elif options.preset is not None:
-        tables = run_preset(options.preset, record, tiny=options.tiny, minutes=options.minutes)
-        for each in tables:
+        how = {"tiny": options.tiny, "compiled": not options.eager, "minutes": options.minutes}
+        for each in run_preset(options.preset, record, **how):
             print(f"{each.text()}\n", flush=True)
             failed |= [*each.rows[0]] == ["part", "failure"]
     else:
@@ -102,7 +101,8 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _setting(options: argparse.Namespace) -> Setting:
-    names = ALL if options.variants == ["all"] else options.variants
+    names = options.variants or (["default"] if options.cold else ["lower_bound", "default"])
+    names = ALL if names == ["all"] else names
     variants: list[Merging | Rival] = []
     for name in names:
         variant = tomesd() if name == TOMESD else parse_variant(name)

@@ -8,6 +8,7 @@ import gc
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -29,46 +30,55 @@ DEFAULT = Merging(name="default", preset="default")
 OURS = (Merging(name=LOWER_BOUND, preset=LOWER_BOUND), DEFAULT)
 
 
-def readme(*, tiny: bool = False) -> dict[str, Part]:
+def readme(*, tiny: bool = False, compiled: bool = True) -> dict[str, Part]:
     """The README's tables of speed, within ten minutes on two cores."""
-    both = (0.5, 0.75)
-    sdxl = Setting(model="sdxl", height=512, ratios=both, variants=OURS, tiny=tiny)
-    flux = Setting(model="flux", height=512, ratios=both, variants=OURS, blocks=(3, 6), tiny=tiny)
-    large = Setting(model="sdxl", height=1024, batch=2, ratios=both, variants=OURS, tiny=tiny)
-    if tiny:
-        sdxl, flux, large = (replace(s, height=128, repeats=1) for s in (sdxl, flux, large))
+    base = Setting(ratios=(0.5, 0.75), variants=OURS, tiny=tiny, compiled=compiled)
+    sdxl = _sized(base, model="sdxl", height=512)
+    flux = _sized(base, model="flux", height=512, blocks=(3, 6))
+    large = _sized(base, model="sdxl", height=1024, batch=2)
     return {
-        "operators": lambda: [_operators(both, batch=1, tiny=tiny)],
+        "operators": lambda: [_operators(base)],
         "SDXL": lambda: _models(sdxl),
         "Flux": lambda: _models(flux),
         "SDXL's blocks": lambda: _blocks(large),
     }
 
 
-def h200(*, tiny: bool = False) -> dict[str, Part]:
+def h200(*, tiny: bool = False, compiled: bool = True) -> dict[str, Part]:
     """What is measured whenever a GPU is at hand."""
-    ratios = (0.25, 0.5, 0.75)
-    sdxl = Setting(
-        model="sdxl", height=1024, batch=2, ratios=ratios, variants=OURS, repeats=10, tiny=tiny
-    )
-    flux = Setting(model="flux", height=1024, ratios=ratios, variants=OURS, repeats=5, tiny=tiny)
-    if tiny:
-        sdxl, flux = (replace(s, height=128, repeats=1, ratios=(0.5,)) for s in (sdxl, flux))
+    base = Setting(ratios=(0.25, 0.5, 0.75), variants=OURS, tiny=tiny, compiled=compiled)
+    sdxl = _sized(base, model="sdxl", height=1024, batch=2, repeats=10)
+    flux = _sized(base, model="flux", height=1024, repeats=5)
+    half = {"ratios": (0.5,), "variants": (DEFAULT,), "batch": 1, "repeats": 2, "steps": 28}
     return {
         "SDXL": lambda: _models(sdxl, profiled=True),
         "Flux": lambda: _models(flux, profiled=True),
-        "operators": lambda: [_operators((0.5,), batch=2, tiny=tiny)],
-        "Flux, images": lambda: _images(replace(flux, ratios=(0.5,)), tiny),
-        "SDXL, images": lambda: _images(replace(sdxl, ratios=(0.5,), batch=1), tiny),
-        "operators at other ratios": lambda: [_operators((0.25, 0.75), batch=2, tiny=tiny)],
+        "operators": lambda: [_operators(replace(base, batch=2, ratios=(0.5,)))],
+        "Flux, images": lambda: _images(_sized(flux, **half)),
+        "SDXL, images": lambda: _images(_sized(sdxl, **half)),
+        "operators at other ratios": lambda: [
+            _operators(replace(base, batch=2, ratios=(0.25, 0.75)))
+        ],
     }
+
+
+def _sized(base: Setting, **changes: Any) -> Setting:
+    """A setting with changes; a test's has its own size, and calls everything once."""
+    if base.tiny:
+        changes |= {"height": 128, "repeats": 1, "steps": 2, "blocks": None}
+    return replace(base, **changes)
 
 
 PRESETS = {"readme": readme, "h200": h200}
 
 
 def run_preset(
-    name: str, record: Record, *, tiny: bool = False, minutes: float = MINUTES
+    name: str,
+    record: Record,
+    *,
+    tiny: bool = False,
+    compiled: bool = True,
+    minutes: float = MINUTES,
 ) -> Iterator[Table]:
     """Measure every part of a preset, and keep each table as soon as it is there.
 
@@ -76,10 +86,11 @@ def run_preset(
         name: one of `PRESETS`.
         record: where tables are kept.
         tiny: models and sizes of a test.
+        compiled: compile blocks and operators.
         minutes: after these no further part is started.
     """
     start = time.monotonic()
-    for title, part in PRESETS[name](tiny=tiny).items():
+    for title, part in PRESETS[name](tiny=tiny, compiled=compiled).items():
         if time.monotonic() - start > 60 * minutes:
             tables: Iterable[Table] = [_nothing(title, f"not started after {minutes:g} minutes")]
         else:
@@ -103,14 +114,20 @@ def _nothing(title: str, failure: str) -> Table:
     return Table(title=title, columns=(Column("part", "part"),), rows=[row])
 
 
-def _operators(ratios: tuple[float, ...], *, batch: int, tiny: bool) -> Table:
-    sizes = ((256, 32),) if tiny else dict.fromkeys((*SHAPES["sdxl"], *SHAPES["flux"]))
+def _operators(setting: Setting) -> Table:
+    sizes = ((256, 32),) if setting.tiny else dict.fromkeys((*SHAPES["sdxl"], *SHAPES["flux"]))
     shapes = [
-        Shape(tokens=tokens, width=width, batch=batch, ratio=ratio)
+        Shape(tokens=tokens, width=width, batch=setting.batch, ratio=ratio)
         for tokens, width in sizes
-        for ratio in ratios
+        for ratio in setting.ratios
     ]
-    return operators(shapes, device=Setting().device, repeats=1 if tiny else 7, small=tiny)
+    return operators(
+        shapes,
+        device=setting.device,
+        repeats=1 if setting.tiny else 7,
+        compiled=setting.compiled,
+        small=setting.tiny,
+    )
 
 
 def _models(setting: Setting, *, profiled: bool = False) -> Iterator[Table]:
@@ -119,7 +136,7 @@ def _models(setting: Setting, *, profiled: bool = False) -> Iterator[Table]:
     for timed in models(model, setting):
         yield compare(timed, setting, title=label(setting), planning=planning)
     if profiled:
-        for compiled in (False, True):
+        for compiled in (False, True) if setting.compiled else (False,):
             yield profile_step(model, setting, MergeConfig(), compiled=compiled)
 
 
@@ -128,10 +145,7 @@ def _blocks(setting: Setting) -> Iterator[Table]:
         yield compare(timed, setting, title=label(setting))
 
 
-def _images(setting: Setting, tiny: bool) -> Iterator[Table]:
-    setting = replace(
-        setting, steps=2 if tiny else 28, repeats=1 if tiny else 2, variants=(DEFAULT,)
-    )
+def _images(setting: Setting) -> Iterator[Table]:
     timed, _ = images(setting)
     yield compare(timed, setting, title=label(setting))
 
