@@ -2,16 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
+QUANTISATION := .venv/quantisation
 
 .PHONY: demo test matrix bench bench-gpu lint wheel clean
 
 demo: $(STAMP)  ## the main job on the real architectures; DEMO="--quick" for two minutes
 	$(BIN)/toma-fx demo $(DEMO)
 
-test: $(STAMP) lint wheel  ## lint, types, tests, and the wheel tested outside the tree
+test: $(QUANTISATION) lint wheel  ## lint, types, tests, and the wheel tested outside the tree
 	$(BIN)/python -m pytest -n 2 -m "not slow and not matrix_full" $(PYTEST)
 
-matrix: $(STAMP)  ## all that users of diffusers do, in every mode; writes docs/matrix.md and README's summary
+matrix: $(QUANTISATION)  ## all that users of diffusers do, in every mode; writes docs/matrix.md and README's summary
 	$(BIN)/python -m pytest tests/matrix -n 2 --matrix-table docs/matrix.md $(PYTEST)
 
 bench: $(STAMP)  ## the README's tables of speed, in ten minutes on two cores; BENCH="..." for more options
@@ -32,6 +33,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet -c constraints.txt --editable . --group dev
+	touch $@
+
+$(QUANTISATION): $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt --group quantisation
 	touch $@
 
 clean:

@@ -4,7 +4,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import accelerate  # type: ignore[import-untyped]
+import accelerate
 import pytest
 import torch
 
