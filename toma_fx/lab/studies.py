@@ -61,7 +61,7 @@ def _changed(base: str, *changes: str) -> tuple[str, ...]:
 
 LATE = "default:merge_below=0.6"
 """The default where the noise is low; Flux's schedule is shifted to higher levels."""
-FLUX_LATE = "default:merge_below=0.89"
+FLUX_LATE = "default:merge_below=0.6"
 FLUX_SINGLE = "default:skip=transformer_blocks.*"
 ALL_RATIOS = (0.25, 0.5, 0.75)
 PAPER_EVERY_STEP = "toma:schedule=1/1"
@@ -251,8 +251,8 @@ STUDIES: dict[str, Study] = {
         ),
         ratios=(0.5, 0.75),
         model="flux",
-        note="Flux's schedule is shifted: at 256 tokens, 80, 60 and 40 % of the steps lie below "
-        "0.95, 0.89 and 0.78. The paper merges at every step and has no such table.",
+        note="Flux's schedule is shifted: at 256 tokens, 92, 80, 68 and 44 % of the steps lie below "
+        "0.95, 0.89, 0.78 and 0.6. The paper merges at every step and has no such table.",
     ),
     "temperature": Study(
         title="Temperature of the weights",
