@@ -251,8 +251,8 @@ STUDIES: dict[str, Study] = {
         ),
         ratios=(0.5, 0.75),
         model="flux",
-        note="Flux's schedule is shifted: at 256 tokens, 92, 80, 68 and 44 % of the steps lie below "
-        "0.95, 0.89, 0.78 and 0.6. The paper merges at every step and has no such table.",
+        note="Flux's schedule is shifted: at 256 tokens, 92, 80, 68 and 44 % of the steps lie "
+        "below 0.95, 0.89, 0.78 and 0.6. The paper merges at every step and has no such table.",
     ),
     "temperature": Study(
         title="Temperature of the weights",
