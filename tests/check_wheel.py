@@ -1,9 +1,15 @@
-"""Build sdist and wheel, install the wheel outside the tree, and transform a model with it."""
+"""Build an sdist, and a wheel from it; look into both; transform a model with the wheel.
+
+The sdist holds every file that is under version control, and the wheel every module of the tree.
+"""
 
 import os
 import subprocess
 import sys
+import tarfile
 import tempfile
+import tomllib
+import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -32,13 +38,49 @@ print(toma_fx.__version__, "works from its wheel")
 """
 
 
+NOT_IN_SDIST = {".gitignore", "toma_fx/passes", "toma_fx/runtime"}  # the last two are links
+
+
+def check_sdist(sdist: Path) -> None:
+    """Everything that git knows is in the sdist."""
+    if not (ROOT / ".git").exists():
+        return  # the tree is an unpacked sdist itself
+    git = ["git", "-C", str(ROOT), "ls-files", "-z"]
+    listed = subprocess.run(git, check=True, capture_output=True, text=True).stdout
+    tracked = {name for name in listed.split("\0") if name and (ROOT / name).exists()}
+    with tarfile.open(sdist) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    missing = tracked - held - NOT_IN_SDIST
+    assert not missing, f"the sdist lacks {sorted(missing)}; name them in MANIFEST.in"
+
+
+def check_wheel(wheel: Path) -> None:
+    """The wheel's modules are the tree's, byte for byte."""
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {name: setuptools["package-dir"].get(name) for name in setuptools["packages"]}
+    paths = {name.replace(".", "/"): folder for name, folder in folders.items()}
+    tree = {
+        f"{package}/{file.name}": file.read_bytes()
+        for package, folder in paths.items()
+        for file in (ROOT / (folder or package)).iterdir()
+        if file.suffix == ".py" or file.name == "py.typed"
+    }
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if ".dist-info/" not in name]
+        held = {name: archive.read(name) for name in names}
+    different = sorted(n for n in tree.keys() | held.keys() if tree.get(n) != held.get(n))
+    assert not different, f"wheel and tree differ in {different}"
+
+
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         dist, site = Path(folder, "dist"), Path(folder, "site")
         python = [sys.executable, "-m"]
         build = [*python, "build", "--outdir", str(dist), str(ROOT)]
         subprocess.run(build, check=True, capture_output=True)
-        (wheel,) = dist.glob("*.whl")
+        (sdist,), (wheel,) = dist.glob("*.tar.gz"), dist.glob("*.whl")
+        check_sdist(sdist)
+        check_wheel(wheel)
         install = ["pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)]
         subprocess.run([*python, *install], check=True)
         environment = {**os.environ, "PYTHONPATH": str(site)}
