@@ -37,7 +37,7 @@ def plot_growth(rows: Sequence[Mapping[str, Any]], file: Path) -> Path:
             "nothing varies, so there is nothing to plot; give several --tokens, --ratio, --batch "
             "or --region-tokens"
         )
-    figure = Figure(figsize=(4.8 * len(varying), 8), layout="constrained")
+    figure = Figure(figsize=(1 + 4.8 * len(varying), 8), layout="constrained")
     panels = figure.subplots(len(PANELS), len(varying), squeeze=False)
     for column, axis in enumerate(varying):
         for line, (key, label) in enumerate(PANELS):
@@ -54,14 +54,15 @@ def plot_growth(rows: Sequence[Mapping[str, Any]], file: Path) -> Path:
             axes.spines[["top", "right"]].set_visible(False)
     handles = {h.get_label(): h for a in panels.flat for h in a.get_legend_handles_labels()[0]}
     figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=6, frameon=False
+        handles.values(),
+        handles.keys(),
+        loc="outside lower center",
+        ncols=3 * len(varying),
+        frameon=False,
     )
     first = rows[0]
-    figure.suptitle(
-        f"width {first['width']}, {first['dtype']}; what does not vary: "
-        + ", ".join(f"{label} {first[axis]:g}" for axis, label in AXES.items()),
-        fontsize=10,
-    )
+    held = ", ".join(f"{label} {first[axis]:g}" for axis, label in AXES.items())
+    figure.suptitle(f"width {first['width']}, {first['dtype']}; held:\n{held}", fontsize=9)
     figure.savefig(file, dpi=150)
     return file
 

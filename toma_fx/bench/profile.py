@@ -42,7 +42,7 @@ def profile_step(
     with torch.inference_mode():
         for _ in range(2):
             merged(**inputs)
-        with profile(activities=activities) as profiler:
+        with profile(activities=activities, acc_events=True) as profiler:
             merged(**inputs)
             if gpu:
                 torch.cuda.synchronize()

@@ -138,7 +138,9 @@ def peak_memory(run: Callable[[], object]) -> int:
             run()
             torch.cuda.synchronize()
             return torch.cuda.max_memory_allocated() - before
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        activities = [ProfilerActivity.CPU]
+        # acc_events only keeps older versions of torch from warning that one cycle is kept.
+        with profile(activities=activities, profile_memory=True, acc_events=True) as profiler:
             result = run()  # kept, as a caller would
     del result
     held = peak = 0
