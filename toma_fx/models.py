@@ -17,7 +17,7 @@ from diffusers.models.transformers import transformer_2d
 from torch import Tensor, nn
 
 from toma_fx.config import MergeConfig
-from toma_fx.errors import ModelError
+from toma_fx.errors import InputError, ModelError
 from toma_fx.hooks import check_caches
 from toma_fx.runtime.plan import SCOPE, PlanScope, own_scope
 from toma_fx.runtime.schedule import DenoisingClock, make_slots
@@ -71,11 +71,23 @@ class _Clocked(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As diffusers' model, but one call at a time where plans are kept between calls."""
+        if torch.compiler.is_compiling():
+            return super().__call__(*args, **kwargs)
+        self._check_checkpointing()
         clock = getattr(self, "toma_clock", None)
-        if torch.compiler.is_compiling() or not isinstance(clock, DenoisingClock):
+        if not isinstance(clock, DenoisingClock):
             return super().__call__(*args, **kwargs)
         with clock.alone():
             return super().__call__(*args, **kwargs)
+
+    def _check_checkpointing(self) -> None:
+        """Say what Dynamo would say at length: a checkpointed block may not hand on a plan."""
+        compiled = self._compiled_call_impl is not None and torch.is_grad_enabled()
+        if compiled and self._toma.config.share == "group" and self.is_gradient_checkpointing:
+            raise InputError(
+                "torch.compile cannot take a whole model whose blocks share plans through gradient "
+                "checkpointing; compile its blocks instead: model.compile_repeated_blocks()"
+            )
 
     def _merge_in(self, call: dict[str, Any], kwargs: str, noise: Any) -> Any:
         """A call of the model, in a scope in which its blocks share plans.
