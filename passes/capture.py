@@ -96,7 +96,7 @@ class ValueTracer(fx.Tracer):
         if node.op == "call_method" and any(isinstance(each, fx.Node) for each in node.args[1:]):
             raise CaptureError(
                 f"{node.format_node()} makes as many pieces as a size says, and a graph has a "
-                "fixed number; turn it off, as by unet.disable_forward_chunking()"
+                "fixed number; turn it off, as by block.set_chunk_feed_forward(None)"
             )
         return (obj[i] for i in range(len(node.meta["val"])))  # type: ignore[index]
 

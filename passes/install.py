@@ -29,6 +29,7 @@ import torch
 from diffusers.hooks._helpers import TransformerBlockRegistry
 from torch import fx, nn
 
+from toma_fx.errors import ModelError
 from toma_fx.passes.plan_apart import plan_apart
 from toma_fx.runtime import plan
 
@@ -126,6 +127,8 @@ def _class_of(base: Any, code: _Code, apart: _Apart | None, gate: _Gate | None) 
         "__reduce_ex__": reduce,
         "forward": _function(base, code) if gate is None else _gated(base, code, gate),
     }
+    if hasattr(base, "set_chunk_feed_forward"):
+        attributes["set_chunk_feed_forward"] = _refuse_chunks
     if apart is not None:
         attributes["compile"] = _compile_apart(
             _function(base, apart.planner), _class_of(base, apart.follower, None, gate), gate
@@ -135,6 +138,15 @@ def _class_of(base: Any, code: _Code, apart: _Apart | None, gate: _Gate | None) 
         known = TransformerBlockRegistry.get(base)
         TransformerBlockRegistry.register(cls, replace(known, _cached_parameter_indices=None))
     return cls
+
+
+def _refuse_chunks(self: nn.Module, chunk_size: int | None, dim: int = 0) -> None:
+    """In the place of diffusers' method, whose setting the graph would not see."""
+    if chunk_size is not None:
+        raise ModelError(
+            f"forward chunking in pieces of {chunk_size} has no effect on a transformed "
+            f"{type(self).__name__}, whose graph is fixed; leave it out: merging saves memory too"
+        )
 
 
 def _function(base: Any, code: _Code) -> Any:

@@ -2,6 +2,7 @@
 
 from typing import Any, ClassVar
 
+import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0, IPAdapterAttnProcessor2_0
 from diffusers.models.embeddings import ImageProjection
@@ -25,6 +26,7 @@ from tests.tiny import (
     tiny_sdxl_unet,
     unet_inputs,
 )
+from toma_fx import TomaError
 
 
 def image_projection() -> dict[str, torch.Tensor]:
@@ -79,6 +81,16 @@ class TestUNet(AllChecks):
     def image_embeds(self) -> dict[str, Any]:
         added = self.inputs()["added_cond_kwargs"]
         return {"added_cond_kwargs": {**added, "image_embeds": [embeds(TEXT_WIDTH)]}}
+
+    def test_forward_chunking_is_refused_not_ignored(self) -> None:
+        model = self.merged()
+        with pytest.raises(TomaError, match=r"pieces of 2 .*BasicTransformerBlock.*leave it out"):
+            model.mid_block.attentions[0].transformer_blocks[0].set_chunk_feed_forward(2, 1)
+        model.mid_block.attentions[0].transformer_blocks[0].set_chunk_feed_forward(None)
+        chunked = self.untouched()
+        chunked.mid_block.attentions[0].transformer_blocks[0].set_chunk_feed_forward(2, 1)
+        with pytest.raises(TomaError, match=r"turn it off, as by block.set_chunk_feed_forward"):
+            self.merged(chunked)
 
 
 class TestFlux(AllChecks):

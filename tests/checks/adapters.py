@@ -13,7 +13,8 @@ from torch._dynamo.testing import CompileCounter
 
 from tests.checks.base import Base, changed
 
-FILE: dict[str, Any] = {"prefix": None, "use_safetensors": True}
+WEIGHTS = "pytorch_lora_weights.safetensors"
+FILE: dict[str, Any] = {"prefix": None, "use_safetensors": True, "weight_name": WEIGHTS}
 LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
