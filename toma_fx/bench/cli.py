@@ -10,18 +10,17 @@ from typing import Any
 
 from toma_fx.bench.compare import compare, planning_seconds, table
 from toma_fx.bench.contenders import Setting, load
-from toma_fx.bench.image import images, studio
-from toma_fx.bench.levels import LEVELS, Timed, blocks, models, stages
+from toma_fx.bench.image import images
+from toma_fx.bench.levels import LEVELS, blocks, models, stages
 from toma_fx.bench.operators import SHAPES, Shape, operators
-from toma_fx.bench.presets import MINUTES, PRESETS, label, run_preset
+from toma_fx.bench.presets import MINUTES, PRESETS, run_preset
 from toma_fx.bench.record import Record, Table, beside, machine
-from toma_fx.bench.stack import Stack
+from toma_fx.bench.stack import stacked
 from toma_fx.checkpoints import DTYPES
 from toma_fx.cold_start import cold_starts
 from toma_fx.errors import ConfigError
 from toma_fx.lab.rivals import TOMESD, load_rival, tomesd
 from toma_fx.lab.variants import Merging, Rival, parse_variant
-from toma_fx.transform import model_of
 
 ALL = ("lower_bound", "default", "toma", "toma_tile", "toma_stripe", "toma_once", TOMESD)
 WIDTHS = {model: shapes[0][1] for model, shapes in SHAPES.items()}
@@ -140,9 +139,11 @@ def _tables(options: argparse.Namespace) -> Iterator[Table]:
 
 
 def _compared(options: argparse.Namespace, setting: Setting) -> Iterator[Table]:
-    title = label(setting)
+    title = setting.label
     if options.stack:
-        yield from _stacked(options, setting)
+        if options.level not in ("model", "image"):
+            raise ConfigError(f"--stack is for --level model or image, not {options.level}")
+        yield from stacked(setting, image=options.level == "image")
     elif options.level == "image":
         timed, distances = images(setting)
         # Distances are known once everyone drew, which is while the table is made.
@@ -154,26 +155,6 @@ def _compared(options: argparse.Namespace, setting: Setting) -> Iterator[Table]:
         planning = planning_seconds(model, setting) if whole else None
         for timed in levels[options.level](model, setting):
             yield compare(timed, setting, title=title, planning=planning)
-
-
-def _stacked(options: argparse.Namespace, setting: Setting) -> Iterator[Table]:
-    if options.level not in ("model", "image"):
-        raise ConfigError(f"--stack is for --level model or image, not {options.level}")
-    room = studio(setting) if options.level == "image" else None
-    model = load(setting) if room is None else model_of(room.pipeline)
-    for config in _configs(setting):
-        stack = Stack(model=model, setting=setting, config=config, room=room)
-        timed = Timed(title=f"additions, ratio {config.ratio:g}", contenders=stack.contenders())
-        key = "error" if room is None else "psnr"
-        yield compare(timed, setting, title=label(setting), extra={key: stack.distances})
-
-
-def _configs(setting: Setting) -> Iterator[Any]:
-    variant = next((v for v in setting.variants if v.name != "lower_bound"), None)
-    if not isinstance(variant, Merging):
-        raise ConfigError("--stack needs a merging variant, such as --variants default")
-    for ratio in setting.ratios:
-        yield variant.config(ratio)
 
 
 def _operators(options: argparse.Namespace, setting: Setting) -> Table:

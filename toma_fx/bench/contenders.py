@@ -79,6 +79,16 @@ class Setting:
         return "cuda" if torch.cuda.is_available() else "cpu"
 
     @property
+    def label(self) -> str:
+        """In words, for the title of a table."""
+        depth = "" if self.blocks is None else f", {self.blocks[0]} + {self.blocks[1]} blocks"
+        high, wide = self.height, self.width or self.height
+        size = "own size" if high is None else f"{high} x {wide} pixels"
+        dtype = str(self.dtype).removeprefix("torch.")
+        tiny = "tiny " if self.tiny else ""
+        return f"{tiny}{self.model}{depth}, {size}, batch {self.batch}, {dtype}"
+
+    @property
     def changes(self) -> dict[str, Any]:
         """What differs in the configuration of random weights.
 

@@ -19,12 +19,13 @@ from toma_fx.bench.levels import blocks, models
 from toma_fx.bench.operators import SHAPES, Shape, operators
 from toma_fx.bench.profile import profile_step
 from toma_fx.bench.record import Column, Record, Table
+from toma_fx.bench.stack import stacked
 from toma_fx.bench.timing import reason
 from toma_fx.config import MergeConfig
 from toma_fx.lab.variants import Merging
 
 Part = Callable[[], Iterable[Table]]
-MINUTES = 9.0
+MINUTES = 8.0
 """After these no further part is started."""
 DEFAULT = Merging(name="default", preset="default")
 OURS = (Merging(name=LOWER_BOUND, preset=LOWER_BOUND), DEFAULT)
@@ -59,6 +60,7 @@ def h200(*, tiny: bool = False, compiled: bool = True) -> dict[str, Part]:
         "operators at other ratios": lambda: [
             _operators(replace(base, batch=2, ratios=(0.25, 0.75)))
         ],
+        "Flux, additions": lambda: stacked(_sized(flux, **half), image=True),
     }
 
 
@@ -91,15 +93,11 @@ def run_preset(
     """
     start = time.monotonic()
     for title, part in PRESETS[name](tiny=tiny, compiled=compiled).items():
-        if time.monotonic() - start > 60 * minutes:
-            tables: Iterable[Table] = [_nothing(title, f"not started after {minutes:g} minutes")]
-        else:
-            tables = _guarded(title, part)
-        for table in tables:
+        late = time.monotonic() - start > 60 * minutes
+        missing = [_nothing(title, f"not started after {minutes:g} minutes")]
+        for table in missing if late else _guarded(title, part):
             record.add(table)
             yield table
-        gc.collect()
-        torch._dynamo.reset()
 
 
 def _guarded(title: str, part: Part) -> Iterator[Table]:
@@ -107,6 +105,9 @@ def _guarded(title: str, part: Part) -> Iterator[Table]:
         yield from part()
     except Exception as error:  # the parts that follow are measured all the same
         yield _nothing(title, reason(error))
+    finally:
+        torch._dynamo.reset()  # compiled code holds on to its model
+        gc.collect()
 
 
 def _nothing(title: str, failure: str) -> Table:
@@ -134,7 +135,7 @@ def _models(setting: Setting, *, profiled: bool = False) -> Iterator[Table]:
     model = load(setting)
     planning = planning_seconds(model, setting)
     for timed in models(model, setting):
-        yield compare(timed, setting, title=label(setting), planning=planning)
+        yield compare(timed, setting, title=setting.label, planning=planning)
     if profiled:
         for compiled in (False, True) if setting.compiled else (False,):
             yield profile_step(model, setting, MergeConfig(), compiled=compiled)
@@ -142,19 +143,9 @@ def _models(setting: Setting, *, profiled: bool = False) -> Iterator[Table]:
 
 def _blocks(setting: Setting) -> Iterator[Table]:
     for timed in blocks(load(setting), setting):
-        yield compare(timed, setting, title=label(setting))
+        yield compare(timed, setting, title=setting.label)
 
 
 def _images(setting: Setting) -> Iterator[Table]:
     timed, _ = images(setting)
-    yield compare(timed, setting, title=label(setting))
-
-
-def label(setting: Setting) -> str:
-    """A setting in words."""
-    depth = "" if setting.blocks is None else f", {setting.blocks[0]} + {setting.blocks[1]} blocks"
-    high, wide = setting.height, setting.width or setting.height
-    size = "own size" if high is None else f"{high} x {wide} pixels"
-    dtype = str(setting.dtype).removeprefix("torch.")
-    tiny = "tiny " if setting.tiny else ""
-    return f"{tiny}{setting.model}{depth}, {size}, batch {setting.batch}, {dtype}"
+    yield compare(timed, setting, title=setting.label)

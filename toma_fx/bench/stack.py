@@ -15,14 +15,26 @@ import diffusers
 from diffusers.models.attention_dispatch import attention_backend
 from torch import Tensor, nn
 
-from toma_fx.bench.contenders import COMPILED, EAGER, Setting, compile_blocks, twin
-from toma_fx.bench.image import Studio
+from toma_fx.bench.compare import compare
+from toma_fx.bench.contenders import (
+    COMPILED,
+    EAGER,
+    LOWER_BOUND,
+    Setting,
+    compile_blocks,
+    load,
+    twin,
+)
+from toma_fx.bench.image import Studio, studio
+from toma_fx.bench.levels import Timed
+from toma_fx.bench.record import Table
 from toma_fx.bench.timing import Contender
 from toma_fx.config import MergeConfig
 from toma_fx.errors import ConfigError
 from toma_fx.inputs import random_inputs
 from toma_fx.lab.compare import psnr
-from toma_fx.transform import transform
+from toma_fx.lab.variants import Merging
+from toma_fx.transform import model_of, transform
 
 MERGED = "merged"
 BACKENDS = ("native", "_native_flash", "_native_cudnn", "_native_efficient", "flash", "sage")
@@ -175,3 +187,29 @@ class Stack:
             norm = first.float().norm()
             return {k: float((v.float() - first.float()).norm() / norm) for k, v in rest.items()}
         return {key: psnr(value, first) for key, value in rest.items()}
+
+
+def stacked(setting: Setting, *, image: bool) -> Iterator[Table]:
+    """A table of every addition, for each ratio.
+
+    Args:
+        setting: its first variant that merges, the lower bound apart, is what additions are made
+            to.
+        image: draw whole images, and give their PSNR; otherwise one forward of the model, and the
+            relative error of its output.
+
+    Raises:
+        ConfigError: when no variant merges.
+    """
+    room = studio(setting) if image else None
+    model = load(setting) if room is None else model_of(room.pipeline)
+    merging = (v for v in setting.variants if isinstance(v, Merging) and v.name != LOWER_BOUND)
+    variant = next(merging, None)
+    if variant is None:
+        raise ConfigError("--stack needs a merging variant, such as --variants default")
+    for ratio in setting.ratios:
+        stack = Stack(model=model, setting=setting, config=variant.config(ratio), room=room)
+        what = "images" if image else "one forward"
+        timed = Timed(title=f"additions, {what}", contenders=stack.contenders())
+        key = "psnr" if image else "error"
+        yield compare(timed, setting, title=setting.label, extra={key: stack.distances})
