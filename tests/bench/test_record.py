@@ -24,6 +24,12 @@ def test_text_gives_reasons_and_leaves_empty_columns_out() -> None:
     assert "never" not in text
 
 
+def test_a_reason_is_given_once() -> None:
+    text = Table(title="", columns=COLUMNS, rows=[*ROWS, {**ROWS[1], "name": "c"}]).text()
+    assert text.count("RuntimeError") == 1
+    assert text.count("[1]") == 3
+
+
 def test_files_hold_everything_that_was_measured(tmp_path: Path) -> None:
     record = Record(command="toma-fx bench --tiny", folder=tmp_path / "new")
     record.add(TABLE)

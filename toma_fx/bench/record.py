@@ -50,8 +50,9 @@ class Table:
         for row in self.rows:
             values = [c.show(row[c.key]) if _present(row.get(c.key)) else "" for c in shown]
             if row.get("failure"):
-                failures.append(row["failure"])
-                values[-1] = f"[{len(failures)}]"
+                if row["failure"] not in failures:
+                    failures.append(row["failure"])
+                values[-1] = f"[{failures.index(row['failure']) + 1}]"
             cells.append(values)
         lines = [
             self.title,
