@@ -45,6 +45,14 @@ def compiled(how: Callable[..., Any]) -> Any:
     return model if result is None else result
 
 
+def patched() -> Any:
+    """A model of which one block runs what somebody gave it."""
+    model = copy.deepcopy(unet())
+    block = model.down_blocks[1].attentions[0].transformer_blocks[0]
+    block.forward = lambda hidden_states, *_, **__: hidden_states
+    return model
+
+
 def convolutions_only() -> UNet2DConditionModel:
     """A UNet without any attention."""
     return UNet2DConditionModel(
@@ -120,6 +128,11 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[TomaError], tuple[str, ...]]] 
         lambda: transform(Holder(transformer=nn.Linear(2, 2))),
         ModelError,
         ("Linear", "not a model that toma_fx knows", *KNOWN),
+    ),
+    "a forward of its own": (
+        lambda: transform(patched()),
+        ModelError,
+        ("down_blocks.1.attentions.0.transformer_blocks.0", "of its own", "del module.forward"),
     ),
     "compiled by torch": (
         lambda: transform(compiled(torch.compile)),

@@ -1,12 +1,11 @@
 """Whole images: pipelines are transformed in place, and every image is as on a fresh model."""
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, EulerDiscreteScheduler
+from diffusers import EulerDiscreteScheduler
 from torch import Tensor
 
 from tests.pipelines import PROMPT_TOKENS, tiny_flux_pipeline, tiny_sdxl_pipeline
@@ -69,38 +68,6 @@ def test_pipeline_is_transformed_in_place_and_restored(pipeline: Any, config: Me
     assert torch.equal(image(pipeline), untouched)
 
 
-def test_every_image_is_as_on_a_fresh_model(pipeline: Any, config: MergeConfig) -> None:
-    images: list[dict[str, Any]] = [
-        {},
-        {"seed": 1},
-        {"prompt": "a dog"},
-        {"height": 192, "width": 128},
-        {"num_images_per_prompt": 2},
-        {},
-    ]
-    used = transform(model_of(pipeline), config)
-    fresh = copy.deepcopy(used)
-    for options in images:
-        setattr(pipeline, part_of(pipeline), used)
-        in_a_row = image(pipeline, **options)
-        setattr(pipeline, part_of(pipeline), copy.deepcopy(fresh))
-        assert torch.equal(in_a_row, image(pipeline, **options))
-
-
-def test_image_that_was_broken_off_leaves_nothing_behind(pipeline: Any) -> None:
-    transform(pipeline, CONFIGS["scheduled"])
-    expected = image(pipeline)
-
-    def stop(pipe: DiffusionPipeline, step: int, *_: Any) -> Any:
-        if step == 1:
-            raise KeyboardInterrupt
-        return {}
-
-    with pytest.raises(KeyboardInterrupt):
-        image(pipeline, seed=1, callback_on_step_end=stop)
-    assert torch.equal(image(pipeline), expected)
-
-
 def denoise(*images: tuple[Any, int], steps: int = 6) -> list[Tensor]:
     """The latents of images, each of a model and a seed, that take turns step by step."""
     runs = []
@@ -134,27 +101,3 @@ def test_other_prompts_never_use_a_kept_plan() -> None:
     in_turns = denoise((scheduled, 0), (scheduled, 1))
     for latents, expected in zip(in_turns, denoise((stateless, 0), (stateless, 1)), strict=True):
         assert torch.equal(latents, expected)
-
-
-def test_saving_a_transformed_pipeline_saves_the_untouched_one(
-    pipeline: Any, tmp_path: Path
-) -> None:
-    original, untouched = model_of(pipeline), image(pipeline)
-    transform(pipeline, MergeConfig.preset("toma")).save_pretrained(tmp_path)
-    loaded = type(pipeline).from_pretrained(tmp_path)
-    loaded.set_progress_bar_config(disable=True)
-    assert type(model_of(loaded)) is type(original)
-    state = model_of(loaded).state_dict()
-    assert list(state) == list(original.state_dict())
-    assert all(torch.equal(state[name], t) for name, t in original.state_dict().items())
-    # Not bit-identical, because loaded tensors are aligned in another way than built ones.
-    torch.testing.assert_close(image(loaded), untouched)
-
-
-def test_loading_by_the_name_of_the_model(pipeline: Any, tmp_path: Path) -> None:
-    original = model_of(pipeline)
-    transform(original).save_pretrained(tmp_path)
-    loaded = type(original).from_pretrained(tmp_path)
-    assert type(loaded) is type(original)
-    for name, tensor in original.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], tensor)

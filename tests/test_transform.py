@@ -7,13 +7,9 @@ choice between equally good destinations can turn on rounding, and any differenc
 
 import copy
 import functools
-import os
 import pickle
 import random
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -243,20 +239,6 @@ def test_copies_are_independent_of_each_other(model: Any, preset: str) -> None:
             assert torch.equal(twin(**image[step]).sample, expected[step])
 
 
-def test_pickle_is_read_by_another_process(tmp_path: Path) -> None:
-    model = transform(build("flux"), MergeConfig.preset("toma"))
-    inputs = inputs_of(model)
-    file = tmp_path / "model.pickle"
-    file.write_bytes(pickle.dumps((model, inputs, model(**inputs).sample)))
-    code = (
-        "import pathlib, pickle, sys, torch\n"
-        "model, inputs, expected = pickle.loads(pathlib.Path(sys.argv[1]).read_bytes())\n"
-        "with torch.no_grad(): assert torch.equal(model(**inputs).sample, expected)\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, "-c", code, str(file)], env=environment, check=True)
-
-
 # Batches and sizes
 
 
@@ -372,32 +354,6 @@ def test_skip_takes_patterns(family: str, skip: tuple[str, ...], merged: list[st
 
 
 # What else diffusers does with the models
-
-
-def test_kontext_appends_the_tokens_of_a_reference_image() -> None:
-    model = build("flux", torch.float64)
-    image, reference = inputs_of(model), inputs_of(model, height=6, width=10, seed=1)
-    reference["img_ids"][:, 0] = 1
-    for name, dim in (("hidden_states", 1), ("img_ids", 0)):
-        image[name] = torch.cat([image[name], reference[name]], dim=dim)
-    untouched = model(**image).sample
-    for preset in ("default", "toma"):
-        lossless = transform(model, MergeConfig.preset(preset, **LOSSLESS))
-        assert difference(lossless(**image).sample, untouched) < 1e-6
-        merged = transform(model, MergeConfig.preset(preset))(**image).sample
-        assert merged.shape == untouched.shape == (2, 64 + 60, 16)
-        assert difference(merged, untouched) > 1e-2
-
-
-def test_fill_has_more_input_channels() -> None:
-    config = {k: v for k, v in build("flux").config.items() if not k.startswith("_")}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = FluxTransformer2DModel(**{**config, "in_channels": 40, "out_channels": 16}).double()
-    inputs = inputs_of(model)
-    untouched = model(**inputs).sample
-    assert untouched.shape == (2, 64, 16)
-    assert difference(transform(model, **LOSSLESS)(**inputs).sample, untouched) < 1e-6
 
 
 @pytest.mark.parametrize("region", ["tile", "stripe"])

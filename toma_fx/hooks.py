@@ -6,7 +6,7 @@ would say so. Hooks are therefore taken off the copy and put on again when its b
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from diffusers.hooks import HookRegistry
@@ -62,10 +62,24 @@ def copied_with_hooks(model: nn.Module) -> tuple[nn.Module, list[Attached]]:
     for module in copied.modules():
         hooks = list(_hooks(module))
         attached += [(module, name, hook) for name, hook in hooks]
-        vars(module).pop("_diffusers_hook", None)
-        if hooks:
-            del module.forward  # the closure; the class has the method
+        if vars(module).pop("_diffusers_hook", None) is not None:
+            # The closure, or what the last hook left when it was taken off: the original's method.
+            vars(module).pop("forward", None)
     return copied, attached
+
+
+def check_forwards(modules: Iterable[tuple[str, nn.Module]]) -> None:
+    """Refuse modules to be rewritten that run something else than their class's ``forward``.
+
+    Raises:
+        ModelError: when there is one.
+    """
+    for path, module in modules:
+        if "forward" in vars(module):
+            raise ModelError(
+                f"{path or 'the model'} has a forward of its own, {vars(module)['forward']!r:.80}, "
+                "which would run in place of the merged one; take it off: del module.forward"
+            )
 
 
 def attach_hooks(attached: list[Attached]) -> None:

@@ -19,7 +19,7 @@ from toma_fx.captured import transform_captured
 from toma_fx.config import MergeConfig, build_config
 from toma_fx.errors import ConfigError, ModelError
 from toma_fx.families import Block, Family, example_inputs, family_of, leaf_value
-from toma_fx.hooks import attach_hooks, check_caches, check_hooks, copied_with_hooks
+from toma_fx.hooks import attach_hooks, check_caches, check_forwards, check_hooks, copied_with_hooks
 from toma_fx.models import Rewrite
 from toma_fx.passes.capture import capture_block
 from toma_fx.passes.cleanup import Cleanup
@@ -175,6 +175,7 @@ def rewritten(model: nn.Module, config: MergeConfig, speedup: float | None = Non
     family = family_of(model)
     copied, hooks = copied_with_hooks(model)
     blocks = {path: (block, row) for path, block, row in _blocks(copied, family)}
+    check_forwards([("", copied), *((path, block) for path, (block, _) in blocks.items())])
     skipped = _skipped(list(blocks), config, family)
     merging = [path for path in blocks if path not in skipped]
     if config.ratio > 0 and not merging:

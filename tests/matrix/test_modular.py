@@ -7,13 +7,18 @@ import torch
 from diffusers import (
     AdaptiveProjectedGuidance,
     ClassifierFreeGuidance,
+    PerturbedAttentionGuidance,
+    SkipLayerGuidance,
 )
+from diffusers.hooks import LayerSkipConfig
 from diffusers.modular_pipelines import FluxAutoBlocks, StableDiffusionXLAutoBlocks
 from torch import Tensor
 
-from tests.matrix.frame import Cell, row
+from tests.matrix.frame import Cell, difference, row
 from tests.matrix.pictures import check, pipeline
 from tests.pipelines import PROMPT_TOKENS
+from toma_fx import MergeConfig, restore, transform
+from toma_fx.errors import InputError
 
 # diffusers' Euler scheduler hands a tensor to NumPy in a way that NumPy 2 is about to change.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -54,7 +59,6 @@ def test_modular(cell: Cell) -> None:
     check(cell, modular(cell.family), draw)
 
 
-LAYERS = {"indices": [0], "fqn": "mid_block.attentions.0.transformer_blocks"}
 GUIDERS = {
     "classifier-free": lambda: ClassifierFreeGuidance(guidance_scale=3.0),
     "adaptive projected": lambda: AdaptiveProjectedGuidance(guidance_scale=3.0),
@@ -65,3 +69,46 @@ GUIDERS = {
 @row("Guider: {guider}", section=SECTION, families=("sdxl",))
 def test_guiders(cell: Cell, guider: str) -> None:
     check(cell, modular("sdxl", guider=GUIDERS[guider]()), draw)
+
+
+def layer(index: int, **parts: bool) -> LayerSkipConfig:
+    """One of the two blocks of a group."""
+    fqn = "mid_block.attentions.0.transformer_blocks"
+    return LayerSkipConfig(indices=[index], fqn=fqn, **parts)
+
+
+LAYER_GUIDERS = {
+    "perturbed attention": lambda index: PerturbedAttentionGuidance(
+        guidance_scale=3.0,
+        perturbed_guidance_stop=1.0,
+        perturbed_guidance_config=layer(
+            index, skip_attention=False, skip_ff=False, skip_attention_scores=True
+        ),
+    ),
+    "skip layer": lambda index: SkipLayerGuidance(
+        guidance_scale=3.0, skip_layer_guidance_stop=1.0, skip_layer_config=layer(index)
+    ),
+}
+EAGER = "as diffusers has it: it puts hooks on the blocks and takes them off at every step"
+
+
+@pytest.mark.parametrize("guider", LAYER_GUIDERS)
+@row("Guider: {guider}", section=SECTION, families=("sdxl",), modes=("eager",), note=EAGER)
+def test_layer_guiders(cell: Cell, guider: str) -> None:
+    pipe = modular("sdxl", guider=LAYER_GUIDERS[guider](1))
+    check(cell, pipe, draw)
+    plain = modular("sdxl", guider=GUIDERS["classifier-free"]())
+    assert difference(draw(pipe, 0), draw(plain, 0)) > 1e-2
+
+
+@row(
+    "Guider: skip layer, of a group's first block",
+    section=SECTION,
+    families=("sdxl",),
+    modes=("eager",),
+)
+def test_skipped_leader(cell: Cell) -> None:
+    pipe = transform(modular("sdxl", guider=LAYER_GUIDERS["skip layer"](0)))
+    with cell.refuses(InputError, match="transform with share='block'"):
+        draw(pipe, 0)
+    check(cell, restore(pipe), draw, MergeConfig(share="block"))
