@@ -143,7 +143,7 @@ def test_copied(cell: Cell, config: MergeConfig) -> None:
     cell.agree(output(cell.apply(model)), expected)
 
 
-@row("Pickling, and reading it in another process", section=SECTION, modes=("eager",))
+@row("Pickling, and reading it in another process", section=SECTION, modes=("eager",), quick=())
 @EITHER
 def test_pickled(cell: Cell, config: MergeConfig, tmp_path: Path) -> None:
     model = transform(untouched(cell.family), config)

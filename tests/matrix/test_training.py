@@ -7,13 +7,16 @@ import torch
 from peft import LoraConfig
 
 from tests.matrix.frame import TOLERANCE, Cell, difference, row
-from tests.matrix.pictures import SCHEDULED, STATELESS
 from tests.tiny import flux_inputs, tiny_flux, tiny_sdxl_unet, unet_inputs
 from toma_fx import MergeConfig, transform
 from toma_fx.errors import InputError
 
+PRESETS = ("default", "toma")
+
 pytestmark = [
-    pytest.mark.parametrize("config", [STATELESS, SCHEDULED], ids=["stateless", "scheduled"]),
+    pytest.mark.parametrize(
+        "config", [STATELESS, MergeConfig.preset("toma")], ids=["default", "toma"]
+    ),
     # Of a version check in what diffusers calls to checkpoint a block.
     pytest.mark.filterwarnings("ignore:Dynamo detected a call to a .functools.lru_cache"),
     # Dynamo looks for one on every tensor that a compiled block is given in a container.
