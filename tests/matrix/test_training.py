@@ -14,7 +14,7 @@ from toma_fx.errors import InputError
 PRESETS = ("default", "toma")
 
 pytestmark = [
-    pytest.mark.parametrize("config", map(MergeConfig.preset, PRESETS), ids=PRESETS),
+    pytest.mark.parametrize("config", [MergeConfig.preset(n) for n in PRESETS], ids=PRESETS),
     # Of a version check in what diffusers calls to checkpoint a block.
     pytest.mark.filterwarnings("ignore:Dynamo detected a call to a .functools.lru_cache"),
     # Dynamo looks for one on every tensor that a compiled block is given in a container.
