@@ -31,6 +31,7 @@ that place the destinations' rows, ``(B, P + M, D)``, stand in, and their batch 
 """
 
 import sys
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -58,8 +59,12 @@ class CapturedBlock:
     """Whether text tokens go through the block beside the image tokens."""
     text_first: bool = False
     """Whether it reads them before the image tokens, and joins both in one sequence."""
+    group: Hashable = ""
+    """The blocks that share a plan."""
     leads: bool = True
-    """Whether it makes a plan; the other blocks use the last one made."""
+    """Whether it makes a plan; the other blocks of its group use the last one made."""
+    options: PlanOptions = field(default_factory=PlanOptions)
+    """How its plan is made."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,6 @@ class MergeCaptured(Pass):
     blocks: tuple[CapturedBlock, ...]
     """In the order of the graph."""
     borders: tuple[Border, ...] = ()
-    options: PlanOptions = field(default_factory=PlanOptions)
     residual: str = "replace"
     """``"keep"``: add only a part's update, spread, to what went into it."""
 
@@ -96,11 +100,12 @@ class MergeCaptured(Pass):
         captured = CapturedGraph(gm)
         for border in self.borders:
             order_tokens(captured, border)
-        plan, changed = None, 0
+        plans: dict[Hashable, _Plan] = {}
+        changed = 0
         for block in self.blocks:
-            plan = None if block.leads else plan
+            plan = None if block.leads else plans[block.group]
             for site in _in_order(captured, block):
-                plan = self._merge(captured, block, site, plan)
+                plans[block.group] = plan = self._merge(captured, block, site, plan)
                 changed += 1
         captured.refresh()
         return changed
@@ -117,7 +122,7 @@ class MergeCaptured(Pass):
         if innermost(first) != block.path and captured.inputs(innermost(first), 3) != [tokens]:
             raise refused(first, "its layer is called several times in this graph")
         with captured.inserting_before(first, serving=first):
-            nodes = plan.nodes if plan else self._insert_plan(captured.graph, tokens, image)
+            nodes = plan.nodes if plan else _insert_plan(captured.graph, tokens, image, block)
             args = (tokens, nodes.merge_weight)
             merged = call(captured.graph, toma.merge.default, args, "merged")
         plan = plan or _made(nodes, image)
@@ -142,13 +147,6 @@ class MergeCaptured(Pass):
             raise refused(merged, f"no tokens like its own leave {block.path}")
         return plan
 
-    def _insert_plan(self, graph: fx.Graph, tokens: fx.Node, image: int) -> PlanNodes:
-        text = tokens.meta["val"].shape[1] - image
-        if text:
-            args = (tokens, 1, text, sys.maxsize)
-            tokens = call(graph, aten.slice.Tensor, args, "image_tokens")
-        return insert_plan(graph, tokens, self.options, TokenFlow(), at_site=False)
-
     def _unmerge(
         self,
         captured: CapturedGraph,
@@ -169,6 +167,14 @@ class MergeCaptured(Pass):
                 back = call(graph, aten.add.Tensor, (tokens, back))
         for user in users:
             user.replace_input_with(node, back)
+
+
+def _insert_plan(graph: fx.Graph, tokens: fx.Node, image: int, block: CapturedBlock) -> PlanNodes:
+    text = tokens.meta["val"].shape[1] - image
+    if text:
+        args = (tokens, 1, text, sys.maxsize)
+        tokens = call(graph, aten.slice.Tensor, args, "image_tokens")
+    return insert_plan(graph, tokens, block.options, TokenFlow(), at_site=False)
 
 
 def _join(path: str, name: str) -> str:

@@ -88,4 +88,4 @@ def test_tokens_after_is_what_a_block_gets() -> None:
     inputs = flux_inputs(model, height=13, width=9, text=6)
     with torch.no_grad():
         model(**inputs)
-    assert seen == [6 + tokens_after(13 * 9, MergeConfig(ratio=0.3, region_tokens=10))]
+    assert seen == [6 + tokens_after(13 * 9, MergeConfig(region_tokens=10), ratio=0.3)]

@@ -5,7 +5,7 @@ rewrites the whole graph; see `toma_fx.passes.merge_captured`.
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, get_args
 
 from torch import fx
@@ -17,20 +17,15 @@ from toma_fx.families import FAMILIES, FLUX, Block, Family
 from toma_fx.passes.captured import module_stack, qualified_name
 from toma_fx.passes.merge_captured import CapturedBlock, MergeCaptured
 from toma_fx.passes.order_captured import Border
-from toma_fx.passes.plan_nodes import PlanOptions
 from toma_fx.passes.sites import Site, choose
+from toma_fx.treatment import plan_options, treatments
 
 Captured = fx.GraphModule | ExportedProgram
-
-Skipped = Callable[[list[str], MergeConfig, Family], Mapping[str, str]]
-"""Which of the block paths to leave unmerged, each with the reason."""
 
 _WHOLE = Site(components=get_args(Component), enter=("",), leave="")
 
 
-def transform_captured(
-    captured: Captured, config: MergeConfig, options: PlanOptions, skipped: Skipped
-) -> Any:
+def transform_captured(captured: Captured, config: MergeConfig) -> Any:
     """A captured model with merged tokens, of the same kind; the given one stays as it was.
 
     Args:
@@ -39,8 +34,6 @@ def transform_captured(
             examples, and so are those of the result.
         config: what to do; its schedule must be 1/1, since a graph has no place for a plan that
             outlives a call.
-        options: how plans are made, from ``config``.
-        skipped: which blocks to leave unmerged.
 
     Raises:
         ModelError: when there is nothing to merge, or merging is in it already.
@@ -64,9 +57,9 @@ def transform_captured(
             f"the layers of this program of dialect {program.dialect} were taken apart; transform "
             "what torch.export.export returns, and run_decompositions() after that"
         )
-    merging = _pass(gm, config, options, skipped)
+    merging = _pass(gm, config)
     gm = copy.deepcopy(gm, {id(t): t for t in [*gm.parameters(), *gm.buffers()]})
-    if config.ratio > 0:
+    if merging.blocks:
         merging.apply(gm)
         gm.graph.eliminate_dead_code()
         gm.graph.lint()
@@ -92,9 +85,7 @@ def _program(program: ExportedProgram, gm: fx.GraphModule) -> ExportedProgram:
     )
 
 
-def _pass(
-    gm: fx.GraphModule, config: MergeConfig, options: PlanOptions, skipped: Skipped
-) -> MergeCaptured:
+def _pass(gm: fx.GraphModule, config: MergeConfig) -> MergeCaptured:
     if any(getattr(node.target, "namespace", None) == "toma" for node in gm.graph.nodes):
         raise ModelError("this graph merges tokens already; transform the graph it was made from")
     rows = {qualified_name(row.cls): (row, family) for family in FAMILIES for row in family.blocks}
@@ -111,14 +102,10 @@ def _pass(
     root = next((p for p, cls in classes.items() if cls == qualified_name(family.cls)), "")
     root = f"{root}." if root else ""
     paths = [path.removeprefix(root) for path in blocks]
-    left_out = skipped(paths, config, family)
-    merging = [path for path in paths if path not in left_out]
-    if config.ratio > 0 and not merging:
-        reasons = "; ".join(sorted(set(left_out.values())))
-        raise ModelError(f"nothing to merge in this graph: {reasons}. Pass skip=() to merge all")
-    leaders = {_parent(path): path for path in reversed(merging)}
+    treated = treatments(paths, config, family.spared, "graph")
+    merging = {path: each for path, each in treated.items() if each.role is not None}
     found = []
-    for path in merging:
+    for path, treatment in merging.items():
         row, _ = blocks[root + path]
         found.append(
             CapturedBlock(
@@ -126,14 +113,15 @@ def _pass(
                 sites=_sites(row, root + path, config, classes),
                 text=row.text is not None,
                 text_first=row.text_first,
-                leads=config.share == "block" or leaders[_parent(path)] == path,
+                group=treatment.group,
+                leads=treatment.role != "follow",
+                options=plan_options(config, treatment.ratio),
             )
         )
     tile = config.region == "tile"
     return MergeCaptured(
         blocks=tuple(found),
-        borders=_borders(list(blocks), merging, root, family, classes) if tile else (),
-        options=options,
+        borders=_borders(list(blocks), list(merging), root, family, classes) if tile else (),
         residual=config.residual if config.placement == "block" else "replace",
     )
 

@@ -4,6 +4,7 @@
 (ICML 2025, arXiv 2509.10918). "Own measurement" refers to the ablation in ``docs/measured.md``.
 """
 
+import fnmatch
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
@@ -30,6 +31,13 @@ def _check_choice(name: str, value: object, choices: tuple[Any, ...]) -> None:
 
 def _number(value: object) -> float:
     return value if isinstance(value, int | float) else math.nan
+
+
+def _check_ratio(given: str, ratio: object) -> None:
+    if isinstance(ratio, bool) or not 0 <= _number(ratio) < 1:
+        raise ConfigError(
+            f"{given} must be a number in [0, 1): the share of tokens merged away, such as 0.5"
+        )
 
 
 def _check_count(name: str, value: object) -> None:
@@ -82,6 +90,11 @@ class MergeConfig:
     """Share of the tokens of a region that is merged away, in [0, 1). 0 leaves the model as it
     is, bit for bit. 0.25 to 0.5 is where images stay close; at 0.75 the paper's FID doubles
     (Table 8)."""
+    block_ratios: tuple[tuple[str, float], ...] = ()
+    """Blocks with a ratio of their own, 0 for none: ``{"up_blocks.1.*": 0.25}``, a dictionary from
+    `fnmatch` patterns on their module paths, of which the first that fits counts. Blocks of one
+    group but of different ratios have a plan for each ratio. `toma_fx.allot` finds the ratios
+    that change an image least at the arithmetic of a uniform one."""
     components: tuple[Component, ...] = get_args(Component)
     """The parts of a block that run on merged tokens. The paper merges all three (section 4);
     self-attention alone is only about 15 % of SDXL's transformer arithmetic. With
@@ -135,11 +148,8 @@ class MergeConfig:
     on the UNet, the paper's first 5 double-stream and first 5 single-stream blocks on Flux."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.ratio, bool) or not 0 <= _number(self.ratio) < 1:
-            raise ConfigError(
-                f"ratio={self.ratio!r} must be a number in [0, 1): the share of tokens merged "
-                "away, such as 0.5"
-            )
+        _check_ratio(f"ratio={self.ratio!r}", self.ratio)
+        self._check_block_ratios()
         if not isinstance(self.components, tuple | list | set | frozenset) or not self.components:
             raise ConfigError(
                 f"components={self.components!r} must be a tuple with at least one of "
@@ -170,6 +180,29 @@ class MergeConfig:
         if self.skip is not None:
             self._check_skip()
         self._check_combinations()
+
+    @property
+    def merges(self) -> bool:
+        """Whether any block may merge."""
+        return self.ratio > 0 or any(ratio > 0 for _, ratio in self.block_ratios)
+
+    def ratio_of(self, path: str) -> float:
+        """The ratio of a block, by its module path."""
+        own = (r for pattern, r in self.block_ratios if fnmatch.fnmatchcase(path, pattern))
+        return next(own, self.ratio)
+
+    def _check_block_ratios(self) -> None:
+        given = self.block_ratios
+        try:
+            pairs = tuple((str(p), r) for p, r in dict(given).items())
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"block_ratios={given!r} must be a dictionary from patterns of block paths to "
+                'ratios, such as {"up_blocks.1.*": 0.25}'
+            ) from error
+        for pattern, ratio in pairs:
+            _check_ratio(f"block_ratios[{pattern!r}]={ratio!r}", ratio)
+        object.__setattr__(self, "block_ratios", pairs)
 
     def _check_skip(self) -> None:
         given = self.skip

@@ -21,6 +21,7 @@ from toma_fx.errors import InputError, ModelError
 from toma_fx.hooks import check_caches
 from toma_fx.runtime.plan import SCOPE, PlanScope, own_scope
 from toma_fx.runtime.schedule import DenoisingClock, make_slots
+from toma_fx.treatment import Treatment
 
 toma = torch.ops.toma
 
@@ -32,16 +33,24 @@ class Rewrite:
     Attributes:
         config: the options.
         original: the untouched model, which shares every tensor with the transformed one.
-        skipped: block path to the reason why it was left unmerged.
-        merged: block path to the components that run on merged tokens.
+        treatments: what happened to each block, by its path.
         speedup: what the ratio was chosen for, when it was not given.
     """
 
     config: MergeConfig
     original: nn.Module = field(repr=False)
-    skipped: Mapping[str, str]
-    merged: Mapping[str, tuple[str, ...]]
+    treatments: Mapping[str, Treatment]
     speedup: float | None = None
+
+    @property
+    def merged(self) -> dict[str, Treatment]:
+        """Those of the blocks that merge."""
+        return {path: each for path, each in self.treatments.items() if each.role is not None}
+
+    @property
+    def skipped(self) -> dict[str, Treatment]:
+        """Those of the blocks that were left unmerged."""
+        return {path: each for path, each in self.treatments.items() if each.role is None}
 
     def __deepcopy__(self, memo: object) -> "Rewrite":
         return self  # a copy of the transformed model has the same original

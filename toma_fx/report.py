@@ -1,7 +1,7 @@
 """What was rewritten, what it saves, and what was left alone and why."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -12,8 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from toma_fx.config import MergeConfig
 from toma_fx.inputs import random_inputs, weightless
-from toma_fx.runtime.regions import WHOLE_IMAGE, kept_tokens, region_size
+from toma_fx.models import Rewrite
+from toma_fx.runtime.regions import kept_tokens, region_size
 from toma_fx.transform import model_of, rewrite_of
+from toma_fx.treatment import Treatment, plan_options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +80,7 @@ class Report:
         rows.append(("whole model", blocks, "", "", whole, f"{self.saved:.1%}"))
         headers = ("group", "blocks", "merged", "image tokens", "arithmetic, TFLOP", "saved")
         return (
-            f"{self.model}, {self.image}, ratio {self.config.ratio}\n"
+            f"{self.model}, {self.image}, ratio {_ratios(self.config)}\n"
             f"{tabulate(rows, headers, disable_numparse=True)}\n"
             f"plan: {_plan(self.config)}" + self._prediction()
         )
@@ -108,22 +110,24 @@ def report(
     """
     model = model_of(model)
     rewrite = rewrite_of(model)
-    paths = [*rewrite.merged, *rewrite.skipped]
+    paths = list(rewrite.treatments)
     tokens, before, flops_before = _count(rewrite.original, paths, height, width, batch)
     _, after, flops_after = _count(model, paths, height, width, batch)
     shape = random_inputs(weightless(model), height=height, width=width, batch=batch)
     image = shape["sample"] if "sample" in shape else shape["hidden_states"]
     groups = []
-    for (parent, merged, skipped), members in _alike(model, rewrite):
+    for parent, treatment, members in _alike(model, rewrite):
         kept = sum(tokens[path] for path in members[:1])
         groups.append(
             GroupReport(
                 path=parent,
                 blocks=(int(members[0].rpartition(".")[2]), int(members[-1].rpartition(".")[2])),
-                merged=merged,
-                skipped=skipped,
+                merged=treatment.components,
+                skipped=treatment.skipped,
                 tokens_before=kept,
-                tokens_after=tokens_after(kept, rewrite.config) if merged else kept,
+                tokens_after=tokens_after(kept, rewrite.config, treatment.ratio)
+                if treatment.role
+                else kept,
                 flops_before=sum(before[path] for path in members),
                 flops_after=sum(after[path] for path in members),
             )
@@ -139,21 +143,22 @@ def report(
     )
 
 
-def tokens_after(tokens: int, config: MergeConfig) -> int:
-    """Image tokens that are left of ``tokens`` when a model with ``config`` merges them."""
-    size = region_size(tokens, WHOLE_IMAGE if config.region == "image" else config.region_tokens)
-    return tokens // size * kept_tokens(size, config.ratio)
+def tokens_after(tokens: int, config: MergeConfig, ratio: float) -> int:
+    """Image tokens that are left of ``tokens`` in a block that merges with a ratio."""
+    size = region_size(tokens, plan_options(config, ratio).region_tokens)
+    return tokens // size * kept_tokens(size, ratio)
 
 
-def _alike(model: nn.Module, rewrite: Any) -> Iterator[tuple[Any, list[str]]]:
-    def treatment(path: str) -> tuple[str, tuple[str, ...], str]:
-        merged = rewrite.merged.get(path, ())
-        return path.rpartition(".")[0], merged, rewrite.skipped.get(path, "")
+def _alike(model: nn.Module, rewrite: Rewrite) -> Iterator[tuple[str, Treatment, list[str]]]:
+    """Consecutive blocks of a list that were treated alike, and the list's path."""
 
-    known = rewrite.merged.keys() | rewrite.skipped.keys()
-    in_order = [path for path, _ in model.named_modules() if path in known]
-    for key, members in groupby(in_order, treatment):
-        yield key, list(members)
+    def treatment(path: str) -> tuple[str, Treatment]:
+        return path.rpartition(".")[0], replace(rewrite.treatments[path], role=None)
+
+    in_order = [path for path, _ in model.named_modules() if path in rewrite.treatments]
+    for (parent, _), members in groupby(in_order, treatment):
+        paths = list(members)
+        yield parent, rewrite.treatments[paths[0]], paths
 
 
 def _count(
@@ -180,6 +185,11 @@ def _count(
         {path: sum(counts[f"{root}.{path}"].values()) for path in paths},
         counter.get_total_flops(),
     )
+
+
+def _ratios(config: MergeConfig) -> str:
+    own = "".join(f", {ratio:g} in {pattern}" for pattern, ratio in config.block_ratios)
+    return f"{config.ratio}{own}"
 
 
 def _plan(config: MergeConfig) -> str:

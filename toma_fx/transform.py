@@ -4,12 +4,11 @@ A copy of the model shares every tensor with the original. The graph of each tra
 captured, rewritten by passes, and installed as the block's forward.
 """
 
-import fnmatch
 import logging
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
-from typing import Any, Literal, TypeVar
+from dataclasses import asdict, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
@@ -28,17 +27,15 @@ from toma_fx.passes.install import install
 from toma_fx.passes.merge_components import MergeComponents
 from toma_fx.passes.merge_once import MergeOnce
 from toma_fx.passes.pipeline import Pass, run_passes
-from toma_fx.passes.plan_nodes import PlanOptions, TokenFlow
+from toma_fx.passes.plan_nodes import TokenFlow
 from toma_fx.passes.share_plan import SharePlan
 from toma_fx.passes.sites import SITES, FindSites
-from toma_fx.runtime.regions import WHOLE_IMAGE
 from toma_fx.runtime.schedule import DenoisingClock, PlanMemory
+from toma_fx.treatment import Treatment, plan_options, treatments
 
 Model = TypeVar("Model")
 
 logger = logging.getLogger(__name__)
-
-Role = Literal["alone", "lead", "follow"]
 
 PIPELINE_PARTS = ("unet", "transformer")
 """Names under which a pipeline holds its denoising model."""
@@ -100,7 +97,7 @@ def transform(
             raise ModelError(
                 f"speedup={speedup!r} is for diffusers models; give a captured graph a ratio"
             )
-        return transform_captured(model, config, plan_options(config), _skipped)  # type: ignore[no-any-return]
+        return transform_captured(model, config)  # type: ignore[no-any-return]
     if isinstance(model, nn.Module):
         return _transform_model(model, config, speedup)  # type: ignore[return-value]
     part = _pipeline_part(model)
@@ -176,70 +173,70 @@ def rewritten(model: nn.Module, config: MergeConfig, speedup: float | None = Non
     copied, hooks = copied_with_hooks(model)
     blocks = {path: (block, row) for path, block, row in _blocks(copied, family)}
     check_forwards([("", copied), *((path, block) for path, (block, _) in blocks.items())])
-    skipped = _skipped(list(blocks), config, family)
-    merging = [path for path in blocks if path not in skipped]
-    if config.ratio > 0 and not merging:
-        reasons = "; ".join(sorted(set(skipped.values()))) or "the model has no transformer block"
-        raise ModelError(
-            f"nothing to merge in this {type(model).__name__}: {reasons}. Pass skip=() to merge all"
-        )
-    leaders = set(_leaders(merging))
-    merged = {}
+    treated = treatments(list(blocks), config, family.spared, type(model).__name__)
     graphs: dict[Any, fx.GraphModule] = {}
 
-    def graph(block: nn.Module, row: Block, role: Role | None) -> fx.GraphModule:
-        key = _structure(block), role
+    def graph(block: nn.Module, row: Block, treatment: Treatment | None) -> fx.GraphModule:
+        done = treatment and (treatment.role, treatment.ratio)
+        key = _structure(block), done
         if key not in graphs:
-            graphs[key] = rewritten_graph(block, row, config, role)
+            graphs[key] = rewritten_graph(block, row, config, treatment)
         return graphs[key]
 
-    for path, (block, row) in blocks.items():
-        role = None if path in skipped else _role(path, leaders, config)
-        gm = graph(block, row, role)
-        rests = role is not None and config.merge_below < 1
+    for path, treatment in treated.items():
+        block, row = blocks[path]
+        if treatment.role is None:
+            install(block, graph(block, row, None), attention_kwargs=row.attention_kwargs)
+            continue
+        gm = graph(block, row, treatment)
+        follows = replace(treatment, role="follow")
         install(
             block,
             gm,
-            follower=graph(block, row, "follow") if role == "lead" else None,
-            untouched=graph(block, row, None) if rests else None,
+            follower=graph(block, row, follows) if treatment.role == "lead" else None,
+            untouched=graph(block, row, None) if config.merge_below < 1 else None,
             attention_kwargs=row.attention_kwargs,
         )
-        if role is not None:
-            merged[path] = _components(gm, config)
-    rewrite = Rewrite(config, model, skipped, merged, speedup)
+        treated[path] = replace(treatment, components=_components(gm, config))
+    rewrite = Rewrite(config, model, treated, speedup)
     _install_borders(copied, family, rewrite)
     attach_hooks(hooks)
     check_caches(copied)
     return copied
 
 
+_ROLES = {
+    "alone": "plans for itself",
+    "lead": "plans for its group",
+    "follow": "uses the plan of its group",
+}
+
+
 def _log(rewrite: Rewrite) -> None:
     merged, skipped = rewrite.merged, rewrite.skipped
-    leaders = set(_leaders(list(merged)))
     logger.info(
         "transformed %s: %d of %d blocks merge tokens, in %d groups; %s",
         type(rewrite.original).__name__,
         len(merged),
-        len(merged) + len(skipped),
-        len(leaders),
+        len(rewrite.treatments),
+        len({treatment.group for treatment in merged.values()}),
         rewrite.config,
     )
-    for reason, count in Counter(skipped.values()).items():
+    for reason, count in Counter(treatment.skipped for treatment in skipped.values()).items():
         logger.info("left %d blocks unmerged: %s", count, reason)
-    for path, components in merged.items():
-        role = "plans for its group" if path in leaders else "uses the plan of its group"
-        role = "plans for itself" if rewrite.config.share == "block" else role
-        logger.debug("%s merges around %s and %s", path, ", ".join(components), role)
-    for path, reason in skipped.items():
-        logger.debug("%s is left unmerged: %s", path, reason)
+    for path, treatment in merged.items():
+        around, role = ", ".join(treatment.components), _ROLES[treatment.role or ""]
+        logger.debug("%s merges around %s and %s", path, around, role)
+    for path, treatment in skipped.items():
+        logger.debug("%s is left unmerged: %s", path, treatment.skipped)
 
 
 def rewritten_graph(
-    block: nn.Module, row: Block, config: MergeConfig, role: Role | None
+    block: nn.Module, row: Block, config: MergeConfig, treatment: Treatment | None
 ) -> fx.GraphModule:
-    """The graph of a block: as captured, or with merge and unmerge nodes when it has a role."""
+    """The graph of a block: as captured, or with merge and unmerge nodes as its treatment says."""
     gm = capture_block(block, example_inputs(row, block), row.attention_kwargs, leaf_value)
-    return gm if role is None else run_passes(gm, passes_for(row, config, role))
+    return gm if treatment is None else run_passes(gm, passes_for(row, config, treatment))
 
 
 def block_graphs(
@@ -248,31 +245,30 @@ def block_graphs(
     """Path of each block to be merged, its graph as captured, and as rewritten; for looking at."""
     family = family_of(model)
     blocks = {path: (block, row) for path, block, row in _blocks(model, family)}
-    skipped = _skipped(list(blocks), config, family)
-    merging = [path for path in blocks if path not in skipped]
-    leaders = set(_leaders(merging))
-    for path in merging:
-        block, row = blocks[path]
-        role = _role(path, leaders, config)
-        yield (
-            path,
-            rewritten_graph(block, row, config, None),
-            rewritten_graph(block, row, config, role),
-        )
+    treated = treatments(list(blocks), config, family.spared, type(model).__name__)
+    for path, treatment in treated.items():
+        if treatment.role is not None:
+            block, row = blocks[path]
+            yield (
+                path,
+                rewritten_graph(block, row, config, None),
+                rewritten_graph(block, row, config, treatment),
+            )
 
 
-def passes_for(row: Block, config: MergeConfig, role: Role) -> tuple[Pass, ...]:
+def passes_for(row: Block, config: MergeConfig, treatment: Treatment) -> tuple[Pass, ...]:
     """The passes that turn the captured graph of a block into its merged one.
 
     Args:
         row: the block's row in the table of block structures.
         config: the options.
-        role: whether the block makes its group's plan, follows it, or makes one for itself alone.
+        treatment: its ratio, and whether it makes its group's plan, follows it, or makes one for
+            itself alone.
     """
-    plan = plan_options(config)
+    plan = plan_options(config, treatment.ratio)
     flow = TokenFlow(output=row.output, text=row.text, text_first=row.text_first, rotary=row.rotary)
     memory = None
-    if role == "lead" and not config.schedule.stateless and config.selector != "fixed":
+    if treatment.role == "lead" and not config.schedule.stateless and config.selector != "fixed":
         memory = PlanMemory(
             **asdict(plan),
             select_every=config.schedule.select_every,
@@ -287,24 +283,18 @@ def passes_for(row: Block, config: MergeConfig, role: Role) -> tuple[Pass, ...]:
         GuardInputs(components=config.components, masks=row.masks),
         SharePlan(
             attention_kwargs=row.attention_kwargs,
-            blocks=row.cls.__name__,
-            role=role,
+            blocks=_plan_name(row, config, treatment),
+            role=treatment.role or "alone",
             memory=memory,
         ),
         Cleanup(),
     )
 
 
-def plan_options(config: MergeConfig) -> PlanOptions:
-    """How plans are made under a configuration."""
-    return PlanOptions(
-        region_tokens=WHOLE_IMAGE if config.region == "image" else config.region_tokens,
-        ratio=config.ratio,
-        selector=config.selector,
-        temperature=config.temperature,
-        merge_over=config.merge_over,
-        unmerge=config.unmerge,
-    )
+def _plan_name(row: Block, config: MergeConfig, treatment: Treatment) -> str:
+    """Under which the blocks of a group find their plan: blocks of a class, and of a ratio."""
+    name = row.cls.__name__
+    return f"{name}, ratio {treatment.ratio:g}" if config.block_ratios else name
 
 
 def _check_model(model: nn.Module) -> None:
@@ -336,45 +326,6 @@ def _blocks(model: nn.Module, family: Family) -> Iterator[tuple[str, nn.Module, 
                 yield path, module, row
 
 
-def _skipped(paths: list[str], config: MergeConfig, family: Family) -> dict[str, str]:
-    """The blocks to leave unmerged, each with the reason."""
-    if config.ratio == 0:
-        return dict.fromkeys(paths, "ratio is 0")
-    if config.skip is not None:
-        unused = [p for p in config.skip if not fnmatch.filter(paths, p)]
-        if unused:
-            raise ModelError(
-                f"skip={unused!r} matches no block; block paths look like {paths[0]!r}"
-            )
-        return {
-            path: f"skip={pattern!r}"
-            for pattern in config.skip
-            for path in fnmatch.filter(paths, pattern)
-        }
-    skipped = {}
-    for parent, (first, of) in family.spared.items():
-        siblings = [path for path in paths if path.rpartition(".")[0] == parent]
-        for path in siblings[: len(siblings) * first // of]:
-            skipped[path] = "spared by default, as in the paper"
-    return skipped
-
-
-def _leaders(merging: list[str]) -> Iterator[str]:
-    """The first merged block of each group: the merged blocks of one module list."""
-    groups = set()
-    for path in merging:
-        group = path.rpartition(".")[0]
-        if group not in groups:
-            groups.add(group)
-            yield path
-
-
-def _role(path: str, leaders: set[str], config: MergeConfig) -> Role:
-    if config.share == "block":
-        return "alone"
-    return "lead" if path in leaders else "follow"
-
-
 def _structure(block: nn.Module) -> Any:
     """What decides the graph of a block: the classes in it and its plain attributes."""
     plain = str | int | float | bool | None
@@ -393,7 +344,7 @@ def _components(gm: fx.GraphModule, config: MergeConfig) -> tuple[str, ...]:
 
 def _install_borders(model: nn.Module, family: Family, rewrite: Rewrite) -> None:
     model._toma = rewrite  # type: ignore[assignment]
-    if rewrite.config.ratio == 0:
+    if not rewrite.merged:
         return
     for module in model.modules():
         if type(module) in family.borders:

@@ -21,7 +21,8 @@ from tests.passes.blocks import (
 )
 from toma_fx.config import MergeConfig, Schedule
 from toma_fx.passes.pipeline import Pass, run_passes
-from toma_fx.transform import Role, passes_for
+from toma_fx.transform import passes_for
+from toma_fx.treatment import Role, Treatment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,4 +113,5 @@ def test_every_pass_keeps_the_contract(name: str, role: Role, config: MergeConfi
         check_values(gm)
         assert gm.code == gm.graph.python_code("self").src
 
-    run_passes(capture(block), passes_for(row_of(block), config, role), check)
+    treatment = Treatment(group=("blocks", config.ratio), role=role)
+    run_passes(capture(block), passes_for(row_of(block), config, treatment), check)

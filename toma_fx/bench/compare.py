@@ -20,7 +20,8 @@ from toma_fx.bench.record import Column, Table, mebibytes, number, percent, seco
 from toma_fx.bench.timing import Contender, Timing, interleaved, peak_memory
 from toma_fx.config import MergeConfig
 from toma_fx.inputs import random_inputs, weightless
-from toma_fx.transform import plan_options, rewrite_of, transform
+from toma_fx.transform import rewrite_of, transform
+from toma_fx.treatment import plan_options
 
 COLUMNS = (
     Column("contender", "contender"),
@@ -158,9 +159,7 @@ def planning_seconds(
 
 def planned_shapes(merged: nn.Module, setting: Setting) -> Counter[tuple[int, ...]]:
     """Shapes ``(B, N, D)`` of the tokens that plans are made from in a call, and how often."""
-    config, paths = rewrite_of(merged).config, list(rewrite_of(merged).merged)
-    groups = {path.rpartition(".")[0]: path for path in reversed(paths)}
-    leaders = paths if config.share == "block" else list(groups.values())
+    leaders = [path for path, t in rewrite_of(merged).merged.items() if t.role != "follow"]
     shapes: Counter[tuple[int, ...]] = Counter()
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -175,7 +174,7 @@ def planned_shapes(merged: nn.Module, setting: Setting) -> Counter[tuple[int, ..
 
 
 def _plan_call(shape: tuple[int, ...], config: MergeConfig, setting: Setting) -> Contender:
-    options = plan_options(config)
+    options = plan_options(config, config.ratio)
     tokens = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     tokens = tokens.to(setting.device, setting.dtype)
 

@@ -41,8 +41,9 @@ def layers_of(model: nn.Module, config: MergeConfig, count: int) -> tuple[str, .
         count: how many, at most.
     """
     # In the order of the computation; a UNet lists its middle last.
-    blocks = sorted(rewrite_of(transform(model, config)).merged, key=_is_up)
-    groups = {path.rpartition(".")[0]: path for path in reversed(blocks)}
+    merged = rewrite_of(transform(model, config)).merged
+    blocks = sorted(merged, key=_is_up)
+    groups = {merged[path].group: path for path in reversed(blocks)}
     first = [path for path in blocks if path in groups.values()]
     candidates = first if len(first) >= count else blocks
     count = min(count, len(candidates))

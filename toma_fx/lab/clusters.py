@@ -8,7 +8,7 @@ from torch import Tensor
 from toma_fx.config import MergeConfig
 from toma_fx.runtime.merging import weigh
 from toma_fx.runtime.selector import select
-from toma_fx.transform import plan_options
+from toma_fx.treatment import plan_options
 
 ITERATIONS = 50
 STARTS = 4
@@ -36,7 +36,7 @@ def merged(tokens_ND: Tensor, tile_order: Tensor, config: MergeConfig) -> Merged
         config: of the merging. With ``selector="fixed"`` the clusters are those of its destinations
             by resemblance, since its own weights look at no token.
     """
-    options = plan_options(config)
+    options = plan_options(config, config.ratio)
     raster = torch.arange(len(tokens_ND), device=tokens_ND.device)
     order = tile_order if config.region == "tile" else raster
     tokens = tokens_ND[order][None]
