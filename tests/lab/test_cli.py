@@ -57,7 +57,7 @@ def test_mistakes_are_one_line(
         assert expected in line
     assert not (tmp_path / "out").exists()
     assert main(["show", str(sdxl), "--prompt", "a", "--variant", "steps", "--out", "x"]) == 2
-    assert "chooses no destinations" in capsys.readouterr().err
+    assert "merges nothing; use a preset" in capsys.readouterr().err
 
 
 def test_missing_packages_are_named(

@@ -1,4 +1,4 @@
-"""The lab's commands: ``toma-fx eval``, ``study``, ``plot`` and ``show``.
+"""The lab's commands: ``toma-fx eval``, ``study``, ``calibrate``, ``plot`` and ``show``.
 
 What they run is imported when they run, so that the other commands stay quick and need nothing of
 the lab's packages.
@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from toma_fx.calibrate import NOISE_LEVELS
 from toma_fx.errors import ConfigError
 from toma_fx.lab import small_models
 from toma_fx.lab.measures import MEASURES
@@ -29,6 +30,11 @@ def add_commands(commands: Any) -> None:
             help="a table of the paper, or a question of ours, with the paper's figures beside",
             epilog="\n".join(f"{name:13} {_about(study)}" for name, study in STUDIES.items()),
             formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+    )
+    _add_calibrate(
+        commands.add_parser(
+            "calibrate", help="find the ratio of each block that costs images least"
         )
     )
     _add_plot(commands.add_parser("plot", help="plot what eval measured"))
@@ -62,12 +68,37 @@ def _add_study(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_study)
 
 
-def _add_measuring(parser: argparse.ArgumentParser, *, default: str) -> None:
+def _add_calibrate(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", help=MODEL)
+    add("--ratio", type=float, nargs="+", default=[0.25, 0.5, 0.75], help="(0.25 0.5 0.75)")
+    add("--variant", default="default", help="all options that are not allotted (default)")
+    add(
+        "--noise",
+        type=float,
+        nargs="+",
+        default=list(NOISE_LEVELS),
+        metavar="LEVEL",
+        help=f"to choose merge_below from ({' '.join(f'{n:g}' for n in NOISE_LEVELS)})",
+    )
+    _add_prompts(parser)
+    add("--out", type=Path, required=True, metavar="FILE.json", help="a variant for eval")
+    _add_drawing(parser)
+    parser.set_defaults(run=_calibrate, default_prompts=small_models.CALIBRATION)
+
+
+def _add_prompts(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--prompts", type=Path, metavar="FILE", help=".txt, .csv, .tsv or .json(l)")
     add("--template", metavar="TEXT", help="what each prompt is put into: 'a photo of a {}'")
     add("--limit", type=int, metavar="N", help="only the first N prompts")
     add("--seeds", type=int, default=1, metavar="N", help="images of each prompt (1)")
+
+
+def _add_measuring(parser: argparse.ArgumentParser, *, default: str) -> None:
+    add = parser.add_argument
+    _add_prompts(parser)
+    parser.set_defaults(default_prompts=small_models.PROMPTS)
     add(
         "--measures",
         nargs="+",
@@ -155,6 +186,14 @@ def _study(options: argparse.Namespace) -> None:
     _print(run_study(options.name, _task(options, _prompts(options)), plan, options.out))
 
 
+def _calibrate(options: argparse.Namespace) -> None:
+    from toma_fx.lab.calibration import calibrate_to_file
+
+    variant = _merging(options.variant)
+    task = _task(options, _prompts(options))
+    print(calibrate_to_file(task, variant, options.ratio, options.out, options.noise))
+
+
 def _plot(options: argparse.Namespace) -> None:
     _need_packages()
     from toma_fx.lab.plot import plot
@@ -166,11 +205,8 @@ def _show(options: argparse.Namespace) -> None:
     _need_packages()
     from toma_fx.lab.prompts import Prompt
     from toma_fx.lab.show import Look, show
-    from toma_fx.lab.variants import Merging, parse_variant
 
-    variant = parse_variant(options.variant)
-    if not isinstance(variant, Merging):
-        raise ConfigError(f"variant={options.variant!r} chooses no destinations; use a preset")
+    variant = _merging(options.variant)
     task = _task(options, (Prompt(text=options.prompt),))
     look = Look(
         config=variant.config(options.ratio),
@@ -182,6 +218,15 @@ def _show(options: argparse.Namespace) -> None:
     )
     for file in show(task, look, options.out):
         print(file)
+
+
+def _merging(text: str) -> Any:
+    from toma_fx.lab.variants import Merging, parse_variant
+
+    variant = parse_variant(text)
+    if not isinstance(variant, Merging):
+        raise ConfigError(f"variant={text!r} merges nothing; use a preset")
+    return variant
 
 
 def _plan(options: argparse.Namespace, variants: Sequence[Any], measures: tuple[str, ...]) -> Any:
@@ -238,7 +283,7 @@ def _prompts(options: argparse.Namespace) -> tuple[Any, ...]:
     if file is None:
         if not small_models.own_settings(options.model):
             raise ConfigError(f"model={options.model!r} needs --prompts FILE, a prompt a line")
-        file = small_models.PROMPTS
+        file = options.default_prompts
     return load_prompts(file, template=options.template, limit=options.limit)
 
 

@@ -9,6 +9,8 @@ from typing import Any
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "small_models"
 PROMPTS = FOLDER / "prompts.txt"
 """Scenes that their training did not show."""
+CALIBRATION = FOLDER / "calibration.txt"
+"""Others, for `toma-fx calibrate`."""
 
 _SIZE = {"height": 128, "width": 128}
 _SETTINGS: dict[str, dict[str, Any]] = {

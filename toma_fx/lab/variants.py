@@ -7,6 +7,7 @@ A variant is what is written on the command line; with a ratio it becomes a cont
 ``toma:region=stripe``        the same with other fields; several are parted by commas
 ``...:components=mlp+...``    several values of one field are parted by ``+``
 ``...:schedule=10/5``         steps between two selections and between two computations of weights
+``FILE.json``                 what `toma-fx calibrate` allotted at the arithmetic of each ratio
 ``steps``                     no merging, as few steps as the first merging variant's arithmetic
                               pays for, to the nearest, and fewer than all if it saves any
 ``steps=18``                  no merging, 18 steps
@@ -14,7 +15,7 @@ A variant is what is written on the command line; with a ratio it becomes a cont
 ============================  =====================================================================
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
@@ -45,6 +46,28 @@ class Merging:
             ConfigError: when a field, a value or the ratio is not one that `MergeConfig` takes.
         """
         return MergeConfig.preset(self.preset, **{**dict(self.changes), "ratio": ratio})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allotted(Merging):
+    """A preset whose ratio by block, and noise level, were found by `toma_fx.calibrate`."""
+
+    by_ratio: Mapping[float, Mapping[str, Any]]
+    """For the arithmetic of a uniform ratio: fields of `MergeConfig`."""
+
+    def config(self, ratio: float) -> MergeConfig:
+        """What `toma_fx.transform` is given at the arithmetic of a uniform ratio.
+
+        Raises:
+            ConfigError: when nothing was allotted at this ratio.
+        """
+        if ratio not in self.by_ratio:
+            raise ConfigError(
+                f"variant={self.name!r} has nothing for ratio={ratio:g}, only for "
+                f"{', '.join(f'{known:g}' for known in self.by_ratio)}; calibrate again with it"
+            )
+        changes = {**dict(self.changes), **self.by_ratio[ratio], "ratio": 0}
+        return MergeConfig.preset(self.preset, **changes)
 
 
 @dataclass(frozen=True, kw_only=True)
