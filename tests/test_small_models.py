@@ -24,7 +24,7 @@ from examples.small_models.pictures import (
     words,
 )
 from examples.small_models.text import PROMPT_TOKENS, clip_tokenizer, t5_tokenizer
-from examples.small_models.train import dataset, encode, fit, psnr, scale_latents
+from examples.small_models.train import dataset, encode, fit, main, psnr, scale_latents
 
 FOLDER = Path(__file__).parent.parent / "examples" / "small_models"
 PICTURES = np.stack([draw(scene_of(index), index) for index in range(8)])
@@ -133,6 +133,25 @@ def test_training_lowers_the_loss_and_goes_on_where_it_stopped(
     model, loss = stage(kind)
     parts, _ = fit(model, loss, tmp_path / "parts.pt", rate=2e-3, steps=6)
     torch.testing.assert_close(parts.state_dict(), whole.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_trained_pipeline_can_be_trained_on(kind: Kind, tmp_path: Path) -> None:
+    first = pipeline(kind, tiny=True, seed=3)
+    first.save_pretrained(tmp_path / "first")
+    (tmp_path / "first/training.json").write_text(json.dumps({"vae": {"steps": 7}}))
+    words = f"diffusion --kind {kind} --steps 1 --batch 2 --pictures 4 --start {tmp_path}/first"
+    main([*words.split(), "--work", str(tmp_path), "--output", str(tmp_path / "second")])
+    second = DiffusionPipeline.from_pretrained(tmp_path / "second", dtype=torch.float32)
+    part = "unet" if kind == "sdxl" else "transformer"
+    for name in ("vae", part):
+        for key, value in getattr(first, name).state_dict().items():
+            # One step of warm-up, and of float16, away.
+            after = getattr(second, name).state_dict()[key]
+            torch.testing.assert_close(after, value, atol=2e-3, rtol=2e-3, msg=f"{name}.{key}")
+    record = json.loads((tmp_path / "second/training.json").read_text())
+    assert (record["vae"], record["diffusion"]["steps"]) == ({"steps": 7}, 1)
 
 
 def test_training_by_minutes_ends(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ The prediction is deliberately simple: the squared error of the image is the sum
 each adds alone, times a factor for the ratio and one for the noise level.
 """
 
+import fnmatch
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from toma_fx.config import MergeConfig
 from toma_fx.errors import ConfigError, ModelError
 from toma_fx.hooks import copied_with_hooks
 from toma_fx.inputs import weightless
-from toma_fx.speedup import operations
+from toma_fx.report import count_blocks
 from toma_fx.transform import model_of, restore, rewrite_of, rewritten, transform
 
 RATIOS = (0.25, 0.5, 0.75, 0.9)
@@ -53,7 +54,7 @@ class Calibration:
     errors: Mapping[str, float]
     """Of merging a group alone, at `PROBE`."""
     savings: Mapping[str, Mapping[float, int]]
-    """By group and ratio, operations of one call that merging the group alone saves."""
+    """By group and ratio, operations of one call at the native size that merging it saves."""
     by_ratio: Mapping[float, float]
     """Error of merging all groups at a ratio, relative to that at `PROBE`."""
     by_noise: Mapping[float, float]
@@ -161,7 +162,8 @@ def calibrate(
         raise ConfigError(f"noise_levels={tuple(noise_levels)} must contain 1.0, every step")
     base = replace(config or MergeConfig(), ratio=0, block_ratios=(), merge_below=1.0, skip=())
     model = model_of(pipeline)
-    groups = _groups(list(rewrite_of(transform(model, base)).treatments))
+    paths = list(rewrite_of(transform(model, base)).treatments)
+    groups = _groups(paths)
     progress("untouched")
     untouched = _images(draw(pipeline))
     progress("untouched again")
@@ -190,24 +192,27 @@ def calibrate(
         else by_ratio[PROBE]
         for level in noise_levels
     }
-    skeleton = weightless(copied_with_hooks(model)[0])
-    whole = operations(skeleton)
+    skeleton = weightless(copied_with_hooks(model)[0])  # arithmetic has no use for hooks
 
-    def saving(**options: Any) -> int:
-        return whole - operations(rewritten(skeleton, replace(base, **options)))
+    def counted(ratio: float) -> tuple[dict[str, int], int]:
+        return count_blocks(rewritten(skeleton, replace(base, ratio=ratio)), paths)[1:]
 
+    (before, whole), after = counted(0), {ratio: counted(ratio)[0] for ratio in RATIOS}
     return Calibration(
         base=base,
         groups=groups,
         errors=alone,
         savings={
-            name: {r: saving(block_ratios=_all_at(r, group)) for r in RATIOS}
+            name: {
+                ratio: sum(before[p] - after[ratio][p] for p in paths if _fits(p, group))
+                for ratio in RATIOS
+            }
             for name, group in groups.items()
         },
         by_ratio={ratio: value / by_ratio[PROBE] for ratio, value in by_ratio.items()},
         by_noise={level: value / by_ratio[PROBE] for level, value in by_noise.items()},
         steps=_steps_below(pipeline, noise_levels),
-        uniform=lambda ratio: saving(ratio=ratio),
+        uniform=lambda ratio: whole - counted(ratio)[1],
     )
 
 
@@ -230,6 +235,10 @@ def _groups(paths: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
 def _all_at(ratio: float, patterns: Sequence[str]) -> tuple[tuple[str, float], ...]:
     return tuple((pattern, ratio) for pattern in patterns)
+
+
+def _fits(path: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
 
 
 def _images(drawn: npt.ArrayLike) -> npt.NDArray[np.float64]:

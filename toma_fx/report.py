@@ -1,6 +1,6 @@
 """What was rewritten, what it saves, and what was left alone and why."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -111,8 +111,8 @@ def report(
     model = model_of(model)
     rewrite = rewrite_of(model)
     paths = list(rewrite.treatments)
-    tokens, before, flops_before = _count(rewrite.original, paths, height, width, batch)
-    _, after, flops_after = _count(model, paths, height, width, batch)
+    tokens, before, flops_before = count_blocks(rewrite.original, paths, height, width, batch)
+    _, after, flops_after = count_blocks(model, paths, height, width, batch)
     shape = random_inputs(weightless(model), height=height, width=width, batch=batch)
     image = shape["sample"] if "sample" in shape else shape["hidden_states"]
     groups = []
@@ -161,8 +161,12 @@ def _alike(model: nn.Module, rewrite: Rewrite) -> Iterator[tuple[str, Treatment,
         yield parent, rewrite.treatments[paths[0]], paths
 
 
-def _count(
-    model: nn.Module, paths: list[str], height: int | None, width: int | None, batch: int
+def count_blocks(
+    model: nn.Module,
+    paths: Sequence[str],
+    height: int | None = None,
+    width: int | None = None,
+    batch: int = 1,
 ) -> tuple[dict[str, int], dict[str, int], int]:
     """Image tokens and operations of each block, and operations of the model."""
     model = weightless(model)

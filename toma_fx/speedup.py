@@ -42,10 +42,10 @@ def for_speedup(model: nn.Module, config: MergeConfig, speedup: float) -> MergeC
     if not number or not 1 <= speedup < math.inf:
         raise ConfigError(f"speedup={speedup!r} must be a number of at least 1, such as 1.3")
     skeleton = weightless(copied_with_hooks(model)[0])  # arithmetic has no use for hooks
-    untouched, steps = operations(skeleton), config.region_tokens
+    untouched, steps = _operations(skeleton), config.region_tokens
 
     def reached(step: int) -> float:
-        return untouched / operations(rewritten(skeleton, replace(config, ratio=step / steps)))
+        return untouched / _operations(rewritten(skeleton, replace(config, ratio=step / steps)))
 
     low, high = 0, steps - 1  # the answer is in (low, high], or 0
     most = reached(high)
@@ -68,7 +68,7 @@ def for_speedup(model: nn.Module, config: MergeConfig, speedup: float) -> MergeC
     return replace(config, ratio=ratio)
 
 
-def operations(skeleton: nn.Module) -> int:
+def _operations(skeleton: nn.Module) -> int:
     """Floating-point operations of a call at the native size, of a model without data."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         skeleton(**random_inputs(skeleton))

@@ -4,9 +4,10 @@
     python -m examples.small_models.train vae --kind sdxl --minutes 32 --crop 128 --batch 2
     python -m examples.small_models.train diffusion --kind sdxl --minutes 60 --output small_sdxl
 
-The same command goes on where it was stopped; more minutes, or fewer, may be asked for then.
-Pictures, latents and checkpoints lie in ``--work``. Each step takes its random numbers from its own
-number, so that an interruption changes nothing.
+``--start FOLDER`` goes on from a trained pipeline, with its VAE. The same command goes on where it
+was stopped; more minutes, or fewer, may be asked for then. Pictures, latents and checkpoints lie in
+``--work``. Each step takes its random numbers from its own number, so that an interruption changes
+nothing.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -69,7 +71,7 @@ def fit(
         model: Holds what is trained; ``loss`` uses it.
         loss: The loss of a step, which depends on the step's number alone.
         checkpoint: Written now and then and at the end.
-        rate: AdamW's learning rate after warm-up; in the end a cosine takes it to 0.
+        rate: the learning rate after warm-up; in the end a cosine takes it to 0.
         steps: How many steps in all, or
         minutes: how long in all.
         save_every: Seconds between two checkpoints.
@@ -78,22 +80,21 @@ def fit(
         The mean of the weights over the last steps (EMA), as a copy of the model, and the state.
     """
     average = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
-    )
+    optimizers = _optimizers(model)
     state, recent = State(), []
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(saved["model"])
         average.load_state_dict(saved["average"])
-        optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, stored in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(stored)
         state, recent = State(**saved["state"]), saved["recent"]
 
     def save() -> None:
         content = {
             "model": model.state_dict(),
             "average": average.state_dict(),
-            "optimizer": optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             "state": vars(state),
             "recent": recent,
         }
@@ -109,18 +110,9 @@ def fit(
     with tqdm(total=steps, initial=state.step, desc=checkpoint.stem, mininterval=10) as bar:
         while (done := progress()) < 1:
             start = time.monotonic()
-            for group in optimizer.param_groups:
-                warm = min(1.0, (state.step + 1) / WARMUP_STEPS)
-                down = max(0.0, 1 - (1 - done) / DECAY)
-                group["lr"] = rate * warm * 0.5 * (1 + math.cos(math.pi * down))
             value = loss(state.step)
-            optimizer.zero_grad()
-            value.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            share = max(0.001, 1 - (1 + state.step) / (10 + state.step))
-            for mean, weight in zip(average.parameters(), model.parameters(), strict=True):
-                mean.lerp_(weight, share)
+            _step(model, optimizers, value, rate * _rate_at(state.step, done))
+            _follow(average, model, state.step)
             state.step += 1
             state.seconds += min(time.monotonic() - start, LONGEST_STEP)
             recent.append(value.item())
@@ -136,12 +128,57 @@ def fit(
     return average.eval(), state
 
 
+def _optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices between a model's first and last layers, AdamW for all else.
+
+    Side by side from the same weights on the same batches, Muon's loss on Flux was a tenth lower
+    after 200 steps, at a fifth more time for each.
+    """
+    inner: list[nn.Parameter] = []
+    outer: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        edge = "embed" in name or name == "transformer.proj_out.weight"
+        (outer if edge or parameter.ndim != 2 else inner).append(parameter)
+    found: list[torch.optim.Optimizer] = []
+    if outer:
+        found.append(torch.optim.AdamW(outer, betas=(0.9, 0.99), weight_decay=0.01, fused=True))
+    if inner:
+        found.append(torch.optim.Muon(inner, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
+    return found
+
+
+def _step(
+    model: nn.Module, optimizers: list[torch.optim.Optimizer], loss: Tensor, rate: float
+) -> None:
+    model.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+
+
+@torch.no_grad()
+def _follow(average: nn.Module, model: nn.Module, step: int) -> None:
+    """The exponential moving average of the weights, over fewer steps in the beginning."""
+    share = max(0.001, 1 - (1 + step) / (10 + step))
+    for mean, weight in zip(average.parameters(), model.parameters(), strict=True):
+        mean.lerp_(weight, share)
+
+
+def _rate_at(step: int, done: float) -> float:
+    """The learning rate relative to its highest: a warm-up, and a cosine to 0 in the end."""
+    down = max(0.0, 1 - (1 - done) / DECAY)
+    return min(1.0, (step + 1) / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * down))
+
+
 @torch.no_grad()
 def encode(model: Any, pictures: npt.NDArray[np.uint8], batch: int = 32) -> Tensor:
     """The latents' means, ``(pictures, channels, height / 4, width / 4)``, in float16."""
     parts = []
     for start in tqdm(range(0, len(pictures), batch), desc="latents", mininterval=5):
-        pixels = to_pixels(pictures[start : start + batch]).to(model.device)
+        pixels = to_pixels(np.array(pictures[start : start + batch])).to(model.device)
         with autocast(model.device):
             parts.append(model.encode(pixels).latent_dist.mean.half().cpu())
     return torch.cat(parts)
@@ -197,8 +234,14 @@ def train_vae(kind: Kind, options: argparse.Namespace) -> None:
 
 def train_diffusion(kind: Kind, options: argparse.Namespace) -> None:
     """Train the diffusion model and its text encoders, and save the whole pipeline."""
-    pipe = pipeline(kind)
-    pipe.vae.load_state_dict(torch.load(options.work / f"vae_{kind}_final.pt", weights_only=True))
+    if options.start is None:
+        pipe = pipeline(kind)
+        weights = torch.load(options.work / f"vae_{kind}_final.pt", weights_only=True)
+        pipe.vae.load_state_dict(weights)
+        vae_record = json.loads((options.work / f"vae_{kind}.json").read_text())
+    else:
+        pipe = DiffusionPipeline.from_pretrained(options.start, dtype=torch.float32)
+        vae_record = json.loads((options.start / "training.json").read_text())["vae"]
     pipe.vae.to(options.device).eval()
     stored = options.work / f"latents_{kind}.pt"
     if not stored.exists():
@@ -219,8 +262,7 @@ def train_diffusion(kind: Kind, options: argparse.Namespace) -> None:
     pipe.vae.half()
     getattr(pipe, names[0]).half()
     pipe.save_pretrained(options.output)
-    first = json.loads((options.work / f"vae_{kind}.json").read_text())
-    record = {"vae": first, "diffusion": _record(state, options, trained)}
+    record = {"vae": vae_record, "diffusion": _record(state, options, trained)}
     (options.output / "training.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
@@ -258,6 +300,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--crop", type=int, default=64, help="pixels that the VAE sees at once")
     parser.add_argument("--pictures", type=int, default=16_000)
     parser.add_argument("--work", type=Path, default=Path("small_models_work"))
+    parser.add_argument("--start", type=Path, help="a trained pipeline's folder to go on from")
     parser.add_argument("--output", type=Path, help="the trained pipeline's folder")
     options = parser.parse_args(arguments)
     options.work.mkdir(parents=True, exist_ok=True)
