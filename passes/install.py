@@ -6,7 +6,8 @@ share the class, so ``torch.compile`` compiles it once, and everything that look
 what it looks for: class, submodules, state-dict keys, hooks.
 
 A leader that is compiled by itself, as ``compile_repeated_blocks`` does, becomes two graphs: the
-plan, and the rest, which is the code of the blocks that follow it and is compiled with theirs.
+plan, and the rest, which is the code of the blocks that follow it and is compiled with theirs. And
+where a hook skips a leader, as layer guidance does, the plan is made all the same.
 
 A block that merges at some noise levels only runs one of two graphs, as the call of the model says:
 the rewritten one, or the one that was captured.
@@ -43,11 +44,27 @@ class _Code:
 
 
 @dataclass(frozen=True)
+class _Argument:
+    """An argument of a block's ``forward``."""
+
+    place: int
+    """Where it stands after ``self``."""
+    name: str
+
+    def of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a call gives for it."""
+        return args[self.place] if len(args) > self.place else kwargs.get(self.name)
+
+
+@dataclass(frozen=True)
 class _Apart:
     """The two parts of a leader: what makes the plan, and what the blocks that follow run."""
 
     planner: _Code
     follower: _Code
+    attention_kwargs: _Argument
+    blocks: str
+    """Name under which the group finds the plan."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +72,7 @@ class _Gate:
     """What a block runs in a call of the model that does not merge."""
 
     untouched: _Code
-    place: int
-    """Where, after ``self``, the argument with the attention kwargs stands."""
-    name: str
-    """Its name."""
+    attention_kwargs: _Argument
 
 
 def generated_class(base: Any, gm: fx.GraphModule) -> type[Any]:
@@ -97,13 +111,20 @@ def install(
     planner = None if follower is None else plan_apart(gm)
     apart = None
     if planner is not None and follower is not None:
-        apart = _Apart(_code_of(planner), _code_of(follower))
+        (shared,) = gm.graph.find_nodes(op="call_function", target=plan.share)
+        carrier, blocks, *_ = shared.args
+        carrier = _argument(gm, carrier.target)
+        apart = _Apart(_code_of(planner), _code_of(follower), carrier, blocks)
     gate = None
     if untouched is not None:
-        names = [n.target for n in untouched.graph.find_nodes(op="placeholder")]
-        gate = _Gate(_code_of(untouched), names.index(attention_kwargs), attention_kwargs)
+        gate = _Gate(_code_of(untouched), _argument(untouched, attention_kwargs))
     base: Any = type(block)
     block.__class__ = _class_of(base, _code_of(gm), apart, gate)
+
+
+def _argument(gm: fx.GraphModule, name: str) -> _Argument:
+    names = [node.target for node in gm.graph.find_nodes(op="placeholder")]
+    return _Argument(names.index(name), name)
 
 
 def _code_of(gm: fx.GraphModule) -> _Code:
@@ -130,8 +151,10 @@ def _class_of(base: Any, code: _Code, apart: _Apart | None, gate: _Gate | None) 
     if hasattr(base, "set_chunk_feed_forward"):
         attributes["set_chunk_feed_forward"] = _refuse_chunks
     if apart is not None:
+        planner = _function(base, apart.planner)
+        attributes["__call__"] = _call_planned(planner, apart)
         attributes["compile"] = _compile_apart(
-            _function(base, apart.planner), _class_of(base, apart.follower, None, gate), gate
+            planner, _class_of(base, apart.follower, None, gate), gate
         )
     cls = type(base.__name__, (base,), attributes)
     with contextlib.suppress(ValueError):  # a block that diffusers' hooks do not know either
@@ -179,10 +202,22 @@ def _merging(gate: _Gate) -> Callable[[tuple[Any, ...], dict[str, Any]], bool]:
     """Whether the call of the model, to which a call of a block belongs, merges."""
 
     def merging(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        given = args[gate.place] if len(args) > gate.place else kwargs.get(gate.name)
-        return plan.merging(given)
+        return plan.merging(gate.attention_kwargs.of(args, kwargs))
 
     return merging
+
+
+def _call_planned(planner: Callable[..., Any], apart: _Apart) -> Callable[..., Any]:
+    """The ``__call__`` of a leader."""
+
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Run the block; and where a hook skipped it, make the plan for those that follow."""
+        output = nn.Module.__call__(self, *args, **kwargs)
+        if plan.is_due(apart.attention_kwargs.of(args, kwargs), apart.blocks):
+            planner(self, *args, **kwargs)
+        return output
+
+    return call
 
 
 def _compile_apart(
@@ -202,6 +237,8 @@ def _compile_apart(
         make_plan = torch.compile(MethodType(planner, self), *args, **kwargs)
 
         def call(*inputs: Any, **named: Any) -> Any:
+            if "forward" in vars(self):  # a hook that came after compiling
+                return self._call_impl(*inputs, **named)  # type: ignore[no-untyped-call]
             follower.training = self.training
             if merging is None or merging(inputs, named):
                 make_plan(*inputs, **named)

@@ -65,17 +65,25 @@ def share(attention_kwargs: Mapping[str, Any] | None, blocks: str, *plan: Tensor
     return plan
 
 
+def is_due(attention_kwargs: Mapping[str, Any] | None, blocks: str) -> bool:
+    """Whether this call of the model merges, and the group of ``blocks`` has no plan yet."""
+    scope = _scope(attention_kwargs)
+    return scope is not None and scope.merging and blocks not in scope.plans
+
+
 def shared(attention_kwargs: Mapping[str, Any] | None, blocks: str) -> Plan:
     """The plan that the group's first block made in this call of the model.
 
     Raises:
-        InputError: when the block was called on its own, so that there is none.
+        InputError: when that block did not run: this one was called on its own, or a hook skipped
+            the first, whose plan takes what its layers compute.
     """
     scope = _scope(attention_kwargs)
     if scope is None or blocks not in scope.plans:
         raise InputError(
-            "this block shares the plan of its group's first block, which did not run before it; "
-            "call the whole model, or transform with share='block' to run blocks on their own"
+            f"this {blocks} shares the plan of its group's first block, which did not run before "
+            "it; call the whole model, or, to run blocks on their own or to skip the first, "
+            "transform with share='block', where each makes its own plan"
         )
     return scope.plans[blocks]
 

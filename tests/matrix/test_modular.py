@@ -89,26 +89,33 @@ LAYER_GUIDERS = {
         guidance_scale=3.0, skip_layer_guidance_stop=1.0, skip_layer_config=layer(index)
     ),
 }
-EAGER = "as diffusers has it: it puts hooks on the blocks and takes them off at every step"
 
 
+@pytest.mark.parametrize("block", [0, 1])
 @pytest.mark.parametrize("guider", LAYER_GUIDERS)
-@row("Guider: {guider}", section=SECTION, families=("sdxl",), modes=("eager",), note=EAGER)
-def test_layer_guiders(cell: Cell, guider: str) -> None:
-    pipe = modular("sdxl", guider=LAYER_GUIDERS[guider](1))
+@row(
+    "Guider: {guider}, of block {block} of a group",
+    section=SECTION,
+    families=("sdxl",),
+    modes=("eager", "regional"),
+    note="the first block of a group makes the plan, also where it is skipped",
+)
+def test_layer_guiders(cell: Cell, guider: str, block: int) -> None:
+    pipe = modular("sdxl", guider=LAYER_GUIDERS[guider](block))
     check(cell, pipe, draw)
     plain = modular("sdxl", guider=GUIDERS["classifier-free"]())
     assert difference(draw(pipe, 0), draw(plain, 0)) > 1e-2
 
 
 @row(
-    "Guider: skip layer, of a group's first block",
+    "Guider: skip layer, of a group's first block, with `placement='component'`",
     section=SECTION,
     families=("sdxl",),
     modes=("eager",),
 )
 def test_skipped_leader(cell: Cell) -> None:
-    pipe = transform(modular("sdxl", guider=LAYER_GUIDERS["skip layer"](0)))
+    options = {"placement": "component"}
+    pipe = transform(modular("sdxl", guider=LAYER_GUIDERS["skip layer"](0)), **options)
     with cell.refuses(InputError, match="transform with share='block'"):
         draw(pipe, 0)
-    check(cell, restore(pipe), draw, MergeConfig(share="block"))
+    check(cell, restore(pipe), draw, MergeConfig(share="block", **options))

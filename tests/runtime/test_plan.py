@@ -62,11 +62,28 @@ WITHOUT_SCOPE = pytest.mark.parametrize(
 @WITHOUT_SCOPE
 def test_a_follower_that_is_called_on_its_own(kwargs: Any) -> None:
     message = (
-        "this block shares the plan of its group's first block, which did not run before it; "
-        "call the whole model, or transform with share='block' to run blocks on their own"
+        "this Block shares the plan of its group's first block, which did not run before it; "
+        "call the whole model, or, to run blocks on their own or to skip the first, transform with "
+        "share='block', where each makes its own plan"
     )
     with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
         plan.shared(kwargs, "Block")
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "due"),
+    [
+        (None, False),
+        ({"scale": 1.0}, False),
+        ({plan.SCOPE: plan.PlanScope()}, True),
+        ({plan.SCOPE: plan.PlanScope(merging=False)}, False),
+    ],
+    ids=["none", "other kwargs", "empty scope", "a call that does not merge"],
+)
+def test_a_plan_is_due_until_it_is_made(kwargs: Any, due: bool) -> None:
+    assert plan.is_due(kwargs, "Block") is due
+    plan.share(kwargs, "Block", *PLAN)
+    assert not plan.is_due(kwargs, "Block")
 
 
 @WITHOUT_SCOPE
