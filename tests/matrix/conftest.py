@@ -10,10 +10,18 @@ import torch
 from tests.matrix import table
 from tests.matrix.frame import Cell
 
+RESULTS = Path("build/matrix.jsonl")
+"""Every result as it comes, so that a run that was broken off need not begin again."""
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("matrix")
     group.addoption("--matrix-table", metavar="FILE", help="write the table, and README's summary")
+    group.addoption(
+        "--matrix-continue",
+        action="store_true",
+        help=f"with --matrix-table: keep what worked in {RESULTS}, and run the rest",
+    )
     group.addoption("--matrix-backend", default="aot_eager", help="what torch.compile compiles by")
 
 
@@ -33,7 +41,9 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(_Gathering(config), "matrix-table")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    goes_on = config.getoption("--matrix-table", None) and config.getoption("--matrix-continue")
+    known = table.Store(RESULTS).known if goes_on else {}
     for order, item in enumerate(items):
         mark = item.get_closest_marker("matrix")
         if mark is not None:
@@ -41,6 +51,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             title = mark.kwargs["title"].format(**params)
             about = {**mark.kwargs, "title": title, "cell": params["cell"], "order": order}
             item.user_properties.append(("matrix", about))
+            if item.nodeid in known:
+                item.add_marker(pytest.mark.skip("it ran before"))
 
 
 class _Gathering:
@@ -51,11 +63,18 @@ class _Gathering:
         if selected or [Path(arg).resolve() for arg in config.args] != [Path(__file__).parent]:
             raise pytest.UsageError("--matrix-table is for all rows: run pytest tests/matrix")
         self.config = config
+        self.store = table.Store(RESULTS)
+        self.known = self.store.known if config.getoption("--matrix-continue") else {}
+        self.store.begin(self.known)
+        self.setting = table.setting(config.getoption("--matrix-backend"))
         self.results: list[table.Result] = []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         properties: dict[str, Any] = dict(report.user_properties)
         if "matrix" not in properties or (report.passed and report.when != "teardown"):
+            return
+        if report.nodeid in self.known:
+            self.results += self.known.pop(report.nodeid)
             return
         outcome, said = "works", tuple[str, ...]()
         if report.failed:
@@ -64,14 +83,20 @@ class _Gathering:
             outcome, said = "not run", (_message(report),)
         elif properties.get("matrix_refusals"):
             outcome, said = "refused", tuple(properties["matrix_refusals"])
-        self.results.append(table.Result(**properties["matrix"], outcome=outcome, said=said))
-
-    def pytest_sessionfinish(self) -> None:
-        table.write(
-            table.gather(self.results),
-            self.config.getoption("--matrix-backend"),
-            Path(self.config.getoption("--matrix-table")),
+        result = table.Result(
+            **properties["matrix"],
+            test=report.nodeid,
+            outcome=outcome,
+            said=said,
+            date=table.today(),
+            setting=self.setting,
         )
+        self.results.append(result)
+        self.store.add(result)
+
+    def pytest_sessionfinish(self, exitstatus: int) -> None:
+        if exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+            table.write(self.results, Path(self.config.getoption("--matrix-table")))
 
 
 def _message(report: pytest.TestReport) -> str:

@@ -2,10 +2,11 @@
 
 import datetime
 import importlib.metadata
+import json
 import platform
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -26,14 +27,18 @@ class Result:
     """What came of one test.
 
     Attributes:
+        test: its name for pytest.
         order: its place among the tests.
         section, title: of its row.
         cell: family and mode.
         outcome: one of `OUTCOMES`.
         note: what holds for the row.
         said: what this test has to say: of a refusal or a failure, the message.
+        date: when it ran.
+        setting: what it ran with: versions, backend, device.
     """
 
+    test: str
     order: int
     section: str
     title: str
@@ -41,6 +46,40 @@ class Result:
     outcome: str
     note: str
     said: tuple[str, ...]
+    date: str
+    setting: str
+
+
+class Store:
+    """Results in a file, a line of JSON each.
+
+    Attributes:
+        known: by the name of the test, those of tests that need not run again: that did not fail.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.known: dict[str, list[Result]] = {}
+        for line in file.read_text().splitlines() if file.exists() else ():
+            read = json.loads(line)
+            read.update(cell=tuple(read["cell"]), said=tuple(read["said"]))
+            self.known.setdefault(read["test"], []).append(Result(**read))
+        for test, results in [*self.known.items()]:
+            if any(each.outcome not in ("works", "refused") for each in results):
+                del self.known[test]
+
+    def begin(self, kept: dict[str, list[Result]]) -> None:
+        """Let the file hold these."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self.file.write_text("")
+        for results in kept.values():
+            for each in results:
+                self.add(each)
+
+    def add(self, result: Result) -> None:
+        """Add one."""
+        with self.file.open("a") as out:
+            out.write(json.dumps(asdict(result)) + "\n")
 
 
 @dataclass
@@ -92,40 +131,56 @@ here, says what to do. A dash: there is no such thing. `make matrix` runs all an
 """  # noqa: E501
 
 
-def page(matrix: Matrix, backend: str) -> str:
+def page(results: list[Result]) -> str:
     """The whole page."""
-    sections = (_section(title, rows) for title, rows in matrix.items())
-    return "\n".join([INTRODUCTION, summary(matrix, backend), *sections])
+    sections = (_section(title, rows) for title, rows in gather(results).items())
+    return "\n".join([INTRODUCTION, summary(results), *sections])
 
 
-def summary(matrix: Matrix, backend: str) -> str:
+def summary(results: list[Result]) -> str:
     """A line for each section, as README has it."""
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES]
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    today = datetime.datetime.now(datetime.UTC).date().isoformat()
     lines = [_line(["what users do", "works", "refused", "fails or not run"]), _line(["---"] * 4)]
-    for section, rows in matrix.items():
+    for section, rows in gather(results).items():
         count = Counter(max(row.outcomes.values(), key=OUTCOMES.index) for row in rows.values())
         bad = count["fails"] + count["not run"]
         lines.append(_line([section, str(count["works"]), str(count["refused"]), str(bad)]))
-    return "\n".join(
-        [
-            START,
-            *lines,
-            "",
-            f"Lines of the matrix, each by the worst of its cells. Last run on {today}: toma_fx",
-            f"{toma_fx.__version__}, {', '.join(versions)}, Python {platform.python_version()},",
-            f"compiled by {backend}, on {device}.",
-            END,
-        ]
+    cells = sum(len(row.outcomes) for rows in gather(results).values() for row in rows.values())
+    said = f"Lines of the matrix, each by the worst of its cells: {cells} in all. {_runs(results)}"
+    return "\n".join([START, *lines, "", said, END])
+
+
+def _runs(results: list[Result]) -> str:
+    """When they ran, and with what."""
+    dates: dict[str, list[str]] = {}
+    for each in sorted(results, key=lambda each: each.date):
+        dates.setdefault(each.setting, []).append(each.date)
+    runs = []
+    for setting, days in dates.items():
+        when = f"on {days[0]}" if days[0] == days[-1] else f"from {days[0]} to {days[-1]}"
+        runs.append(f"Run {when}: {setting}.")
+    return " ".join(runs)
+
+
+def setting(backend: str) -> str:
+    """What tests run with now."""
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return (
+        f"toma_fx {toma_fx.__version__}, {', '.join(versions)}, Python "
+        f"{platform.python_version()}, compiled by {backend}, on {device}"
     )
 
 
-def write(matrix: Matrix, backend: str, file: Path, readme: Path = README) -> None:
+def today() -> str:
+    """As results are dated."""
+    return datetime.datetime.now(datetime.UTC).date().isoformat()
+
+
+def write(results: list[Result], file: Path, readme: Path = README) -> None:
     """Write the page, and the summary into the README, between its markers."""
-    file.write_text(page(matrix, backend))
+    file.write_text(page(results))
     between = re.escape(START) + ".*?" + re.escape(END)
-    text = re.sub(between, lambda _: summary(matrix, backend), readme.read_text(), flags=re.S)
+    text = re.sub(between, lambda _: summary(results), readme.read_text(), flags=re.S)
     readme.write_text(text)
 
 

@@ -9,8 +9,17 @@ from tests.matrix.table import END, README, START, Result
 PAGE = README.parent / "docs" / "matrix.md"
 
 
-def result(cell: tuple[str, str], outcome: str, *said: str, note: str = "") -> Result:
+def result(
+    cell: tuple[str, str],
+    outcome: str,
+    *said: str,
+    note: str = "",
+    test: str = "",
+    date: str = "2026-01-01",
+    setting: str = "torch 2",
+) -> Result:
     return Result(
+        test=test,
         order=0,
         section="Pipelines",
         title="Something",
@@ -18,11 +27,13 @@ def result(cell: tuple[str, str], outcome: str, *said: str, note: str = "") -> R
         outcome=outcome,
         note=note,
         said=said,
+        date=date,
+        setting=setting,
     )
 
 
 def line_of(*results: Result) -> str:
-    (line,) = re.findall(r"^\| Something .*$", table.page(table.gather([*results]), "x"), re.M)
+    (line,) = re.findall(r"^\| Something .*$", table.page([*results]), re.M)
     assert isinstance(line, str)
     return line
 
@@ -44,11 +55,43 @@ def test_notes_name_the_family_that_they_are_about() -> None:
 def test_summary_goes_between_the_markers_of_the_readme(tmp_path: Path) -> None:
     page, readme = tmp_path / "matrix.md", tmp_path / "README.md"
     readme.write_text(f"before\n{START}\nold\n{END}\nafter\n")
-    table.write(table.gather([result(("flux", "eager"), "fails", "why")]), "x", page, readme)
+    table.write([result(("flux", "eager"), "fails", "why")], page, readme)
     text = readme.read_text()
     assert text.startswith("before\n<!--") and text.endswith("-->\nafter\n") and "old" not in text
     assert "| Pipelines | 0 | 0 | 1 |" in text
     assert text.partition(START)[2].partition(END)[0] in page.read_text()
+
+
+def test_the_summary_says_when_and_with_what_results_came() -> None:
+    cell = ("sdxl", "eager")
+    assert "1 in all. Run on 2026-01-01: torch 2." in table.summary([result(cell, "works")])
+    several = [
+        result(cell, "works", date="2026-01-03"),
+        result(("flux", "eager"), "works", date="2026-01-02", setting="torch 3"),
+        result(("flux", "compile"), "works"),
+    ]
+    said = "3 in all. Run from 2026-01-01 to 2026-01-03: torch 2. Run on 2026-01-02: torch 3."
+    assert said in table.summary(several)
+
+
+def test_what_did_not_fail_need_not_run_again(tmp_path: Path) -> None:
+    cell = ("sdxl", "eager")
+    refused = result(cell, "refused", "leave it out", test="a")
+    results = [
+        refused,
+        result(cell, "fails", "assert 1 == 2", test="b"),
+        result(cell, "works", test="b"),  # its teardown
+        result(cell, "not run", "no GPU", test="c"),
+    ]
+    file = tmp_path / "build" / "results.jsonl"
+    table.Store(file).begin({})
+    for each in results:
+        table.Store(file).add(each)
+    assert table.Store(file).known == {"a": [refused]}
+    table.Store(file).begin(table.Store(file).known)
+    assert len(file.read_text().splitlines()) == 1
+    table.Store(file).begin({})
+    assert table.Store(file).known == {}
 
 
 def test_readme_shows_the_summary_of_the_page() -> None:
