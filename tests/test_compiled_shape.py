@@ -64,16 +64,22 @@ def graph_of(block: nn.Module, role: Any) -> Any:
     return rewrite(block, MergeOnce(options=OPTIONS, flow=flow_of(block)), share)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_block_pays_two_matrix_products_and_one_addition(name: str) -> None:
-    inputs, scope = contiguous_inputs(name), PlanScope()
-    untouched, merged = block_of(name), block_of(name)
+def beside_a_follower(name: str) -> tuple[dict[str, Any], nn.Module, nn.Module, dict[str, Any]]:
+    """Inputs, an untouched block, one that uses a plan, and the kwargs that bring it the plan."""
+    inputs, untouched, merged = contiguous_inputs(name), block_of(name), block_of(name)
+    scope = scope_kwargs(merged, PlanScope())
     plan = plan_apart(graph_of(merged, "lead"))
     assert plan is not None
-    plan(**inputs, **scope_kwargs(merged, scope))
+    plan(**inputs, **scope)
     install(merged, graph_of(merged, "follow"))
+    return inputs, untouched, merged, scope
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_block_pays_two_matrix_products_and_one_addition(name: str) -> None:
+    inputs, untouched, merged, scope = beside_a_follower(name)
     before = kernels(untouched, inputs)
-    after = kernels(merged, inputs, **scope_kwargs(merged, scope))
+    after = kernels(merged, inputs, **scope)
     assert before["scaled_dot_product_flash_attention_for_cpu"] > 0
     after.subtract(before)
     assert {kind: count for kind, count in after.items() if count} == {"bmm": 2, "fused": 1}
@@ -97,16 +103,11 @@ VIEWS = {torch.ops.aten._unsafe_view, torch.ops.aten._reshape_alias}
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_eager_block_pays_two_matrix_products_and_two_additions(name: str) -> None:
-    inputs, scope = contiguous_inputs(name), PlanScope()
-    untouched, merged = block_of(name), block_of(name)
-    plan = plan_apart(graph_of(merged, "lead"))
-    assert plan is not None
-    plan(**inputs, **scope_kwargs(merged, scope))
-    install(merged, graph_of(merged, "follow"))
+    inputs, untouched, merged, scope = beside_a_follower(name)
     with torch.no_grad(), Operators() as before:
         untouched(**inputs)
     with torch.no_grad(), Operators() as after:
-        merged(**inputs, **scope_kwargs(merged, scope))
+        merged(**inputs, **scope)
     assert before.counts["addmm"] > 0
     after.counts.subtract(before.counts)
     extra = {kind: count for kind, count in after.counts.items() if count}

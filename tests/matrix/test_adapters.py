@@ -90,19 +90,24 @@ def fused(family: str, *loras: tuple[int, float]) -> Any:
     return transform(pipe)
 
 
+def with_lora(cell: Cell, when: str) -> Any:
+    """A transformed pipeline in the cell's mode, with a LoRA that came before or after."""
+    pipe = pipeline(cell.family)
+    file = lora(pipe, seed=1)
+    if when == "before":
+        pipe.load_lora_weights(file)
+    transform(pipe)
+    if when == "after":
+        pipe.load_lora_weights(file)
+    cell.apply(model_of(pipe))
+    return pipe
+
+
 @ORDER
 @row("LoRA loaded {when} `transform`", section=SECTION)
 def test_lora(cell: Cell, when: str) -> None:
-    pipe = pipeline(cell.family)
-    file = lora(pipe, seed=1)
     bare = DRAW(transform(pipeline(cell.family)), 0)
-    if when == "before":
-        pipe.load_lora_weights(file)
-        transform(pipe)
-    else:
-        transform(pipe)
-        pipe.load_lora_weights(file)
-    cell.apply(model_of(pipe))
+    pipe = with_lora(cell, when)
     drawn = DRAW(pipe, 0)
     assert difference(drawn, bare) > 1e-2
     assert difference(drawn, DRAW(fused(cell.family, (1, 1.0)), 0)) < 1e-4
@@ -141,15 +146,8 @@ def test_lora_scale(cell: Cell) -> None:
 @ORDER
 @row("LoRA loaded {when} `transform`: fused, unfused, disabled, unloaded", section=SECTION)
 def test_lora_fused_and_unloaded(cell: Cell, when: str) -> None:
-    pipe = pipeline(cell.family)
-    file = lora(pipe, seed=1)
     bare = DRAW(transform(pipeline(cell.family)), 0)
-    if when == "before":
-        pipe.load_lora_weights(file)
-    transform(pipe)
-    if when == "after":
-        pipe.load_lora_weights(file)
-    cell.apply(model_of(pipe))
+    pipe = with_lora(cell, when)
     loaded = DRAW(pipe, 0)
     assert difference(loaded, bare) > 1e-2
     for change, expected in (
