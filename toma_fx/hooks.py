@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from diffusers.hooks import HookRegistry
+from diffusers.hooks.layerwise_casting import LayerwiseCastingHook
 from torch import nn
 
 from toma_fx.errors import ModelError
@@ -107,6 +108,12 @@ def check_caches(model: nn.Module) -> None:
                     "other tokens; transform with selector='grid', which keeps its tokens, or "
                     "cache whole blocks: FirstBlockCacheConfig or MagCacheConfig"
                 )
+
+
+def is_cast(model: nn.Module) -> bool:
+    """Whether a layer stores its weights in another dtype than it computes in."""
+    hooks = (hook for module in model.modules() for _, hook in _hooks(module))
+    return any(isinstance(hook, LayerwiseCastingHook) for hook in hooks)
 
 
 def _hooks(module: nn.Module) -> Iterator[tuple[str, Any]]:

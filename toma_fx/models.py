@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from toma_fx.config import MergeConfig
 from toma_fx.errors import InputError, ModelError
-from toma_fx.hooks import check_caches
+from toma_fx.hooks import check_caches, is_cast
 from toma_fx.runtime.plan import SCOPE, PlanScope, own_scope
 from toma_fx.runtime.schedule import DenoisingClock, make_slots
 from toma_fx.treatment import Treatment
@@ -133,6 +133,18 @@ class _Clocked(nn.Module):
             super().compile(*args, **kwargs)
         else:  # what decides between the two graphs stays outside both
             self._run = torch.compile(self._run, *args, **kwargs)
+
+    def enable_layerwise_casting(self, *args: Any, **kwargs: Any) -> None:
+        """As diffusers' method; the original, whose weights are these, is cast along with it.
+
+        Or no layer of the model that `toma_fx.restore` brings back could take its weights. Another
+        model that was transformed from the same original shares them too: cast it as well.
+        """
+        model: Any = super()
+        model.enable_layerwise_casting(*args, **kwargs)
+        original: Any = self._toma.original
+        if not is_cast(original):
+            original.enable_layerwise_casting(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]

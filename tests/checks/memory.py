@@ -8,6 +8,7 @@ import accelerate
 import pytest
 import torch
 
+import toma_fx
 from tests.checks.base import Base, changed
 
 CPU = torch.device("cpu")
@@ -49,6 +50,18 @@ class Memory(Base):
         before.enable_layerwise_casting(storage_dtype=storage, compute_dtype=torch.float32)
         self.same(self.merged(before), cast)
         assert changed(cast, self.run(before))
+
+    def test_layerwise_casting_is_the_originals_too(self) -> None:
+        cast = {"storage_dtype": torch.float8_e4m3fn, "compute_dtype": torch.float32}
+        original, reference = self.untouched(), self.untouched()
+        reference.enable_layerwise_casting(**cast)
+        model = self.merged(original)
+        for transformed in (model, self.merged(original)):
+            transformed.enable_layerwise_casting(**cast)
+            assert toma_fx.restore(transformed) is original
+            self.same(original, self.run(reference))
+            assert changed(self.run(transformed), self.run(reference))
+        self.same(model, self.run(transformed))
 
     def test_layerwise_casting_in_training(self) -> None:
         model = self.merged().train()
