@@ -16,6 +16,7 @@ from diffusers import (
 )
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 from tests.tiny import TEXT_TOKENS, TEXT_WIDTH, flux_inputs, tiny_flux, tiny_sdxl_unet, unet_inputs
 from toma_fx import MergeConfig, Schedule, TomaError, restore, transform
@@ -313,6 +314,18 @@ def test_block_on_its_own(kwargs: dict[str, Any] | None) -> None:
     said = ("group's first block", "call the whole model", "share='block'")
     check(lambda: call(1), InputError, said)
     check(lambda: call(0, **STEPS), InputError, ("schedule", "call the whole model", "without"))
+
+
+def test_a_torch_that_cannot_compile_a_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plain = transform(unet(), **STEPS), transform(unet())
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.11.0+cpu"))
+    said = ("select_every=10", "from torch 2.12 on", "2.11.0+cpu", "schedule=Schedule()")
+    check(lambda: model.compile(backend="eager"), ModelError, said)
+    check(lambda: model.compile_repeated_blocks(backend="eager"), ModelError, said)
+    plain.compile(backend="eager")
+    plain.compile_repeated_blocks(backend="eager")
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.12.0"))
+    model.compile(backend="eager")
 
 
 def test_rotary_values_go_only_to_processors_that_index_them_as_diffusers_does() -> None:

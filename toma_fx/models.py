@@ -25,6 +25,9 @@ from toma_fx.treatment import Treatment
 
 toma = torch.ops.toma
 
+_SCHEDULE_COMPILES = "2.12"
+"""The torch from which on."""
+
 
 @dataclass(frozen=True)
 class Rewrite:
@@ -127,8 +130,25 @@ class _Clocked(nn.Module):
             )
         return run(bool(torch.as_tensor(noise).flatten()[0] <= below))
 
+    def _check_schedule_compiles(self) -> None:
+        """Say what torch would say at length where it cannot compile what a schedule decides."""
+        schedule = self._toma.config.schedule
+        if not schedule.stateless and torch.__version__ < _SCHEDULE_COMPILES:
+            raise ModelError(
+                f"{schedule} compiles from torch {_SCHEDULE_COMPILES} on, and this is torch "
+                f"{torch.__version__}; install a newer torch, transform with schedule=Schedule(), "
+                "which plans at every step, or leave the model uncompiled"
+            )
+
+    def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
+        """As diffusers' method."""
+        self._check_schedule_compiles()
+        model: Any = super()
+        model.compile_repeated_blocks(*args, **kwargs)
+
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the model for its own calls; arguments as `torch.compile` takes them."""
+        self._check_schedule_compiles()
         if self._toma.config.merge_below == 1:
             super().compile(*args, **kwargs)
         else:  # what decides between the two graphs stays outside both
