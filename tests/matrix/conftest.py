@@ -1,6 +1,7 @@
 """Runs the rows of the matrix and gathers what came of them."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,9 @@ class _Gathering:
         if "matrix" not in properties or (report.passed and report.when != "teardown"):
             return
         if report.nodeid in self.known:
-            self.results += self.known.pop(report.nodeid)
+            if report.skipped:  # and not the teardown, which follows
+                known = self.known[report.nodeid]
+                self.results += [replace(each, **properties["matrix"]) for each in known]
             return
         outcome, said = "works", tuple[str, ...]()
         if report.failed:
