@@ -43,7 +43,9 @@ def graph_of(block: nn.Module, memory: PlanMemory | None = None) -> fx.GraphModu
     if memory is None:
         return rewrite(block, merge)
     kwargs = row_of(block).attention_kwargs
-    return rewrite(block, merge, SharePlan(attention_kwargs=kwargs, blocks="Block", role="lead", memory=memory))
+    return rewrite(
+        block, merge, SharePlan(attention_kwargs=kwargs, blocks="Block", role="lead", memory=memory)
+    )
 
 
 def installed(name: str, memory: PlanMemory | None = None) -> Any:

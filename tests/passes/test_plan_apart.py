@@ -39,7 +39,9 @@ EVERY_BLOCK = pytest.mark.parametrize("name", NAMES)
 
 
 def graph_of(block: nn.Module, role: Any, memory: PlanMemory | None = None) -> fx.GraphModule:
-    share = SharePlan(attention_kwargs=row_of(block).attention_kwargs, blocks="Block", role=role, memory=memory)
+    share = SharePlan(
+        attention_kwargs=row_of(block).attention_kwargs, blocks="Block", role=role, memory=memory
+    )
     return rewrite(block, MergeOnce(options=OPTIONS, flow=flow_of(block)), share)
 
 

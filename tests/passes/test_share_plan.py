@@ -55,7 +55,9 @@ def merged(
 
 
 def sharing(block: nn.Module, role: Role = "alone", memory: PlanMemory | None = None) -> SharePlan:
-    return SharePlan(attention_kwargs=row_of(block).attention_kwargs, blocks="Block", role=role, memory=memory)
+    return SharePlan(
+        attention_kwargs=row_of(block).attention_kwargs, blocks="Block", role=role, memory=memory
+    )
 
 
 def shared(block: nn.Module, role: Role = "alone", placement: str = "component") -> fx.GraphModule:

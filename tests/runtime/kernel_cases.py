@@ -106,8 +106,10 @@ def test_picks_are_those_of_the_loop(
 
 @pytest.mark.parametrize(
     ("size", "keep"),
-    [(16, 16), (17, 4), (31, 31), (32, 1), (33, 8), (63, 5), (64, 64), (65, 6), (76, 57)]
-    + [(127, 9), (128, 16), (129, 5), (200, 3), (255, 4), (256, 6)],
+    [
+        *[(16, 16), (17, 4), (31, 31), (32, 1), (33, 8), (63, 5), (64, 64), (65, 6), (76, 57)],
+        *[(127, 9), (128, 16), (129, 5), (200, 3), (255, 4), (256, 6)],
+    ],
 )
 @pytest.mark.parametrize("batch", [1, 3])
 def test_picks_are_those_of_the_loop_at_every_size(batch: int, size: int, keep: int) -> None:

@@ -102,8 +102,10 @@ def spilled_bytes(ptx: str, capability: int, folder: Path) -> int:
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(
     ("size", "dtype"),
-    [(16, torch.bfloat16), (64, torch.bfloat16), (64, torch.float32), (128, torch.float32)]
-    + [(256, torch.bfloat16)],
+    [
+        *[(size, torch.bfloat16) for size in (16, 64, 256)],
+        *[(size, torch.float32) for size in (64, 128)],
+    ],
 )
 def test_kernels_fit_on_chip(
     size: int, dtype: torch.dtype, capability: int, tmp_path: Path
@@ -223,6 +225,4 @@ def test_an_exported_program_holds_the_loop_and_runs_without_us(tmp_path: Path) 
     torch.export.save(program, tmp_path / "program.pt2")
     torch.save((tokens, Select()(tokens)), tmp_path / "case.pt")
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    subprocess.run(
-        [sys.executable, "-c", PROGRAM], check=True, cwd=tmp_path, env=environment
-    )
+    subprocess.run([sys.executable, "-c", PROGRAM], check=True, cwd=tmp_path, env=environment)
