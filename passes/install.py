@@ -238,7 +238,7 @@ def _compile_apart(
 
         def call(*inputs: Any, **named: Any) -> Any:
             if "forward" in vars(self):  # a hook that came after compiling
-                return self._call_impl(*inputs, **named)  # type: ignore[no-untyped-call]
+                return self._call_impl(*inputs, **named)
             follower.training = self.training
             if merging is None or merging(inputs, named):
                 make_plan(*inputs, **named)

@@ -317,7 +317,7 @@ def test_block_on_its_own(kwargs: dict[str, Any] | None) -> None:
 
 
 def test_a_torch_that_cannot_compile_a_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, plain = transform(unet(), **STEPS), transform(unet())
+    model, plain = transform(unet(), schedule=Schedule(select_every=10)), transform(unet())
     monkeypatch.setattr(torch, "__version__", TorchVersion("2.11.0+cpu"))
     said = ("select_every=10", "from torch 2.12 on", "2.11.0+cpu", "schedule=Schedule()")
     check(lambda: model.compile(backend="eager"), ModelError, said)

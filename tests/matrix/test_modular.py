@@ -114,8 +114,8 @@ def test_layer_guiders(cell: Cell, guider: str, block: int) -> None:
     modes=("eager",),
 )
 def test_skipped_leader(cell: Cell) -> None:
-    options = {"placement": "component"}
-    pipe = transform(modular("sdxl", guider=LAYER_GUIDERS["skip layer"](0)), **options)
+    guider = LAYER_GUIDERS["skip layer"](0)
+    pipe = transform(modular("sdxl", guider=guider), placement="component")
     with cell.refuses(InputError, match="transform with share='block'"):
         draw(pipe, 0)
-    check(cell, restore(pipe), draw, MergeConfig(share="block", **options))
+    check(cell, restore(pipe), draw, MergeConfig(placement="component", share="block"))
