@@ -7,7 +7,7 @@ what it looks for: class, submodules, state-dict keys, hooks.
 
 A leader that is compiled by itself, as ``compile_repeated_blocks`` does, becomes two graphs: the
 plan, and the rest, which is the code of the blocks that follow it and is compiled with theirs. And
-where a hook skips a leader, as layer guidance does, the plan is made all the same.
+where a hook skips a leader, as layer guidance does, the first that asks for the plan makes it.
 
 A block that merges at some noise levels only runs one of two graphs, as the call of the model says:
 the rewritten one, or the one that was captured.
@@ -211,10 +211,11 @@ def _call_planned(planner: Callable[..., Any], apart: _Apart) -> Callable[..., A
     """The ``__call__`` of a leader."""
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Run the block; and where a hook skipped it, make the plan for those that follow."""
+        """Run the block; and where a hook skipped it, leave its plan to those that follow."""
         output = nn.Module.__call__(self, *args, **kwargs)
-        if plan.is_due(apart.attention_kwargs.of(args, kwargs), apart.blocks):
-            planner(self, *args, **kwargs)
+        carrier = apart.attention_kwargs.of(args, kwargs)
+        if plan.is_due(carrier, apart.blocks):
+            plan.postpone(carrier, apart.blocks, functools.partial(planner, self, *args, **kwargs))
         return output
 
     return call
@@ -237,11 +238,11 @@ def _compile_apart(
         make_plan = torch.compile(MethodType(planner, self), *args, **kwargs)
 
         def call(*inputs: Any, **named: Any) -> Any:
-            if "forward" in vars(self):  # a hook that came after compiling
-                return self._call_impl(*inputs, **named)
             follower.training = self.training
             if merging is None or merging(inputs, named):
                 make_plan(*inputs, **named)
+            if "forward" in vars(self):  # a hook that came after compiling
+                return self._call_impl(*inputs, **named)
             return follower(*inputs, **named)
 
         self._compiled_call_impl = call

@@ -6,7 +6,7 @@ be used by another image, another request or another thread, and under capture i
 def-use edges. The functions here are what the generated forwards call to reach it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -28,14 +28,16 @@ class PlanScope:
         plans: what a group's first block made, for the blocks that follow it, by the class of the
             blocks. A model has one group of a class, or a scope of its own for each; so a block
             that runs again later, as in gradient checkpointing, finds the plan that it had.
+        planners: what makes the plan of a group whose first block was skipped, if one asks for it.
         time: step and run of the model's `DenoisingClock`, when it has a schedule.
         merging: whether the blocks merge in this call.
     """
 
-    __slots__ = ("merging", "plans", "time")
+    __slots__ = ("merging", "planners", "plans", "time")
 
     def __init__(self, time: tuple[Tensor, Tensor] | None = None, merging: bool = True) -> None:
         self.plans: dict[str, Plan] = {}
+        self.planners: dict[str, Callable[[], object]] = {}
         self.time = time
         self.merging = merging
 
@@ -71,6 +73,13 @@ def is_due(attention_kwargs: Mapping[str, Any] | None, blocks: str) -> bool:
     return scope is not None and scope.merging and blocks not in scope.plans
 
 
+def postpone(
+    attention_kwargs: Mapping[str, Any], blocks: str, planner: Callable[[], object]
+) -> None:
+    """Let ``planner`` share the plan when a later block of the group asks for it."""
+    attention_kwargs[SCOPE].planners[blocks] = planner
+
+
 def shared(attention_kwargs: Mapping[str, Any] | None, blocks: str) -> Plan:
     """The plan that the group's first block made in this call of the model.
 
@@ -79,6 +88,8 @@ def shared(attention_kwargs: Mapping[str, Any] | None, blocks: str) -> Plan:
             the first, whose plan takes what its layers compute.
     """
     scope = _scope(attention_kwargs)
+    if scope is not None and blocks not in scope.plans and blocks in scope.planners:
+        scope.planners[blocks]()
     if scope is None or blocks not in scope.plans:
         raise InputError(
             f"this {blocks} shares the plan of its group's first block, which did not run before "

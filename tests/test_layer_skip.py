@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers.hooks import LayerSkipConfig, apply_layer_skip
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from tests.tiny import tiny_sdxl_unet, unet_inputs
 from toma_fx import Schedule, transform
@@ -27,6 +28,16 @@ def skipping(model: Any) -> Any:
     """The model, without the first block of a group."""
     apply_layer_skip(model, LayerSkipConfig(indices=[0], fqn=GROUP))
     return model
+
+
+class Selections(TorchFunctionMode):
+    """Counts how often destinations are chosen."""
+
+    count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.toma.select.default
+        return func(*args, **(kwargs or {}))
 
 
 OPTIONS: list[dict[str, Any]] = [
@@ -51,6 +62,18 @@ def test_the_group_merges_as_if_its_second_block_led(options: dict[str, Any], wh
         got = call(model, timestep=torch.tensor(timestep))
         assert torch.equal(got, call(second_leads, timestep=torch.tensor(timestep)))
     assert not torch.equal(got, call(skipping(copy.deepcopy(unet)), timestep=torch.tensor(700)))
+
+
+def test_a_group_that_is_skipped_whole_makes_no_plan() -> None:
+    """As the caches of whole blocks do, which would pay for it at every step."""
+    model = transform(tiny_sdxl_unet(), skip=("down_blocks.*", "up_blocks.*"))
+    with Selections() as counted:
+        call(model)
+    assert counted.count == 1
+    apply_layer_skip(model, LayerSkipConfig(indices=[0, 1], fqn=GROUP))
+    with Selections() as counted:
+        call(model)
+    assert counted.count == 0
 
 
 @pytest.mark.parametrize(

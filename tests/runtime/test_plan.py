@@ -86,6 +86,19 @@ def test_a_plan_is_due_until_it_is_made(kwargs: Any, due: bool) -> None:
     assert not plan.is_due(kwargs, "Block")
 
 
+def test_a_postponed_plan_is_made_once_and_only_when_a_block_asks() -> None:
+    kwargs = {plan.SCOPE: plan.PlanScope()}
+    made = []
+
+    def planner() -> None:
+        made.append(plan.share(kwargs, "Block", *PLAN))
+
+    plan.postpone(kwargs, "Block", planner)
+    assert not made
+    assert plan.shared(kwargs, "Block") == plan.shared(kwargs, "Block") == PLAN
+    assert len(made) == 1
+
+
 @WITHOUT_SCOPE
 def test_a_block_with_a_schedule_that_is_called_on_its_own(kwargs: Any) -> None:
     message = (
