@@ -50,7 +50,7 @@ class SharePlan(Pass):
     attention_kwargs: str
     """The argument that carries the plan from block to block."""
     blocks: str
-    """Name of the block's class, under which its group finds the plan."""
+    """Name of the block's class, and of its ratio if others differ; its group finds the plan so."""
     role: Literal["alone", "lead", "follow"] = "alone"
     memory: PlanMemory | None = None
     """Keeps the plan of a leader between steps."""

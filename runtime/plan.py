@@ -26,8 +26,9 @@ class PlanScope:
 
     Attributes:
         plans: what a group's first block made, for the blocks that follow it, by the class of the
-            blocks. A model has one group of a class, or a scope of its own for each; so a block
-            that runs again later, as in gradient checkpointing, finds the plan that it had.
+            blocks, and their ratio where blocks differ in it. A model has one such group, or a
+            scope of its own for each; so a block that runs again later, as in gradient
+            checkpointing, finds the plan that it had.
         planners: what makes the plan of a group whose first block was skipped, if one asks for it.
         time: step and run of the model's `DenoisingClock`, when it has a schedule.
         merging: whether the blocks merge in this call.
@@ -60,7 +61,7 @@ def merging(attention_kwargs: Mapping[str, Any] | None) -> bool:
 
 
 def share(attention_kwargs: Mapping[str, Any] | None, blocks: str, *plan: Tensor) -> Plan:
-    """Hand the plan to the later blocks of the group, whose class is ``blocks``; returns it."""
+    """Hand the plan to the later blocks of the group called ``blocks``; returns it."""
     scope = _scope(attention_kwargs)
     if scope is not None:
         scope.plans[blocks] = plan

@@ -138,7 +138,7 @@ def calibrate(
 ) -> Calibration:
     """Measure where merging costs a pipeline's images most.
 
-    It draws with ``2 + groups + ratios + noise levels - 2`` configurations, 19 for SDXL.
+    It draws with ``2 + groups + ratios + noise levels - 1`` configurations, 20 for SDXL.
 
     Args:
         pipeline: with an untouched model, which it has again afterwards.
