@@ -77,7 +77,7 @@ def plot(
     if file is None:
         of = "" if table.name == SUMMARY else f"{table.stem}_"
         file = table.parent / f"{of}{'_'.join(ys)}_{x}.png"
-    figure.savefig(file, dpi=150)
+    figure.savefig(file, dpi=150, bbox_inches="tight")  # a legend may be wider than the panels
     return file
 
 
