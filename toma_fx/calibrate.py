@@ -1,42 +1,52 @@
 """A ratio for each block, and the noise level to merge below, from what each costs an image.
 
 The same arithmetic can be saved in many places. `calibrate` draws some images untouched, then with
-one group of blocks merged at a time, then at other ratios and below other noise levels, and so
-learns where merging hurts. `Calibration.config` spends a budget where it hurts least. Nothing is
-trained, and the model that results is one that `toma_fx.transform` makes by hand-given options too.
+one part of the model merged at a time, then at other ratios and in fewer steps, and so learns where
+merging hurts. `Calibration.config` spends a budget where it hurts least. Nothing is trained, and
+the options that result could as well have been given by hand.
 
-The prediction is deliberately simple: the squared error of the image is the sum over groups of what
+The prediction is deliberately simple: the squared error of an image is the sum over parts of what
 each adds alone, times a factor for the ratio and one for the noise level.
 """
 
 import fnmatch
+import inspect
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import nn
 
-from toma_fx.config import MergeConfig
+from toma_fx.arithmetic import Call, count_parts
+from toma_fx.config import MergeConfig, Schedule
 from toma_fx.errors import ConfigError, ModelError
+from toma_fx.families import family_of
 from toma_fx.hooks import copied_with_hooks
 from toma_fx.inputs import weightless
-from toma_fx.report import count_blocks
 from toma_fx.transform import model_of, restore, rewrite_of, rewritten, transform
 
 RATIOS = (0.25, 0.5, 0.75, 0.9)
-"""What a group may get, and 0."""
+"""What a part may get, and 0."""
 PROBE = 0.5
-"""At which groups and noise levels are tried."""
-NOISE_LEVELS = (1.0, 0.8, 0.6, 0.4)
-"""See `MergeConfig.merge_below`."""
-GROUPS = 8
-"""At least so many groups are tried apart; where a model has fewer lists of blocks, their parts."""
+"""At which parts and noise levels are tried."""
+UNIFORM = (0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9)
+"""Uniform ratios whose savings are counted; between them they are interpolated."""
+LATE = (0.8, 0.6, 0.4)
+"""Shares of a run's steps, its last, that merging may be confined to."""
+PARTS = 8
+"""At least so many parts are tried; where a model has fewer lists of blocks, lists are parted."""
 
 Draw = Callable[[Any], npt.ArrayLike]
 """Draws images with a pipeline, the same ones whenever it is called: ``(images, ...)``, of any
-shape and unit. The error is theirs, so pixels are better than latents."""
+shape and unit. The error is theirs, so pixels are better than latents, and floats than bytes."""
+Progress = Callable[[int, int, str], None]
+"""Told how many drawings of how many are done, and what is drawn next."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,83 +59,112 @@ class Calibration:
 
     base: MergeConfig
     """All options that are not allotted."""
-    groups: Mapping[str, tuple[str, ...]]
-    """Name of each group, and the patterns of its blocks."""
+    parts: Mapping[str, tuple[str, ...]]
+    """Name of each part of the model, and the patterns of its blocks."""
     errors: Mapping[str, float]
-    """Of merging a group alone, at `PROBE`."""
+    """Of merging a part alone, at `PROBE`."""
     savings: Mapping[str, Mapping[float, int]]
-    """By group and ratio, operations of one call at the native size that merging it saves."""
+    """By part and ratio, operations of the drawing's first call that merging it saves."""
+    uniform: Mapping[float, int]
+    """What a uniform ratio saves of them, with the blocks skipped that it skips by default."""
     by_ratio: Mapping[float, float]
-    """Error of merging all groups at a ratio, relative to that at `PROBE`."""
-    by_noise: Mapping[float, float]
+    """Error of merging all parts at a ratio, relative to that at `PROBE`."""
+    by_level: Mapping[float, float]
     """Error of merging below a noise level, relative to that of merging at every step."""
     steps: Mapping[float, float]
-    """Share of a run's steps that lie below each noise level."""
-    uniform: Callable[[float], int]
-    """Operations of one call that a uniform ratio saves."""
+    """Share of the drawing's steps that lie below each noise level."""
 
-    def config(
-        self, ratio: float = 0.5, *, noise_levels: Sequence[float] | None = None
-    ) -> MergeConfig:
+    def config(self, ratio: float = 0.5, *, every_step: bool = False) -> MergeConfig:
         """The options that change images least at the arithmetic of a uniform ratio.
 
         Args:
-            ratio: the uniform ratio, at every step, in (0, 1).
-            noise_levels: choose ``merge_below`` from these alone. ``(1.0,)`` merges at every step,
-                for a model that is captured as one graph.
+            ratio: the uniform ratio, at every step; above 0 and up to 0.9.
+            every_step: merge at every step, for a model that is captured as one graph.
 
         Returns:
             options with ``block_ratios`` and ``merge_below``; their ``ratio`` is 0, since every
             block has its own.
 
         Raises:
-            ConfigError: when a noise level was not measured.
-            ModelError: when no allotment saves as much, as when ``ratio`` is near 1.
+            ConfigError: when the ratio is none of these.
+            ModelError: when no allotment saves as much.
         """
-        levels = tuple(self.steps if noise_levels is None else noise_levels)
-        unknown = [level for level in levels if level not in self.steps]
-        if unknown:
+        number = isinstance(ratio, int | float) and not isinstance(ratio, bool)
+        if not number or not 0 < ratio <= UNIFORM[-1]:
             raise ConfigError(
-                f"noise_levels={unknown} were not measured; choose from {list(self.steps)}"
+                f"ratio={ratio!r} must be a number above 0 and up to {UNIFORM[-1]}: the uniform "
+                "ratio whose arithmetic is allotted, such as 0.5"
             )
-        replace(self.base, ratio=ratio)  # checks it
-        wanted = self.uniform(ratio)
-        found = [(self._allot(wanted / self.steps[b]), b) for b in levels if self.steps[b]]
-        possible = [(*allotted, b) for allotted, b in found if allotted is not None]
-        if not possible:
+        wanted = np.interp(ratio, [0, *self.uniform], [0, *self.uniform.values()])
+        best: tuple[float, dict[str, float], float] | None = None
+        for level in (1.0,) if every_step else self.steps:
+            allotted = self._allot(float(wanted) / self.steps[level])
+            if allotted is not None:
+                error = allotted[0] * self.by_level[level]
+                best = min(best or (error, allotted[1], level), (error, allotted[1], level))
+        if best is None:
             raise ModelError(
-                f"no allotment saves what ratio={ratio} at every step does; ask for a smaller one"
+                f"no allotment saves what ratio={ratio} everywhere does; ask for a smaller ratio"
             )
-        _, ratios, below = min(possible, key=lambda each: each[0] * self.by_noise[each[2]])
-        own = {pattern: ratios[name] for name, group in self.groups.items() for pattern in group}
-        return replace(
-            self.base, ratio=0, block_ratios=tuple(own.items()), merge_below=below, skip=()
-        )
+        _, ratios, level = best
+        own = tuple((p, ratios[name]) for name, patterns in self.parts.items() for p in patterns)
+        return replace(self.base, ratio=0, block_ratios=own, merge_below=level)
 
     def _allot(self, wanted: float) -> tuple[float, dict[str, float]] | None:
-        """Error and ratio of each group for savings of at least ``wanted`` operations a call.
+        """Error and ratio of each part for savings of at least ``wanted`` operations a call.
 
-        Each group's choices that lie on the lower hull of error over saving are taken in the order
+        Each part's choices that lie on the lower hull of error over saving are taken in the order
         of what an operation costs, which is best for every saving that it stops at.
         """
         steps = [
-            (cost, saving, error, name, ratio)
-            for name in self.groups
-            for cost, saving, error, ratio in _hull(
+            (*step, name)
+            for name in self.parts
+            for step in _hull(
                 [
                     (saving, self.errors[name] * self.by_ratio[ratio], ratio)
                     for ratio, saving in self.savings[name].items()
                 ]
             )
         ]
-        ratios = dict.fromkeys(self.groups, 0.0)
+        ratios = dict.fromkeys(self.parts, 0.0)
         total = spent = 0.0
-        for _, saving, error, name, ratio in sorted(steps):
+        for _, saving, error, ratio, name in sorted(steps):
             if total >= wanted:
                 break
             ratios[name] = ratio
             total, spent = total + saving, spent + error
         return (spent, ratios) if total >= wanted else None
+
+    def save(self, file: str | Path) -> None:
+        """Write it as JSON, for `load`."""
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        Path(file).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, file: str | Path) -> Self:
+        """What `save` wrote.
+
+        Raises:
+            ConfigError: when there is no such file, or it holds something else.
+        """
+        try:
+            content = json.loads(Path(file).read_text(encoding="utf-8"))
+            base = content.pop("base")
+            base["schedule"] = Schedule(**base["schedule"])
+            parts = {name: tuple(patterns) for name, patterns in content.pop("parts").items()}
+            errors, savings = content.pop("errors"), content.pop("savings")
+            return cls(
+                base=MergeConfig(**base),
+                parts=parts,
+                errors={name: float(errors[name]) for name in parts},
+                savings={name: _by_number(savings[name]) for name in parts},
+                **{name: _by_number(values) for name, values in content.items()},
+            )
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ConfigError(
+                f"{str(file)!r} is no calibration that toma_fx saved: {error!r}; make one with "
+                "toma-fx calibrate"
+            ) from error
 
 
 def calibrate(
@@ -133,22 +172,25 @@ def calibrate(
     draw: Draw,
     config: MergeConfig | None = None,
     *,
-    noise_levels: Sequence[float] = NOISE_LEVELS,
-    progress: Callable[[str], None] = lambda what: None,
+    late: Sequence[float] = LATE,
+    progress: Progress = lambda done, total, what: None,
 ) -> Calibration:
     """Measure where merging costs a pipeline's images most.
 
-    It draws with ``2 + groups + ratios + noise levels - 1`` configurations, 20 for SDXL.
+    SDXL is drawn with 20 configurations: untouched twice, each of its 11 parts alone, at 4 ratios,
+    and in 3 shares of the steps.
 
     Args:
         pipeline: with an untouched model, which it has again afterwards.
-        draw: see `Draw`. A few prompts are enough; the steps should be those of later use.
-        config: options that are not allotted; those that are, and ``skip``, are not looked at.
-        noise_levels: to choose ``merge_below`` from; 1.0 among them.
-        progress: is told what is drawn next.
+        draw: see `Draw`. A few prompts are enough; size, steps and guidance should be those of
+            later use.
+        config: options that are not allotted; blocks that its ``skip`` names stay unmerged.
+        late: shares of the run's steps, its last, that merging may be confined to by
+            ``merge_below``; none, ``()``, to merge at every step.
+        progress: see `Progress`.
 
     Raises:
-        ConfigError: when the noise levels do not have 1.0, or a schedule is to merge below one.
+        ConfigError: when the options hold what is allotted here, or ``late`` what is no share.
         ModelError: when `transform` refuses the model, or two untouched drawings differ.
 
     Example:
@@ -158,105 +200,167 @@ def calibrate(
         >>> calibration = toma_fx.calibrate(pipe, draw)  # doctest: +SKIP
         >>> toma_fx.transform(pipe, calibration.config(0.5))  # doctest: +SKIP
     """
-    if 1.0 not in noise_levels:
-        raise ConfigError(f"noise_levels={tuple(noise_levels)} must contain 1.0, every step")
-    base = replace(config or MergeConfig(), ratio=0, block_ratios=(), merge_below=1.0, skip=())
+    config = config or MergeConfig()
+    _check_options(pipeline, config, late)
     model = model_of(pipeline)
-    paths = list(rewrite_of(transform(model, base)).treatments)
-    groups = _groups(paths)
-    progress("untouched")
-    untouched = _images(draw(pipeline))
-    progress("untouched again")
-    if not np.array_equal(_images(draw(pipeline)), untouched):
-        raise ModelError(
-            "draw gave other images when it was called again; let it make its generator anew, as "
-            "in torch.Generator().manual_seed(0)"
-        )
+    base = replace(config, ratio=0, skip=config.skip or ())
+    paths = list(rewrite_of(transform(model, replace(base, ratio=PROBE))).merged)
+    parts = _parts(paths)
+    total = 2 + len(parts) + len(RATIOS) + len(late)
+    done = 0
+
+    def images(what: str) -> npt.NDArray[np.float64]:
+        nonlocal done
+        progress(done, total, what)
+        done += 1
+        return np.asarray(draw(pipeline), dtype=np.float64)
+
+    with _Listener(model) as heard:
+        untouched = images("untouched")
+    _check_same(images("untouched again"), untouched)
 
     def error(what: str, **options: Any) -> float:
-        progress(what)
         transform(pipeline, replace(base, **options))
         try:
-            return _error(_images(draw(pipeline)), untouched)
+            return _error(images(what), untouched)
         finally:
             restore(pipeline)
 
     alone = {
-        name: error(f"{name} alone", block_ratios=_all_at(PROBE, group))
-        for name, group in groups.items()
+        name: error(f"{name} alone", block_ratios=tuple((p, PROBE) for p in patterns))
+        for name, patterns in parts.items()
     }
     by_ratio = {ratio: error(f"ratio {ratio}", ratio=ratio) for ratio in RATIOS}
-    by_noise = {
-        level: error(f"below noise {level}", ratio=PROBE, merge_below=level)
-        if level < 1
-        else by_ratio[PROBE]
-        for level in noise_levels
+    steps = _shares_by_level(heard.levels, late)
+    by_level = {
+        level: error(f"the last {share:.0%} of steps", ratio=PROBE, merge_below=level)
+        for level, share in steps.items()
     }
     skeleton = weightless(copied_with_hooks(model)[0])  # arithmetic has no use for hooks
 
-    def counted(ratio: float) -> tuple[dict[str, int], int]:
-        return count_blocks(rewritten(skeleton, replace(base, ratio=ratio)), paths)[1:]
+    def counted(options: MergeConfig) -> dict[str, int]:
+        return count_parts(rewritten(skeleton, options), heard.call, ["", *paths])
 
-    (before, whole), after = counted(0), {ratio: counted(ratio)[0] for ratio in RATIOS}
+    def merged_at(ratio: float) -> MergeConfig:
+        # A plan for each part, as parts of a list have when they differ in their ratio.
+        own = ((p, ratio + 1e-9 * i) for i, part in enumerate(parts.values()) for p in part)
+        return replace(base, block_ratios=tuple(own))
+
+    before, after = counted(base), {ratio: counted(merged_at(ratio)) for ratio in RATIOS}
     return Calibration(
         base=base,
-        groups=groups,
+        parts=parts,
         errors=alone,
         savings={
             name: {
-                ratio: sum(before[p] - after[ratio][p] for p in paths if _fits(p, group))
+                ratio: sum(before[p] - after[ratio][p] for p in paths if _fits(p, patterns))
                 for ratio in RATIOS
             }
-            for name, group in groups.items()
+            for name, patterns in parts.items()
         },
+        uniform={r: before[""] - counted(replace(config, ratio=r))[""] for r in UNIFORM},
         by_ratio={ratio: value / by_ratio[PROBE] for ratio, value in by_ratio.items()},
-        by_noise={level: value / by_ratio[PROBE] for level, value in by_noise.items()},
-        steps=_steps_below(pipeline, noise_levels),
-        uniform=lambda ratio: whole - counted(ratio)[1],
+        by_level={1.0: 1.0, **{level: v / by_ratio[PROBE] for level, v in by_level.items()}},
+        steps={1.0: 1.0, **steps},
     )
 
 
-def _groups(paths: Sequence[str]) -> dict[str, tuple[str, ...]]:
+def _check_options(pipeline: Any, config: MergeConfig, late: Sequence[float]) -> None:
+    if isinstance(pipeline, nn.Module):
+        raise ModelError(
+            f"calibrate draws images and needs a pipeline, not a {type(pipeline).__name__} alone"
+        )
+    if config.block_ratios or config.merge_below < 1:
+        raise ConfigError(
+            f"block_ratios={config.block_ratios!r} and merge_below={config.merge_below} are what "
+            "calibrate finds; leave them out"
+        )
+    wrong = [share for share in late if not 0 < share < 1]
+    if wrong:
+        raise ConfigError(f"late={wrong} must be shares of the steps, between 0 and 1, such as 0.6")
+    if late and not config.schedule.stateless:
+        raise ConfigError(f"{config.schedule} merges at every step; calibrate it with late=()")
+
+
+class _Listener:
+    """Hears the calls of a model: the first one's arguments, and the noise level of each."""
+
+    call: Call
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.levels: list[float] = []
+
+    def __enter__(self) -> Self:
+        full = family_of(self.model).full_noise
+        signature = inspect.signature(type(self.model).forward)
+
+        def hear(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not self.levels:
+                self.call = Call(args, kwargs)
+            timestep = signature.bind(module, *args, **kwargs).arguments["timestep"]
+            self.levels.append(float(torch.as_tensor(timestep).flatten()[0]) / full)
+
+        self.hook = self.model.register_forward_pre_hook(hear, with_kwargs=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.hook.remove()
+
+
+def _shares_by_level(levels: Sequence[float], late: Sequence[float]) -> dict[float, float]:
+    """Noise levels that part off a share of a run's steps, and the shares that they really do."""
+    ordered = sorted(levels)
+    found = {}
+    for share in late:
+        count = round(share * len(ordered))
+        if 0 < count < len(ordered):
+            # Between two steps, so that no rounding decides.
+            level = round((ordered[count - 1] + ordered[count]) / 2, 4)
+            found[level] = sum(each <= level for each in ordered) / len(ordered)
+    return found
+
+
+def _parts(paths: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """Lists of blocks, or parts of them, by name, with patterns of their blocks."""
     lists: dict[str, list[str]] = {}
     for path in paths:
         lists.setdefault(path.rpartition(".")[0], []).append(path)
-    parts = math.ceil(GROUPS / len(lists))
-    if parts == 1:
+    count = math.ceil(PARTS / len(lists))
+    if count == 1:
         return {parent: (f"{parent}.*",) for parent in lists}
-    groups = {}
+    parts = {}
     for members in lists.values():
-        for part in np.array_split(np.array(members), min(parts, len(members))):
+        for part in np.array_split(np.array(members), min(count, len(members))):
             first, last = str(part[0]), str(part[-1])
             name = first if len(part) == 1 else f"{first}-{last.rpartition('.')[2]}"
-            groups[name] = tuple(map(str, part))
-    return groups
-
-
-def _all_at(ratio: float, patterns: Sequence[str]) -> tuple[tuple[str, float], ...]:
-    return tuple((pattern, ratio) for pattern in patterns)
+            parts[name] = tuple(map(str, part))
+    return parts
 
 
 def _fits(path: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
 
 
-def _images(drawn: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    return np.asarray(drawn, dtype=np.float64)
+def _check_same(again: npt.NDArray[np.float64], first: npt.NDArray[np.float64]) -> None:
+    if again.shape != first.shape or not np.isfinite(first).all():
+        raise ModelError(
+            f"draw gave images of shape {first.shape}, then {again.shape}, which must be equal and "
+            "all their values numbers"
+        )
+    if not np.array_equal(again, first):
+        raise ModelError(
+            f"draw gave other images when it was called again, by {abs(again - first).max():.3g}; "
+            "let it make its generator anew, as in torch.Generator().manual_seed(0); on a GPU "
+            "torch.use_deterministic_algorithms(True) may be needed"
+        )
 
 
 def _error(images: npt.NDArray[np.float64], untouched: npt.NDArray[np.float64]) -> float:
     squares = ((images - untouched) ** 2).reshape(len(images), -1).mean(1)
-    return float(np.exp(np.log(np.maximum(squares, 1e-20)).mean()))
-
-
-def _steps_below(pipeline: Any, noise_levels: Sequence[float]) -> dict[float, float]:
-    """From the timesteps that the pipeline's scheduler was left with."""
-    timesteps = [float(timestep) / 1000 for timestep in pipeline.scheduler.timesteps]
-    return {
-        level: sum(timestep <= level for timestep in timesteps) / len(timesteps)
-        for level in noise_levels
-    }
+    # An image that did not change at all is no better than one that nobody could tell apart.
+    least = max(1e-8 * float(untouched.var()), 1e-300)
+    return float(np.exp(np.log(np.maximum(squares, least)).mean()))
 
 
 def _hull(choices: Sequence[tuple[float, float, float]]) -> list[tuple[float, float, float, float]]:
@@ -276,3 +380,7 @@ def _hull(choices: Sequence[tuple[float, float, float]]) -> list[tuple[float, fl
         steps.append(best)
         saved, spent = saved + best[1], spent + best[2]
     return steps
+
+
+def _by_number(values: Mapping[str, Any]) -> dict[float, Any]:
+    return {float(key): value for key, value in values.items()}

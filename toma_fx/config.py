@@ -92,9 +92,10 @@ class MergeConfig:
     (Table 8)."""
     block_ratios: tuple[tuple[str, float], ...] = ()
     """Blocks with a ratio of their own, 0 for none: ``{"up_blocks.1.*": 0.25}``, a dictionary from
-    `fnmatch` patterns on their module paths, of which the first that fits counts. Blocks of one
-    group but of different ratios have a plan for each ratio. `toma_fx.allot` finds the ratios
-    that change an image least at the arithmetic of a uniform one."""
+    `fnmatch` patterns on their module paths, of which the first that fits counts. A block that it
+    names is not spared by default; ``skip`` goes first. Blocks of one list share a plan with those
+    of their own ratio. `toma_fx.calibrate` finds the ratios that change images least at the
+    arithmetic of a uniform one."""
     components: tuple[Component, ...] = get_args(Component)
     """The parts of a block that run on merged tokens. The paper merges all three (section 4);
     self-attention alone is only about 15 % of SDXL's transformer arithmetic. With
@@ -188,8 +189,13 @@ class MergeConfig:
 
     def ratio_of(self, path: str) -> float:
         """The ratio of a block, by its module path."""
-        own = (r for pattern, r in self.block_ratios if fnmatch.fnmatchcase(path, pattern))
-        return next(own, self.ratio)
+        pattern = self.pattern_of(path)
+        return self.ratio if pattern is None else dict(self.block_ratios)[pattern]
+
+    def pattern_of(self, path: str) -> str | None:
+        """The pattern of ``block_ratios`` that names a block; the first that fits."""
+        names = (pattern for pattern, _ in self.block_ratios if fnmatch.fnmatchcase(path, pattern))
+        return next(names, None)
 
     def _check_block_ratios(self) -> None:
         given = self.block_ratios

@@ -78,9 +78,12 @@ class Report:
         whole = _arrow(_tera(self.flops_before), _tera(self.flops_after))
         blocks = sum(row[1] for row in rows)
         rows.append(("whole model", blocks, "", "", whole, f"{self.saved:.1%}"))
+        ratio = f"ratio {self.config.ratio}"
+        if self.config.block_ratios:
+            ratio = f"{ratio}, and {len(self.config.block_ratios)} blocks or groups with their own"
         headers = ("group", "blocks", "merged", "image tokens", "arithmetic, TFLOP", "saved")
         return (
-            f"{self.model}, {self.image}, ratio {_ratios(self.config)}\n"
+            f"{self.model}, {self.image}, {ratio}\n"
             f"{tabulate(rows, headers, disable_numparse=True)}\n"
             f"plan: {_plan(self.config)}" + self._prediction()
         )
@@ -111,8 +114,8 @@ def report(
     model = model_of(model)
     rewrite = rewrite_of(model)
     paths = list(rewrite.treatments)
-    tokens, before, flops_before = count_blocks(rewrite.original, paths, height, width, batch)
-    _, after, flops_after = count_blocks(model, paths, height, width, batch)
+    tokens, before, flops_before = _count(rewrite.original, paths, height, width, batch)
+    _, after, flops_after = _count(model, paths, height, width, batch)
     shape = random_inputs(weightless(model), height=height, width=width, batch=batch)
     image = shape["sample"] if "sample" in shape else shape["hidden_states"]
     groups = []
@@ -161,7 +164,7 @@ def _alike(model: nn.Module, rewrite: Rewrite) -> Iterator[tuple[str, Treatment,
         yield parent, rewrite.treatments[paths[0]], paths
 
 
-def count_blocks(
+def _count(
     model: nn.Module,
     paths: Sequence[str],
     height: int | None = None,
@@ -189,11 +192,6 @@ def count_blocks(
         {path: sum(counts[f"{root}.{path}"].values()) for path in paths},
         counter.get_total_flops(),
     )
-
-
-def _ratios(config: MergeConfig) -> str:
-    own = "".join(f", {ratio:g} in {pattern}" for pattern, ratio in config.block_ratios)
-    return f"{config.ratio}{own}"
 
 
 def _plan(config: MergeConfig) -> str:

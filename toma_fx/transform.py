@@ -92,6 +92,11 @@ def transform(
             f"config={config!r} must be a MergeConfig; options go by name: "
             "toma_fx.transform(model, ratio=0.5)"
         )
+    if speedup is not None and config.block_ratios:
+        raise ConfigError(
+            f"speedup={speedup!r} chooses one ratio for all blocks, and block_ratios gives some "
+            "their own; give one of them, or let toma_fx.calibrate choose"
+        )
     if isinstance(model, fx.GraphModule | ExportedProgram):
         if speedup is not None:
             raise ModelError(
@@ -294,7 +299,7 @@ def passes_for(row: Block, config: MergeConfig, treatment: Treatment) -> tuple[P
 def _plan_name(row: Block, config: MergeConfig, treatment: Treatment) -> str:
     """Under which the blocks of a group find their plan: blocks of a class, and of a ratio."""
     name = row.cls.__name__
-    return f"{name}, ratio {treatment.ratio:g}" if config.block_ratios else name
+    return f"{name}, ratio {treatment.ratio!r}" if config.block_ratios else name
 
 
 def _check_model(model: nn.Module) -> None:

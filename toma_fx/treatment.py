@@ -35,7 +35,7 @@ class Treatment:
 
     @property
     def ratio(self) -> float:
-        """Share of the tokens of a region that is merged away."""
+        """Share of the tokens of a region that is merged away, unless the block is left alone."""
         return self.group[1]
 
 
@@ -54,18 +54,11 @@ def treatments(
         model: what the errors call it.
 
     Raises:
-        ModelError: when a pattern fits no block, or when no block merges though none was asked not
-            to by a ratio of 0.
+        ModelError: when a pattern names no block, or when none merges, unless all were asked not to
+            by a ratio of 0.
     """
-    for name, patterns in (
-        ("skip", config.skip or ()),
-        ("block_ratios", [pattern for pattern, _ in config.block_ratios]),
-    ):
-        unused = [p for p in patterns if not fnmatch.filter(paths, p)]
-        if unused and config.merges:
-            raise ModelError(
-                f"{name}={unused!r} matches no block; block paths look like {paths[0]!r}"
-            )
+    if config.merges and paths:
+        _check_patterns(paths, config)
     treated: dict[str, Treatment] = {}
     left_out = _left_out(paths, config, spared)
     led = set()
@@ -84,6 +77,23 @@ def treatments(
         why = "; ".join(sorted(reasons)) or "the model has no transformer block"
         raise ModelError(f"nothing to merge in this {model}: {why}. Pass skip=() to merge all")
     return treated
+
+
+def _check_patterns(paths: Sequence[str], config: MergeConfig) -> None:
+    ratios = [pattern for pattern, _ in config.block_ratios]
+    for name, patterns in (("skip", config.skip or ()), ("block_ratios", ratios)):
+        unused = [p for p in patterns if not fnmatch.filter(paths, p)]
+        if unused:
+            raise ModelError(
+                f"{name}={unused!r} matches no block; block paths look like {paths[0]!r}"
+            )
+    named = {config.pattern_of(path) for path in paths}
+    hidden = [pattern for pattern in ratios if pattern not in named]
+    if hidden:
+        raise ModelError(
+            f"block_ratios={hidden!r} names only blocks that patterns before it name, and the "
+            "first that fits counts; put it before them"
+        )
 
 
 def plan_options(config: MergeConfig, ratio: float) -> PlanOptions:
@@ -112,5 +122,6 @@ def _left_out(
     for parent, (first, of) in spared.items():
         siblings = [path for path in paths if path.rpartition(".")[0] == parent]
         for path in siblings[: len(siblings) * first // of]:
-            left_out[path] = "spared by default, as in the paper"
+            if config.pattern_of(path) is None:
+                left_out[path] = "spared by default, as in the paper"
     return left_out

@@ -1,20 +1,26 @@
 """Calibration: what it draws, what it chooses, and what it refuses."""
 
 import itertools
+import json
+import math
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import toma_fx
 from tests.pipelines import tiny_flux_pipeline, tiny_sdxl_pipeline
 from toma_fx import Calibration, MergeConfig
-from toma_fx.calibrate import RATIOS, _groups
+from toma_fx.arithmetic import count, first_call
+from toma_fx.calibrate import RATIOS, UNIFORM, _error, _parts, _shares_by_level
 from toma_fx.cli import main
 from toma_fx.errors import ConfigError, ModelError
-from toma_fx.lab.calibration import load_allotted
+from toma_fx.lab.rivals import named_variant
+from toma_fx.lab.variants import Merging
 from toma_fx.transform import model_of, rewrite_of
 
 PIPELINES = {"sdxl": tiny_sdxl_pipeline, "flux": tiny_flux_pipeline}
@@ -22,30 +28,36 @@ PIPELINES = {"sdxl": tiny_sdxl_pipeline, "flux": tiny_flux_pipeline}
 
 def draw(pipe: Any) -> Any:
     size = {"height": 128, "width": 128, "num_inference_steps": 2, "output_type": "np"}
-    return pipe("a cat", generator=torch.Generator().manual_seed(0), **size).images
-
-
-@pytest.fixture(scope="module", params=PIPELINES)
-def calibrated(request: pytest.FixtureRequest) -> tuple[Any, Calibration, list[str]]:
-    pipe = PIPELINES[request.param]()
-    said: list[str] = []
-    found = toma_fx.calibrate(pipe, draw, noise_levels=(1.0, 0.7), progress=said.append)
-    return pipe, found, said
+    return pipe(["a cat", "b"], generator=torch.Generator().manual_seed(0), **size).images
 
 
 Calibrated = tuple[Any, Calibration, list[str]]
 
 
+@pytest.fixture(scope="module", params=PIPELINES)
+def calibrated(request: pytest.FixtureRequest) -> Calibrated:
+    pipe = PIPELINES[request.param]()
+    said: list[str] = []
+
+    def progress(done: int, total: int, what: str) -> None:
+        assert done == len(said) < total
+        said.append(what)
+
+    found = toma_fx.calibrate(pipe, draw, late=(0.5,), progress=progress)
+    return pipe, found, said
+
+
 def test_the_pipeline_is_as_before(calibrated: Calibrated) -> None:
     pipe, found, said = calibrated
     assert not hasattr(model_of(pipe), "_toma")
-    assert len(said) == 2 + len(found.groups) + len(RATIOS) + 1
+    assert not model_of(pipe)._forward_pre_hooks
+    assert len(said) == 2 + len(found.parts) + len(RATIOS) + 1
 
 
-def test_every_block_is_in_one_group(calibrated: Calibrated) -> None:
+def test_every_block_is_in_one_part(calibrated: Calibrated) -> None:
     pipe, found, _ = calibrated
     merged: list[str] = []
-    for patterns in found.groups.values():
+    for patterns in found.parts.values():
         ratios = tuple((pattern, 0.5) for pattern in patterns)
         model = toma_fx.transform(model_of(pipe), ratio=0, block_ratios=ratios, skip=())
         merged += list(rewrite_of(model).merged)
@@ -56,29 +68,72 @@ def test_every_block_is_in_one_group(calibrated: Calibrated) -> None:
 def test_errors_are_those_of_the_images(calibrated: Calibrated) -> None:
     pipe, found, _ = calibrated
     untouched = draw(pipe)
-    name, patterns = next(iter(found.groups.items()))
+    name, patterns = next(iter(found.parts.items()))
     ratios = tuple((pattern, 0.5) for pattern in patterns)
     toma_fx.transform(pipe, ratio=0, block_ratios=ratios, skip=())
     merged = draw(pipe)
     toma_fx.restore(pipe)
-    assert found.errors[name] == pytest.approx(((merged - untouched) ** 2).mean(), rel=1e-4)
-    assert found.by_ratio[0.5] == found.by_noise[1.0] == 1
+    squares = ((merged.astype("float64") - untouched) ** 2).mean((1, 2, 3))
+    assert found.errors[name] == pytest.approx(math.sqrt(squares.prod()), rel=1e-4)
+    assert found.by_ratio[0.5] == found.by_level[1.0] == 1
 
 
-@pytest.mark.parametrize("ratio", [0.25, 0.5])
-@pytest.mark.parametrize("levels", [(1.0,), None])
+def test_an_equal_image_does_not_decide() -> None:
+    untouched = np.random.default_rng(0).random((4, 8, 8))
+    images = untouched + 0.01
+    images[1] = untouched[1]
+    assert 1e-6 < _error(images, untouched) < 1e-4
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.33, 0.5])
+@pytest.mark.parametrize("every_step", [True, False])
 def test_an_allotment_is_no_dearer_than_the_uniform_ratio(
-    calibrated: Calibrated, ratio: float, levels: tuple[float, ...] | None
+    calibrated: Calibrated, ratio: float, every_step: bool
 ) -> None:
     pipe, found, _ = calibrated
-    config = found.config(ratio, noise_levels=levels)
-    uniform = toma_fx.report(toma_fx.transform(model_of(pipe), ratio=ratio, skip=()))
-    allotted = toma_fx.report(toma_fx.transform(model_of(pipe), config))
-    share = found.steps[config.merge_below]
-    # Groups that share a plan were counted with a plan each, and the other way round.
-    assert allotted.saved * share >= uniform.saved * 0.99
-    assert levels is None or config.merge_below == 1
-    draw(toma_fx.transform(PIPELINES["sdxl" if hasattr(pipe, "unet") else "flux"](), config))
+    model = model_of(pipe)
+    config = found.config(ratio, every_step=every_step)
+    call = first_call(model, lambda: draw(pipe))
+    whole = count(model, call)
+    uniform = whole - count(toma_fx.transform(model, ratio=ratio), call)
+    allotted = whole - count(toma_fx.transform(model, config), call)
+    # A ratio between those that were counted is interpolated.
+    assert allotted * found.steps[config.merge_below] >= uniform * 0.99
+    assert not every_step or config.merge_below == 1
+    toma_fx.transform(pipe, config)
+    assert draw(pipe).shape == (2, 128, 128, 3)
+    toma_fx.restore(pipe)
+
+
+def test_skipped_blocks_are_in_no_part() -> None:
+    skip = ("mid_block.*", "down_blocks.*", "up_blocks.0.*")
+    config = MergeConfig(skip=skip)
+    found = toma_fx.calibrate(tiny_sdxl_pipeline(), draw, config, late=())
+    assert all(name.startswith("up_blocks.1") for name in found.parts)
+    assert found.config(0.5).skip == skip
+    assert list(found.steps) == [1.0]
+
+
+def test_what_is_saved_is_loaded(calibrated: Calibrated, tmp_path: Path) -> None:
+    _, found, _ = calibrated
+    found.save(tmp_path / "new/folder.json")
+    assert Calibration.load(tmp_path / "new/folder.json") == found
+    assert pickle.loads(pickle.dumps(found)) == found
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"parts": None}, {"errors": {}}, {"by_ratio": {"half": 1}}, {"more": {}}, {"base": {}}],
+)
+def test_other_files_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    file = tmp_path / "other.json"
+    made_up({"a": 1.0}, {"a": 100}).save(file)
+    Calibration.load(file)
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ConfigError, match=r"other.json' is no calibration that toma_fx saved"):
+        Calibration.load(file)
+    with pytest.raises(ConfigError, match=r"'gone.json' is no calibration .* FileNotFoundError"):
+        Calibration.load("gone.json")
 
 
 def made_up(errors: dict[str, float], savings: dict[str, int], **changes: Any) -> Calibration:
@@ -86,13 +141,13 @@ def made_up(errors: dict[str, float], savings: dict[str, int], **changes: Any) -
     return replace(
         Calibration(
             base=MergeConfig(skip=()),
-            groups={name: (f"{name}.*",) for name in errors},
+            parts={name: (f"{name}.*",) for name in errors},
             errors=errors,
             savings={n: {r: int(s * r / 0.5) for r in RATIOS} for n, s in savings.items()},
             by_ratio={r: (r / 0.5) ** 2 for r in RATIOS},
-            by_noise={1.0: 1.0},
+            by_level={1.0: 1.0},
             steps={1.0: 1.0},
-            uniform=lambda ratio: int(sum(savings.values()) * ratio / 0.5),
+            uniform={r: int(sum(savings.values()) * r / 0.5) for r in UNIFORM},
         ),
         **changes,
     )
@@ -110,49 +165,73 @@ def test_the_choice_is_the_best_of_all() -> None:
         return sum(errors[n] * found.by_ratio[r] for r, n in parts if r), saved
 
     error, saved = of(tuple(chosen.ratio_of(f"{name}.0") for name in errors))
-    assert saved >= found.uniform(0.5)
+    assert saved >= found.uniform[0.5]
     every = map(of, itertools.product((0.0, *RATIOS), repeat=4))
     assert error == min(e for e, s in every if s >= saved)
 
 
-def test_noise_is_chosen_with_the_ratios() -> None:
+def test_the_level_is_chosen_with_the_ratios() -> None:
     errors, savings = {"a": 1.0, "b": 1.0}, {"a": 100, "b": 100}
-    late = {"by_noise": {1.0: 1.0, 0.6: 0.01}, "steps": {1.0: 1.0, 0.6: 0.6}}
+    late = {"by_level": {1.0: 1.0, 0.6: 0.01}, "steps": {1.0: 1.0, 0.6: 0.6}}
     found = made_up(errors, savings, **late)
     assert found.config(0.25).merge_below == 0.6
-    assert found.config(0.25, noise_levels=(1.0,)).merge_below == 1
+    assert found.config(0.25, every_step=True).merge_below == 1
     assert found.config(0.75).merge_below == 1  # below 0.6 there is not so much to save
-    with pytest.raises(ModelError, match=r"no allotment saves what ratio=0.95 .* does"):
-        found.config(0.95)
+    less = replace(found, uniform={r: 2 * saving for r, saving in found.uniform.items()})
+    with pytest.raises(ModelError, match=r"no allotment saves what ratio=0.9 everywhere does"):
+        less.config(0.9)
+    ratios: tuple[Any, ...] = (0, 1, 0.95, "half", True)
+    for ratio in ratios:
+        with pytest.raises(ConfigError, match=rf"ratio={ratio!r} must be a number above 0 and"):
+            found.config(ratio)
 
 
-def test_what_was_not_measured_is_named() -> None:
-    found = made_up({"a": 1.0}, {"a": 100})
-    with pytest.raises(ConfigError, match=r"noise_levels=\[0.5\] were not measured; .* \[1.0\]"):
-        found.config(noise_levels=(1.0, 0.5))
-    with pytest.raises(ConfigError, match=r"ratio=1.5 must be a number"):
-        found.config(1.5)
+def test_levels_part_off_the_last_steps() -> None:
+    levels = [1.0, 0.9, 0.8, 0.8, 0.3]  # in a call of Heun's method twice
+    assert _shares_by_level(levels, (0.8, 0.2)) == {0.95: 0.8, 0.55: 0.2}
+    assert _shares_by_level([0.5], (0.8, 0.4)) == {}
 
 
 def test_lists_are_parted_where_there_are_few() -> None:
     flux = [f"transformer_blocks.{i}" for i in range(19)]
     flux += [f"single_transformer_blocks.{i}" for i in range(38)]
-    groups = _groups(flux)
-    assert list(groups)[:2] == ["transformer_blocks.0-4", "transformer_blocks.5-9"]
-    assert [path for group in groups.values() for path in group] == flux
+    parts = _parts(flux)
+    assert list(parts)[:2] == ["transformer_blocks.0-4", "transformer_blocks.5-9"]
+    assert [path for part in parts.values() for path in part] == flux
     lists = [f"down_blocks.{i}.transformer_blocks" for i in range(11)]
-    assert _groups([f"{name}.{i}" for name in lists for i in range(10)]) == {
+    assert _parts([f"{name}.{i}" for name in lists for i in range(10)]) == {
         name: (f"{name}.*",) for name in lists
     }
+
+
+def test_slips_are_named_before_anything_is_drawn() -> None:
+    pipe = tiny_sdxl_pipeline()
+    drawn: list[Any] = []
+    for config, late, said in (
+        (MergeConfig(merge_below=0.5), (), "merge_below=0.5 are what calibrate finds"),
+        (None, (0.5, 2), r"late=\[2\] must be shares of the steps"),
+        (MergeConfig.preset("toma"), (0.5,), r"merges at every step; calibrate it with late=\(\)"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            toma_fx.calibrate(pipe, drawn.append, config, late=late)  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match="needs a pipeline, not a UNet2DConditionModel alone"):
+        toma_fx.calibrate(pipe.unet, drawn.append)  # type: ignore[arg-type]
+    assert not drawn
 
 
 def test_a_drawing_that_changes_is_refused() -> None:
     pipe = tiny_sdxl_pipeline()
     generator = torch.Generator().manual_seed(0)
-    with pytest.raises(ModelError, match="draw gave other images when it was called again"):
-        toma_fx.calibrate(pipe, lambda p: torch.rand(1, 4, generator=generator))
-    with pytest.raises(ConfigError, match=r"noise_levels=\(0.5,\) must contain 1.0"):
-        toma_fx.calibrate(pipe, draw, noise_levels=(0.5,))
+
+    def other(pipe: Any) -> Any:
+        return draw(pipe) + torch.rand(1, generator=generator).numpy()
+
+    with pytest.raises(
+        ModelError, match=r"draw gave other images .* by 0.*make its generator anew"
+    ):
+        toma_fx.calibrate(pipe, other)
+    with pytest.raises(ModelError, match=r"all their values numbers"):
+        toma_fx.calibrate(pipe, lambda pipe: draw(pipe) * float("nan"))
 
 
 def test_a_file_is_a_variant(
@@ -162,27 +241,16 @@ def test_a_file_is_a_variant(
     (tmp_path / "prompts.txt").write_text("a b\n")
     drawing = ["--prompts", str(tmp_path / "prompts.txt"), "--steps", "2"]
     drawing += ["--height", "128", "--width", "128", "--ratio", "0.25", "0.5"]
-    changed = ["--variant", "default:region=stripe", "--noise", "1", "0.6"]
-    assert main(["calibrate", str(sdxl), "--out", str(file), *changed, *drawing]) == 0
+    made = ["calibrate", str(sdxl), "--out", str(file), "--variant", "default:region=stripe"]
+    assert main([*made, "--every-step", *drawing]) == 0
     assert "in place of 0.25" in capsys.readouterr().out
-    variant = load_allotted(file)
-    assert variant.name == "spread"
-    config = variant.config(0.5)
-    assert config.region == "stripe" and config.ratio == 0 and config.block_ratios
-    with pytest.raises(
-        ConfigError, match=r"'spread' has nothing for ratio=0.75, only for 0.25, 0.5"
-    ):
-        variant.config(0.75)
+    variant = named_variant(str(file))
+    assert isinstance(variant, Merging)
+    config = variant.config(0.4)
+    assert (variant.name, config.region, config.ratio) == ("spread", "stripe", 0)
+    assert config == Calibration.load(file).config(0.4)
     out = ["--out", str(tmp_path / "out"), "--measures", "psnr", "--variants", str(file), "steps"]
     assert main(["eval", str(sdxl), *drawing, *out]) == 0
     assert "spread" in capsys.readouterr().out
-
-
-def test_other_files_are_refused(tmp_path: Path) -> None:
-    file = tmp_path / "other.json"
-    for content in ("", "[]", '{"variant": "default"}', '{"variant": "x", "by_ratio": {}}'):
-        file.write_text(content)
-        with pytest.raises(ConfigError, match=r"other.json' is no file that toma-fx calibrate"):
-            load_allotted(file)
-    with pytest.raises(ConfigError, match=r"'gone.json' is no file that toma-fx calibrate wrote"):
-        load_allotted(Path("gone.json"))
+    assert main(["calibrate", str(sdxl), "--out", "x.txt", *drawing]) == 2
+    assert "out='x.txt' must end in .json" in capsys.readouterr().err

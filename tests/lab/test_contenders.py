@@ -9,9 +9,9 @@ import torch
 
 import toma_fx
 from tests.pipelines import tiny_flux_pipeline, tiny_sdxl_pipeline
+from toma_fx.arithmetic import Call, count, first_call
 from toma_fx.config import MergeConfig
 from toma_fx.errors import TomaError
-from toma_fx.lab.arithmetic import Call, count, first_call
 from toma_fx.lab.contenders import Contender, contend
 from toma_fx.lab.draw import Task, draw
 from toma_fx.lab.prompts import Prompt

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from toma_fx.arithmetic import first_call
 from toma_fx.errors import ConfigError
-from toma_fx.lab.arithmetic import first_call
 from toma_fx.lab.contenders import contend
 from toma_fx.lab.draw import Task, draw, load_pipeline
 from toma_fx.lab.evaluate import Plan, Processes, draw_missing, evaluate, pictures

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tests.pipelines import tiny_flux_pipeline, tiny_sdxl_pipeline
 from tests.tiny import smooth_images, unet_inputs
+from toma_fx.arithmetic import Call, count
 from toma_fx.errors import ConfigError, ModelError
-from toma_fx.lab.arithmetic import Call, count
 from toma_fx.lab.rivals import load_rival, tomesd
 from toma_fx.lab.variants import Rival
 

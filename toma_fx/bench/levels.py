@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from toma_fx.arithmetic import Call
 from toma_fx.bench.contenders import Setting, entrants, rival_contenders
 from toma_fx.bench.timing import Contender
 from toma_fx.families import family_of
 from toma_fx.inputs import random_inputs, weightless
-from toma_fx.lab.arithmetic import Call
 from toma_fx.lab.variants import Rival
 from toma_fx.runtime.plan import SCOPE, PlanScope
 

@@ -1,6 +1,5 @@
-"""``toma-fx calibrate``: find a ratio for each block, and write it as a variant for the lab."""
+"""``toma-fx calibrate``: calibrate a pipeline on prompts, and what comes of it as a table."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,46 +9,37 @@ import numpy as np
 from tabulate import tabulate
 from tqdm import tqdm
 
-from toma_fx.calibrate import NOISE_LEVELS, PROBE, Calibration, calibrate
-from toma_fx.errors import ConfigError
+from toma_fx.calibrate import LATE, PROBE, Calibration, calibrate
+from toma_fx.config import MergeConfig
+from toma_fx.errors import ConfigError, ModelError
 from toma_fx.lab.draw import Task, draw, load_pipeline
-from toma_fx.lab.gallery import write_whole
-from toma_fx.lab.variants import Allotted, Merging, parse_variant
 
 SEED = 1_000_000
 """The first seed of calibration, far from those that images are compared with."""
 
 
 def calibrate_to_file(
-    task: Task,
-    variant: Merging,
-    ratios: Sequence[float],
-    file: Path,
-    noise_levels: Sequence[float] = NOISE_LEVELS,
-) -> str:
-    """Calibrate a pipeline, and write what is allotted at the arithmetic of each ratio.
+    task: Task, config: MergeConfig, file: Path, *, every_step: bool = False
+) -> Calibration:
+    """Calibrate a pipeline and save what was found, which is then a variant of the lab.
 
     Args:
-        task: what is drawn to calibrate; other prompts than those of later comparison.
-        variant: all options that are not allotted.
-        ratios: uniform ratios, whose arithmetic is allotted anew.
-        file: ends in ``.json``; `load_allotted` reads it.
-        noise_levels: to choose from; see `toma_fx.calibrate`.
-
-    Returns:
-        a table: what each group costs, saves and gets.
+        task: what is drawn; other prompts than those of later comparison.
+        config: all options that are not allotted.
+        file: ends in ``.json``.
+        every_step: leave out to try merging in a run's last steps alone.
 
     Raises:
         TomaError: when the model or an option is not what it must be.
     """
     if file.suffix != ".json":
-        raise ConfigError(f"out={str(file)!r} must end in .json")
+        raise ConfigError(f"out={str(file)!r} must end in .json, as eval knows it by")
     pipeline = load_pipeline(task.model, dtype=task.dtype)
 
     def images(pipeline: Any) -> Any:
         return np.stack(
             [
-                np.asarray(draw(pipeline, task, prompt, SEED + seed)[0]) / 255
+                draw(pipeline, task, prompt, SEED + seed, output="np")[0]
                 for prompt in task.prompts
                 for seed in range(task.seeds)
             ]
@@ -57,72 +47,43 @@ def calibrate_to_file(
 
     with tqdm(unit="set") as bar:
 
-        def progress(what: str) -> None:
+        def progress(done: int, total: int, what: str) -> None:
+            bar.total, bar.n = total, done
             bar.set_description(what)
-            bar.update()
 
-        found = calibrate(
-            pipeline, images, variant.config(PROBE), noise_levels=noise_levels, progress=progress
-        )
-    configs = {ratio: found.config(ratio) for ratio in ratios}
-    content = {
-        "variant": variant.name,
-        "by_ratio": {
-            str(ratio): {
-                "block_ratios": dict(config.block_ratios),
-                "merge_below": config.merge_below,
-                "skip": [],
-            }
-            for ratio, config in configs.items()
-        },
-    }
-    text = json.dumps(content, indent=1) + "\n"
-    write_whole(file, lambda part: part.write_text(text, encoding="utf-8"))
-    return _table(found, configs)
+        late = () if every_step else LATE
+        found = calibrate(pipeline, images, config, late=late, progress=progress)
+    found.save(file)
+    return found
 
 
-def load_allotted(file: Path) -> Allotted:
-    """What `calibrate_to_file` wrote, as a variant with the name of the file.
+def as_text(found: Calibration, ratios: Sequence[float], *, every_step: bool = False) -> str:
+    """A table: what each part costs alone, its share of the saving, and what it gets.
 
-    Raises:
-        ConfigError: when there is no such file, or it holds something else.
+    Args:
+        found: a calibration of images with values from 0 to 1.
+        ratios: uniform ratios, whose arithmetic is allotted.
+        every_step: as in `Calibration.config`.
     """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        base: Any = parse_variant(content["variant"])
-        by_ratio = {float(ratio): fields for ratio, fields in content["by_ratio"].items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ConfigError(
-            f"variant={str(file)!r} is no file that toma-fx calibrate wrote: {error}"
-        ) from error
-    assert isinstance(base, Merging)
-    allotted = Allotted(name=file.stem, preset=base.preset, changes=base.changes, by_ratio=by_ratio)
-    for ratio in by_ratio:
-        allotted.config(ratio)
-    return allotted
-
-
-def _table(found: Calibration, configs: dict[float, Any]) -> str:
-    whole = found.uniform(PROBE)
+    notes, configs = [], {}
+    for ratio in ratios:
+        try:
+            configs[ratio] = found.config(ratio, every_step=every_step)
+        except ModelError as error:
+            notes.append(str(error))
+    whole = sum(saving[PROBE] for saving in found.savings.values())
+    given = [dict(config.block_ratios) for config in configs.values()]
     rows = [
         (
             name,
-            _db(found.errors[name]),
+            f"{-10 * math.log10(found.errors[name]):.1f}",
             f"{found.savings[name][PROBE] / whole:.0%}",
-            *(config.ratio_of(_path(patterns)) for config in configs.values()),
+            *(f"{ratios[patterns[0]]:g}" for ratios in given),
         )
-        for name, patterns in found.groups.items()
+        for name, patterns in found.parts.items()
     ]
-    levels = (config.merge_below for config in configs.values())
+    levels = (f"{config.merge_below:g}" for config in configs.values())
     rows.append(("merge_below", "", "", *levels))
-    headers = ["group", f"alone at {PROBE}, dB", "of the saving"]
+    headers = ["part", f"alone at {PROBE}, dB", "of the saving"]
     headers += [f"in place of {ratio:g}" for ratio in configs]
-    return tabulate(rows, headers, disable_numparse=True)
-
-
-def _path(patterns: Sequence[str]) -> str:
-    return patterns[0].replace("*", "0")
-
-
-def _db(error: float) -> str:
-    return f"{-10 * math.log10(error):.1f}"
+    return "\n".join([tabulate(rows, headers, disable_numparse=True), *notes])

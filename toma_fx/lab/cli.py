@@ -11,7 +11,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from toma_fx.calibrate import NOISE_LEVELS
 from toma_fx.errors import ConfigError
 from toma_fx.lab import small_models
 from toma_fx.lab.measures import MEASURES
@@ -71,16 +70,9 @@ def _add_study(parser: argparse.ArgumentParser) -> None:
 def _add_calibrate(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", help=MODEL)
-    add("--ratio", type=float, nargs="+", default=[0.25, 0.5, 0.75], help="(0.25 0.5 0.75)")
+    add("--ratio", type=float, nargs="+", default=[0.25, 0.5, 0.75], help="to show (0.25 0.5 0.75)")
     add("--variant", default="default", help="all options that are not allotted (default)")
-    add(
-        "--noise",
-        type=float,
-        nargs="+",
-        default=list(NOISE_LEVELS),
-        metavar="LEVEL",
-        help=f"to choose merge_below from ({' '.join(f'{n:g}' for n in NOISE_LEVELS)})",
-    )
+    add("--every-step", action="store_true", help="allot ratios alone, and no merge_below")
     _add_prompts(parser)
     add("--out", type=Path, required=True, metavar="FILE.json", help="a variant for eval")
     _add_drawing(parser)
@@ -187,11 +179,15 @@ def _study(options: argparse.Namespace) -> None:
 
 
 def _calibrate(options: argparse.Namespace) -> None:
-    from toma_fx.lab.calibration import calibrate_to_file
+    from toma_fx.lab.calibration import as_text, calibrate_to_file
+    from toma_fx.lab.variants import Allotted
 
     variant = _merging(options.variant)
-    task = _task(options, _prompts(options))
-    print(calibrate_to_file(task, variant, options.ratio, options.out, options.noise))
+    if isinstance(variant, Allotted):
+        raise ConfigError(f"variant={options.variant!r} is allotted already; name a preset")
+    task, every_step = _task(options, _prompts(options)), options.every_step
+    found = calibrate_to_file(task, variant.config(0.5), options.out, every_step=every_step)
+    print(as_text(found, options.ratio, every_step=every_step))
 
 
 def _plot(options: argparse.Namespace) -> None:

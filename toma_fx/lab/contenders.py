@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from toma_fx.arithmetic import Call, count
 from toma_fx.config import MergeConfig
-from toma_fx.lab.arithmetic import Call, count
 from toma_fx.lab.variants import STEPS, UNTOUCHED, Changed, FewerSteps, Merging, Rival, Variant
 from toma_fx.transform import PIPELINE_PARTS, model_of, transform
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import diffusers
 import torch
-from PIL.Image import Image
 
 from toma_fx.checkpoints import DTYPES
 from toma_fx.errors import ConfigError, ModelError
@@ -112,8 +111,14 @@ def _check_arguments(pipeline: Any, task: Task) -> None:
 
 @torch.no_grad()
 def draw(
-    pipeline: Any, task: Task, prompt: Prompt, seed: int, *, steps: int | None = None
-) -> tuple[Image, float]:
+    pipeline: Any,
+    task: Task,
+    prompt: Prompt,
+    seed: int,
+    *,
+    steps: int | None = None,
+    output: str = "pil",
+) -> tuple[Any, float]:
     """One image, and the seconds that it took from prompt to pixels.
 
     Args:
@@ -122,6 +127,7 @@ def draw(
         prompt: one of the task's.
         seed: of the starting noise, which is made on the CPU so that every device starts alike.
         steps: of denoising; the task's when left out.
+        output: the pipeline's ``output_type``: ``"pil"``, or ``"np"`` for floats ``(H, W, 3)``.
 
     Raises:
         ConfigError: when the task has an argument that the pipeline does not take.
@@ -139,10 +145,11 @@ def draw(
     generator = torch.Generator().manual_seed(seed)
     _synchronize()
     start = time.perf_counter()
-    image: Image = pipeline(
+    image = pipeline(
         prompt.text,
         num_inference_steps=task.steps if steps is None else steps,
         generator=generator,
+        output_type=output,
         **given,
         **task.arguments,
     ).images[0]

@@ -15,8 +15,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from toma_fx.arithmetic import first_call
 from toma_fx.errors import ConfigError
-from toma_fx.lab.arithmetic import first_call
 from toma_fx.lab.contenders import Contender, contend
 from toma_fx.lab.draw import Task, draw, load_pipeline, takes_negative
 from toma_fx.lab.gallery import Gallery, save_image, seconds_of

@@ -18,7 +18,6 @@ import torch
 
 from toma_fx.config import Schedule
 from toma_fx.errors import ConfigError, ModelError
-from toma_fx.lab.calibration import load_allotted
 from toma_fx.lab.variants import FewerSteps, Merging, Rival, parse_variant
 
 RIVALS = Path(__file__).resolve().parents[2] / "examples" / "rivals"
@@ -42,8 +41,7 @@ def named_variant(text: str, *, schedule: Schedule | None = None) -> Merging | F
     """A variant as written on the command line: tomesd, a rival of the repository, or a preset.
 
     Args:
-        text: ``"tomesd"``, the name of a file in ``examples/rivals/``, a file that ``toma-fx
-            calibrate`` wrote, or as `parse_variant` takes.
+        text: ``"tomesd"``, the name of a file in ``examples/rivals/``, or as `parse_variant` takes.
         schedule: for every merging variant that does not name its own.
 
     Raises:
@@ -51,8 +49,6 @@ def named_variant(text: str, *, schedule: Schedule | None = None) -> Merging | F
     """
     if text == TOMESD:
         return tomesd()
-    if text.endswith(".json"):
-        return load_allotted(Path(text))
     file = RIVALS / f"{text}.py"
     return load_rival(file) if file.exists() else parse_variant(text, schedule=schedule)
 

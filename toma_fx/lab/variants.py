@@ -7,7 +7,7 @@ A variant is what is written on the command line; with a ratio it becomes a cont
 ``toma:region=stripe``        the same with other fields; several are parted by commas
 ``...:components=mlp+...``    several values of one field are parted by ``+``
 ``...:schedule=10/5``         steps between two selections and between two computations of weights
-``FILE.json``                 what `toma-fx calibrate` allotted at the arithmetic of each ratio
+``FILE.json``                 what ``toma-fx calibrate`` allots at the arithmetic of a ratio
 ``steps``                     no merging, as few steps as the first merging variant's arithmetic
                               pays for, to the nearest, and fewer than all if it saves any
 ``steps=18``                  no merging, 18 steps
@@ -15,11 +15,13 @@ A variant is what is written on the command line; with a ratio it becomes a cont
 ============================  =====================================================================
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
 from typing import Any
 
+from toma_fx.calibrate import Calibration
 from toma_fx.config import PRESETS, MergeConfig, Schedule
 from toma_fx.errors import ConfigError, TomaError
 
@@ -50,24 +52,18 @@ class Merging:
 
 @dataclass(frozen=True, kw_only=True)
 class Allotted(Merging):
-    """A preset whose ratio by block, and noise level, were found by `toma_fx.calibrate`."""
+    """Ratios by block and a noise level, from a calibration."""
 
-    by_ratio: Mapping[float, Mapping[str, Any]]
-    """For the arithmetic of a uniform ratio: fields of `MergeConfig`."""
+    preset: str = ""
+    calibration: Calibration
 
     def config(self, ratio: float) -> MergeConfig:
         """What `toma_fx.transform` is given at the arithmetic of a uniform ratio.
 
         Raises:
-            ConfigError: when nothing was allotted at this ratio.
+            TomaError: when the calibration has nothing for this ratio.
         """
-        if ratio not in self.by_ratio:
-            raise ConfigError(
-                f"variant={self.name!r} has nothing for ratio={ratio:g}, only for "
-                f"{', '.join(f'{known:g}' for known in self.by_ratio)}; calibrate again with it"
-            )
-        changes = {**dict(self.changes), **self.by_ratio[ratio], "ratio": 0}
-        return MergeConfig.preset(self.preset, **changes)
+        return self.calibration.config(ratio)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +105,8 @@ def parse_variant(text: str, *, schedule: Schedule | None = None) -> Merging | F
     """
     if text == STEPS or text.startswith(f"{STEPS}="):
         return FewerSteps(name=text, count=_steps(text))
+    if text.endswith(".json"):
+        return Allotted(name=Path(text).stem, calibration=Calibration.load(text))
     preset, _, rest = text.partition(":")
     if preset not in PRESETS:
         raise ConfigError(

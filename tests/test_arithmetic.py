@@ -5,7 +5,7 @@ import torch
 import toma_fx
 from tests.pipelines import tiny_flux_pipeline, tiny_sdxl_pipeline
 from tests.tiny import flux_inputs, tiny_flux
-from toma_fx.lab.arithmetic import Call, count, first_call
+from toma_fx.arithmetic import Call, count, first_call
 from toma_fx.lab.draw import Task, draw
 from toma_fx.lab.prompts import Prompt
 

@@ -1,6 +1,6 @@
 """How much a denoising model computes for one call, as the pipeline makes it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -61,6 +61,24 @@ def count(model: nn.Module, call: Call, *, data: bool = False) -> int:
             `toma_fx.report` does, which takes no time but cannot follow a model that looks at
             values.
     """
+    return _counted(model, call, data).get_total_flops()  # type: ignore[no-any-return]
+
+
+def count_parts(model: nn.Module, call: Call, paths: Sequence[str]) -> dict[str, int]:
+    """Floating-point operations of one call in some modules, on tensors without data.
+
+    Args:
+        model: any denoising model, transformed or not.
+        call: of `first_call`.
+        paths: of the modules; ``""`` is the whole model.
+    """
+    counts = _counted(model, call, data=False).get_flop_counts()
+    root = type(model).__name__
+    names = {path: f"{root}.{path}" if path else root for path in paths}
+    return {path: sum(counts[name].values()) for path, name in names.items()}
+
+
+def _counted(model: nn.Module, call: Call, data: bool) -> Any:
     if not data:
         model = weightless(model)
         call = Call(*tree_map(_without_data, (call.args, call.kwargs)))
@@ -68,7 +86,7 @@ def count(model: nn.Module, call: Call, *, data: bool = False) -> int:
     plain = sdpa_kernel(SDPBackend.MATH)
     with plain, torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(*call.args, **call.kwargs)
-    return int(counter.get_total_flops())
+    return counter
 
 
 def _without_data(value: object) -> object:
