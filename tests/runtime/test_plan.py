@@ -62,9 +62,9 @@ WITHOUT_SCOPE = pytest.mark.parametrize(
 @WITHOUT_SCOPE
 def test_a_follower_that_is_called_on_its_own(kwargs: Any) -> None:
     message = (
-        "this block (Block) shares the plan of its group's first block, which did not run before it; "
-        "call the whole model, or, to run blocks on their own or to skip the first, transform with "
-        "share='block', where each makes its own plan"
+        "this block (Block) shares the plan of its group's first block, which did not run before "
+        "it; call the whole model, or, to run blocks on their own or to skip the first, "
+        "transform with share='block', where each makes its own plan"
     )
     with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
         plan.shared(kwargs, "Block")
