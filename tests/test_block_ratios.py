@@ -117,6 +117,7 @@ def test_regional_compile_compiles_each_ratio_once() -> None:
     flux, inputs = build("flux")
     model = merged("flux", flux)
     expected = sample(model, inputs)
+    torch._dynamo.reset()
     frames = CompileCounter()
     model.compile_repeated_blocks(backend=frames, fullgraph=True)
     torch.testing.assert_close(sample(model, inputs), expected, atol=1e-5, rtol=1e-5)
