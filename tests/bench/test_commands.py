@@ -47,9 +47,17 @@ def test_all_variants_and_rival_files(tmp_path: Path) -> None:
 
 def test_operators_write_a_plot_of_what_varies(tmp_path: Path) -> None:
     sizes = ["--tokens", "64", "256", "--channels", "16", "--region-tokens", "16", "64"]
-    (table,) = run("--level", "op", *sizes, out=tmp_path)
+    (table,) = run("--level", "op", "--cpu-time", *sizes, out=tmp_path)
+    assert any("CPU time" in note for note in table["notes"])
     assert {row["region_tokens"] for row in table["rows"]} == {16, 64}
     assert len(list(tmp_path.glob("*.png"))) == 1
+
+
+def test_operators_vary_one_by_one_from_the_first(tmp_path: Path) -> None:
+    sizes = ["--tokens", "64", "256", "--channels", "16", "--region-tokens", "16", "64"]
+    (table,) = run("--level", "op", "--one-by-one", "--batch", "1", "2", *sizes, out=tmp_path)
+    found = {(row["tokens"], row["batch"], row["region_tokens"]) for row in table["rows"]}
+    assert found == {(64, 1, 16), (256, 1, 16), (64, 2, 16), (64, 1, 64)}
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own
@@ -77,6 +85,7 @@ def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         (["bench", "--repeats", "0"], "repeats=0"),
         (["bench", "--tiny", "--blocks", "1", "2"], "blocks=(1, 2)"),
         (["bench", "--level", "block", "--tiny", "--stack"], "--stack is for"),
+        (["bench", "--cpu-time", "--preset", "readme"], "--cpu-time sees nothing"),
         (["bench", "elsewhere", "--level", "op"], "give --tokens"),
     ):
         assert main(arguments) == 2

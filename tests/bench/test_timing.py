@@ -1,9 +1,11 @@
 """How calls are timed, and what their memory is taken to be."""
 
+import time
+
 import pytest
 import torch
 
-from toma_fx.bench.timing import Contender, interleaved, peak_memory
+from toma_fx.bench.timing import CPU, WALL, Contender, interleaved, peak_memory, sample
 
 
 def test_contenders_take_turns_and_first_calls_are_apart() -> None:
@@ -33,6 +35,16 @@ def test_a_failure_is_a_reason_where_it_may_be_and_an_error_elsewhere() -> None:
     assert len(timings[1].calls) == 2
     with pytest.raises(RuntimeError, match="no such kernel"):
         interleaved([Contender(name="fails", run=fail)], 1)
+
+
+def test_cpu_time_leaves_out_what_others_had() -> None:
+    def wait() -> None:
+        time.sleep(0.2)
+
+    assert sample(wait, clock=WALL) >= 0.2
+    assert sample(wait, clock=CPU) < 0.1
+    (timing,) = interleaved([Contender(name="wait", run=wait)], 2, clock=CPU)
+    assert max(timing.calls) < 0.1
 
 
 def test_peak_memory_counts_what_is_alive_at_once() -> None:

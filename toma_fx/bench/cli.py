@@ -2,11 +2,13 @@
 
 import argparse
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from toma_fx.bench.compare import compare, planning_seconds, table
 from toma_fx.bench.contenders import Setting, load
@@ -16,6 +18,7 @@ from toma_fx.bench.operators import SHAPES, Shape, operators
 from toma_fx.bench.presets import MINUTES, PRESETS, run_preset
 from toma_fx.bench.record import Record, Table, beside, machine
 from toma_fx.bench.stack import stacked
+from toma_fx.bench.timing import CPU, WALL
 from toma_fx.checkpoints import DTYPES
 from toma_fx.cold_start import cold_starts
 from toma_fx.errors import ConfigError
@@ -53,10 +56,16 @@ def add_bench(commands: Any, model_help: str) -> None:
     add("--repeats", type=int, default=3, help="counted calls of each (3)")
     add("--steps", type=int, default=4, help="of denoising, at the level of images (4)")
     add("--eager", action="store_true", help="do not compile")
+    add("--cpu-time", action="store_true", help="count CPU time, where others use the machine too")
     add("--no-memory", action="store_true", help="do not measure peak memory")
     add("--tokens", type=int, nargs="+", help="of the operators (those of 1024 x 1024 pixels)")
     add("--channels", type=int, help="width of the tokens, with --tokens")
     add("--region-tokens", type=int, nargs="+", default=[64], help="of the operators (64)")
+    add(
+        "--one-by-one",
+        action="store_true",
+        help="vary tokens, ratio, batch and region of the operators one at a time, from the first",
+    )
     add("--stack", action="store_true", help="merging with what else makes a model faster")
     add("--cold", action="store_true", help="first calls, each in a new process, nothing cached")
     add("--preset", choices=tuple(PRESETS), help="a set of tables: the README's, or a GPU's")
@@ -97,6 +106,11 @@ def _check(options: argparse.Namespace) -> None:
     for name in ("batch", "tokens", "region_tokens"):
         if any(value < 1 for value in getattr(options, name) or ()):
             raise ConfigError(f"{name}={getattr(options, name)} must be at least 1")
+    if options.cpu_time and (options.cold or options.preset or torch.cuda.is_available()):
+        raise ConfigError(
+            "--cpu-time sees nothing of a GPU or of other processes, and presets have a clock of "
+            "their own; leave it out with --preset, with --cold, and where there is a GPU"
+        )
 
 
 def _setting(options: argparse.Namespace) -> Setting:
@@ -126,6 +140,7 @@ def _setting(options: argparse.Namespace) -> Setting:
         compiled=not options.eager,
         steps=options.steps,
         memory=not options.no_memory,
+        clock=CPU if options.cpu_time else WALL,
     )
 
 
@@ -167,6 +182,7 @@ def _operators(options: argparse.Namespace, setting: Setting) -> Table:
             f"the operators' sizes are known for {' and '.join(SHAPES)}, not for "
             f"{options.model!r}; give --tokens and --channels"
         )
+    axes = (sizes, options.ratio, options.batch, options.region_tokens)
     shapes = [
         Shape(
             tokens=tokens,
@@ -176,9 +192,7 @@ def _operators(options: argparse.Namespace, setting: Setting) -> Table:
             region_tokens=region,
             dtype=setting.dtype,
         )
-        for (tokens, width), ratio, batch, region in itertools.product(
-            sizes, options.ratio, options.batch, options.region_tokens
-        )
+        for (tokens, width), ratio, batch, region in _settings(axes, one_by_one=options.one_by_one)
     ]
     return operators(
         shapes,
@@ -186,7 +200,16 @@ def _operators(options: argparse.Namespace, setting: Setting) -> Table:
         repeats=options.repeats,
         compiled=setting.compiled,
         small=options.tiny,
+        clock=setting.clock,
     )
+
+
+def _settings(axes: Sequence[Sequence[Any]], *, one_by_one: bool) -> Iterator[tuple[Any, ...]]:
+    """Every combination of values; or those in which at most one is not the first of its axis."""
+    for values in itertools.product(*axes):
+        changed = sum(value != axis[0] for value, axis in zip(values, axes, strict=True))
+        if changed < 2 or not one_by_one:
+            yield values
 
 
 def _plot(record: Record) -> None:

@@ -17,7 +17,7 @@ from toma_fx.bench.contenders import (
 )
 from toma_fx.bench.levels import Timed
 from toma_fx.bench.record import Column, Table, mebibytes, number, percent, seconds, span, times
-from toma_fx.bench.timing import Contender, Timing, interleaved, peak_memory
+from toma_fx.bench.timing import Contender, Timing, interleaved, notes_on, peak_memory
 from toma_fx.config import MergeConfig
 from toma_fx.inputs import random_inputs, weightless
 from toma_fx.transform import rewrite_of, transform
@@ -66,7 +66,7 @@ def compare(
         planning: seconds of all plans of a call, by variant and ratio.
         extra: more keys of the rows, by contender and ratio, asked for when all have been called.
     """
-    timings = interleaved(timed.contenders, setting.repeats)
+    timings = interleaved(timed.contenders, setting.repeats, clock=setting.clock)
     rows = rows_of(timed.contenders, timings)
     for row, contender in zip(rows, timed.contenders, strict=True):
         if row["failure"]:
@@ -88,6 +88,7 @@ def compare(
     notes = (*LEGEND, *((PLANNING,) if planning else ()), *timed.notes)
     if any(c.compiled for c in timed.contenders):
         notes += (COMPILING,)
+    notes += notes_on(setting.clock)
     return Table(title=f"{title}: {timed.title}", columns=COLUMNS, rows=rows, notes=notes)
 
 
@@ -150,7 +151,7 @@ def planning_seconds(
             continue  # its weights look at no token, so there is nothing to plan
         shapes = planned_shapes(transform(model, config), setting)
         calls = [_plan_call(shape, config, setting) for shape in shapes]
-        timings = interleaved(calls, repeats, at_least=0.02)
+        timings = interleaved(calls, repeats, at_least=0.02, clock=setting.clock)
         found[name, config.ratio] = sum(
             count * timing.median for count, timing in zip(shapes.values(), timings, strict=True)
         )

@@ -10,7 +10,7 @@ import diffusers
 import torch
 from torch import nn
 
-from toma_fx.bench.timing import Contender
+from toma_fx.bench.timing import WALL, Clock, Contender
 from toma_fx.checkpoints import RANDOM, available_memory, load_model
 from toma_fx.config import MergeConfig, Schedule
 from toma_fx.errors import ConfigError, ModelError
@@ -72,6 +72,8 @@ class Setting:
     """Of denoising, at the level of images."""
     memory: bool = True
     """Whether peak memory is measured, by one call more of each contender."""
+    clock: Clock = WALL
+    """What seconds are: `WALL`, or `CPU` on a machine that others use too."""
 
     @property
     def device(self) -> str:

@@ -18,7 +18,7 @@ from toma_fx.bench.roofline import (
     select_needs,
     weigh_needs,
 )
-from toma_fx.bench.timing import Contender, interleaved, peak_memory
+from toma_fx.bench.timing import WALL, Clock, Contender, interleaved, notes_on, peak_memory
 from toma_fx.lab.rivals import TOMESD, TOMESD_MOST
 from toma_fx.runtime.regions import kept_tokens, region_size
 
@@ -87,6 +87,7 @@ def operators(
     compiled: bool = True,
     rivals: bool = True,
     small: bool = False,
+    clock: Clock = WALL,
 ) -> Table:
     """Time ``select``, ``weigh``, ``merge`` and ``unmerge`` at every shape.
 
@@ -97,11 +98,12 @@ def operators(
         compiled: compile ``select`` and ``weigh``.
         rivals: time tomesd's merge and unmerge too, where its ratio and token grid allow.
         small: measure the machine's peaks at sizes for a test.
+        clock: as in `toma_fx.bench.timing.interleaved`.
     """
     dtypes = (torch.float32, *(shape.dtype for shape in shapes))
-    peaks = measure_peaks(device, dtypes, small=small)
+    peaks = measure_peaks(device, dtypes, small=small, clock=clock)
     rows: list[dict[str, Any]] = []
-    notes = list(_notes(peaks))
+    notes = [*_notes(peaks), *notes_on(clock)]
     for shape in shapes:
         calls = _ours(shape, device, compiled)
         missing = _why_not(shape) if rivals else ""
@@ -109,7 +111,7 @@ def operators(
         if missing and (note := f"no tomesd at ratio {shape.ratio:g}: {missing}") not in notes:
             notes.append(note)
         by = ["toma_fx"] * len(calls) + [TOMESD] * len(theirs)
-        timings = interleaved([*calls, *theirs], repeats, at_least=SAMPLE_SECONDS)
+        timings = interleaved([*calls, *theirs], repeats, at_least=SAMPLE_SECONDS, clock=clock)
         tomesd = {c.name: t.median for c, t in zip(theirs, timings[len(calls) :], strict=True)}
         for who, call, timing in zip(by, [*calls, *theirs], timings, strict=True):
             row = _row(shape, who, call.name, timing.median)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from toma_fx.bench.timing import sample
+from toma_fx.bench.timing import WALL, Clock, sample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,13 +41,20 @@ class Peaks:
         return "memory" if self.bound(needs, dtype) * self.bytes <= needs.bytes else "arithmetic"
 
 
-def measure_peaks(device: str, dtypes: tuple[torch.dtype, ...], *, small: bool = False) -> Peaks:
+def measure_peaks(
+    device: str,
+    dtypes: tuple[torch.dtype, ...],
+    *,
+    small: bool = False,
+    clock: Clock = WALL,
+) -> Peaks:
     """Time a large copy, and a large matrix product in each dtype; the best of several calls.
 
     Args:
         device: ``"cuda"`` or ``"cpu"``.
         dtypes: of the matrix products.
         small: sizes for a test, whose figures mean little.
+        clock: as in `toma_fx.bench.timing.interleaved`.
     """
     gpu = device == "cuda"
     side, count, repeats = (8192, 2**30, 20) if gpu else (2048, 2**27, 5)
@@ -56,7 +63,7 @@ def measure_peaks(device: str, dtypes: tuple[torch.dtype, ...], *, small: bool =
     source = torch.empty(count, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     target.copy_(source)
-    seconds = min(sample(lambda: target.copy_(source)) for _ in range(repeats))
+    seconds = min(sample(lambda: target.copy_(source), clock=clock) for _ in range(repeats))
     flops = {}
     for dtype in dict.fromkeys(dtypes):
         matrix = torch.randn(side, side, device=device).to(dtype)
@@ -65,7 +72,7 @@ def measure_peaks(device: str, dtypes: tuple[torch.dtype, ...], *, small: bool =
         def multiply(a: torch.Tensor = matrix, out: torch.Tensor = product) -> None:
             torch.mm(a, a, out=out)
 
-        flops[dtype] = 2 * side**3 / min(sample(multiply) for _ in range(repeats))
+        flops[dtype] = 2 * side**3 / min(sample(multiply, clock=clock) for _ in range(repeats))
     return Peaks(bytes=2 * count / seconds, flops=flops)
 
 

@@ -11,6 +11,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
+Clock = Callable[[], float]
+WALL: Clock = time.perf_counter
+CPU: Clock = time.process_time
+"""CPU seconds of this process, of all its threads together: on a machine that others use too, it
+leaves out the time in which they had the cores."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
@@ -46,7 +52,11 @@ class Timing:
 
 
 def interleaved(
-    contenders: Sequence[Contender], repeats: int, *, at_least: float = 0.0
+    contenders: Sequence[Contender],
+    repeats: int,
+    *,
+    at_least: float = 0.0,
+    clock: Clock = WALL,
 ) -> list[Timing]:
     """Time every contender in turn, again and again, so that a slower minute meets all of them.
 
@@ -55,6 +65,7 @@ def interleaved(
         repeats: samples of each, after warm-up calls that are not counted.
         at_least: seconds of a sample, which makes as many calls as that takes; for calls that are
             too short to be timed alone.
+        clock: `WALL` or `CPU`.
 
     Returns:
         A timing for each contender, in their order; seconds are those of one call.
@@ -72,9 +83,9 @@ def interleaved(
         for number, each in enumerate(contenders):
             bar.set_description(f"{each.name}, first call")
             try:
-                first[number] = seconds = sample(each.run)
+                first[number] = seconds = sample(each.run, clock=clock)
                 for _ in range(each.warm_ups - (0 if at_least else 1)):
-                    seconds = sample(each.run)
+                    seconds = sample(each.run, clock=clock)
             except Exception as error:
                 if not each.optional:
                     raise
@@ -86,7 +97,7 @@ def interleaved(
         for _ in range(repeats):
             for number, count in counts.items():
                 bar.set_description(contenders[number].name)
-                samples[number].append(sample(contenders[number].run, count))
+                samples[number].append(sample(contenders[number].run, count, clock))
                 bar.update()
     return [
         Timing(
@@ -99,14 +110,19 @@ def interleaved(
     ]
 
 
-def sample(run: Callable[[], object], count: int = 1) -> float:
+def sample(run: Callable[[], object], count: int = 1, clock: Clock = WALL) -> float:
     """Mean seconds of ``count`` calls in a row, until the device is done with them."""
     synchronize()
-    start = time.perf_counter()
+    start = clock()
     for _ in range(count):
         run()
     synchronize()
-    return (time.perf_counter() - start) / count
+    return (clock() - start) / count
+
+
+def notes_on(clock: Clock) -> tuple[str, ...]:
+    """What a table says of its clock."""
+    return ("seconds are CPU time, of all threads together",) if clock is CPU else ()
 
 
 def synchronize() -> None:
