@@ -1,7 +1,6 @@
 """Merge weights, merge and unmerge (Eq. 6 and 7)."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from toma_fx.errors import InputError
@@ -59,10 +58,8 @@ def weigh(
     unit = unit_tokens(tokens)
     source = unit.unflatten(1, (regions, -1))
     destination = gather(unit, destinations).unflatten(1, (regions, keep))
-    identity = torch.eye(keep, device=tokens.device).expand(batch, regions, keep, keep)
-    spread = F.scaled_dot_product_attention(
-        source, destination, identity, scale=1 / temperature
-    ).contiguous()  # A^T: (B, R, n, m); some attention kernels return another layout
+    # A^T: (B, R, n, m). Attention that spreads an identity is the same, and one product more.
+    spread = (source @ destination.transpose(-1, -2) / temperature).softmax(-1)
     merge = (spread / spread.sum(-2, keepdim=True)).transpose(-1, -2)
     if unmerge == "pinv":
         spread = torch.linalg.pinv(merge)
