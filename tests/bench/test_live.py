@@ -1,0 +1,53 @@
+"""Peak memory from shapes: what torch's profiler sees of a call, and merging at real sizes."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.tiny import tiny_flux, tiny_sdxl_unet
+from toma_fx import MergeConfig, transform
+from toma_fx.bench.live import live_peak, peak_of_model
+from toma_fx.bench.timing import peak_memory
+from toma_fx.inputs import random_inputs
+
+
+def test_it_is_what_the_profiler_sees_of_layers_without_scratch() -> None:
+    layers = [torch.nn.Linear(64, 256), torch.nn.GELU(), torch.nn.Linear(256, 64)]
+    tokens = torch.ones(512, 64)
+
+    def run() -> torch.Tensor:
+        return tokens + torch.nn.Sequential(*layers)(torch.cat([tokens, tokens]))[:512]
+
+    slack = 4096  # of the profiler's own small tensors and the allocator's rounding
+    assert 0 <= peak_memory(run) - live_peak(run) <= slack
+
+
+@pytest.mark.parametrize("build", [tiny_sdxl_unet, tiny_flux])
+def test_of_a_model_it_is_that_less_the_scratch_of_a_kernel(build: Any) -> None:
+    model = build()
+    inputs = random_inputs(model, height=256)
+    for each in (model, transform(model, MergeConfig(skip=()))):
+        scratch = peak_memory(lambda each=each: each(**inputs)) - live_peak(
+            lambda each=each: each(**inputs)
+        )
+        assert 0 <= scratch <= 2**19  # attention's, whatever the number of tokens
+
+
+def test_what_was_there_before_is_not_counted_and_what_is_dropped_is_given_back() -> None:
+    matrix = torch.ones(256, 256)
+    assert live_peak(lambda: matrix.view(-1)) == 0
+    assert live_peak(lambda: matrix + 1) == matrix.nbytes
+    assert live_peak(lambda: (matrix + 1).add(1).add(1)) == 2 * matrix.nbytes
+
+
+# The first ResNet of a UNet's last stage holds more than any merged block; Flux has nothing else.
+@pytest.mark.parametrize(
+    ("name", "most", "changes"),
+    [("sdxl", 0.9, {}), ("flux", 0.7, {"num_layers": 1, "num_single_layers": 2})],
+)
+def test_merging_lowers_the_peak_at_real_size(
+    name: str, most: float, changes: dict[str, Any]
+) -> None:
+    untouched = peak_of_model(name, height=1024, **changes)
+    assert peak_of_model(name, MergeConfig(skip=()), height=1024, **changes) < most * untouched

@@ -1,0 +1,81 @@
+"""Peak memory of a call at real size without running it: shapes say what its tensors would hold."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from toma_fx.checkpoints import load_model
+from toma_fx.config import MergeConfig
+from toma_fx.inputs import random_inputs
+from toma_fx.transform import transform
+
+
+class _Live(TorchDispatchMode):
+    """Follows every storage that operators make, from its first tensor to its last."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.held = self.peak = 0
+        self.known: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for given in tree_leaves((args, kwargs)):
+            if isinstance(given, Tensor):
+                self.known.add(given.untyped_storage())  # there before the call
+        output = func(*args, **(kwargs or {}))
+        for made in tree_leaves(output):
+            if isinstance(made, Tensor) and (storage := made.untyped_storage()) not in self.known:
+                self.known.add(storage)
+                self._hold(storage.nbytes())
+                weakref.finalize(storage, self._hold, -storage.nbytes())
+        return output
+
+    def _hold(self, count: int) -> None:
+        self.held += count
+        self.peak = max(self.peak, self.held)
+
+
+def live_peak(run: Callable[[], object]) -> int:
+    """Bytes of tensors that an eager call holds at its peak, beyond what was there before it.
+
+    Scratch memory inside kernels is not in it.
+
+    Args:
+        run: called once; its tensors may be those of torch's ``FakeTensorMode``, without data.
+    """
+    with torch.no_grad(), _Live() as live:
+        result = run()  # kept, as a caller would
+    del result
+    return live.peak
+
+
+def peak_of_model(
+    name: str,
+    config: MergeConfig | None = None,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    height: int | None = None,
+    batch: int = 1,
+    **changes: Any,
+) -> int:
+    """`live_peak` of one eager forward on the CPU, from shapes alone.
+
+    Args:
+        name: ``"sdxl"`` or ``"flux"``.
+        config: how to merge; the model is untouched without it.
+        dtype: of the model.
+        height: of a square image, in pixels; the model's own when left out.
+        batch: images.
+        **changes: of the model's configuration, such as ``num_layers=3``.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        model = load_model(name, dtype=dtype, **changes)
+        inputs = random_inputs(model, height=height, batch=batch)
+        merged = model if config is None else transform(model, config)
+        return live_peak(lambda: merged(**inputs))
