@@ -65,9 +65,9 @@ def h200(*, tiny: bool = False, compiled: bool = True) -> dict[str, Part]:
 
 
 def _sized(base: Setting, **changes: Any) -> Setting:
-    """A setting with changes; a test's has its own size, and calls everything once."""
+    """A setting with changes; a test's has its own size, one ratio, and calls everything once."""
     if base.tiny:
-        changes |= {"height": 128, "repeats": 1, "steps": 2, "blocks": None}
+        changes |= {"height": 128, "repeats": 1, "steps": 2, "blocks": None, "ratios": (0.5,)}
     return replace(base, **changes)
 
 

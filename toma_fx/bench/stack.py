@@ -177,7 +177,8 @@ class Stack:
             self.outputs[name, ratio] = output.clone() if isinstance(output, Tensor) else output
             return output
 
-        return Contender(name=name, run=run, ratio=ratio, warm_ups=3, **fields)
+        warm_ups = 3 if self.setting.compiled else 1  # a CUDA graph is replayed from the third
+        return Contender(name=name, run=run, ratio=ratio, warm_ups=warm_ups, **fields)
 
     def distances(self) -> dict[tuple[str, float | None], float]:
         """PSNR in dB of images; of outputs, the relative error."""
