@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 import toma_fx
+from toma_fx.arithmetic import first_call
 from toma_fx.checkpoints import RANDOM, load_model
 from toma_fx.inputs import random_inputs
-from toma_fx.arithmetic import first_call
 
 SMALL: dict[str, Any] = {
     "num_layers": 2,

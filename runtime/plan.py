@@ -93,8 +93,8 @@ def shared(attention_kwargs: Mapping[str, Any] | None, blocks: str) -> Plan:
         scope.planners[blocks]()
     if scope is None or blocks not in scope.plans:
         raise InputError(
-            f"this block ({blocks}) shares the plan of its group's first block, which did not run before "
-            "it; call the whole model, or, to run blocks on their own or to skip the first, "
+            f"this block ({blocks}) shares the plan of its group's first block, which did not run "
+            "before it; call the whole model, or, to run blocks on their own or to skip the first, "
             "transform with share='block', where each makes its own plan"
         )
     return scope.plans[blocks]

@@ -18,7 +18,8 @@ def test_it_is_what_the_profiler_sees_of_layers_without_scratch() -> None:
     tokens = torch.ones(512, 64)
 
     def run() -> torch.Tensor:
-        return tokens + torch.nn.Sequential(*layers)(torch.cat([tokens, tokens]))[:512]
+        output: torch.Tensor = torch.nn.Sequential(*layers)(torch.cat([tokens, tokens]))
+        return tokens + output[:512]
 
     slack = 4096  # of the profiler's own small tensors and the allocator's rounding
     assert 0 <= peak_memory(run) - live_peak(run) <= slack

@@ -52,7 +52,8 @@ def live_peak(run: Callable[[], object]) -> int:
     with torch.no_grad(), _Live() as live:
         result = run()  # kept, as a caller would
     del result
-    return live.peak
+    peak: int = live.peak
+    return peak
 
 
 def peak_of_model(
