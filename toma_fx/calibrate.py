@@ -68,9 +68,9 @@ class Calibration:
     uniform: Mapping[float, int]
     """What a uniform ratio saves of them, with the blocks skipped that it skips by default."""
     by_ratio: Mapping[float, float]
-    """Error of merging all parts at a ratio, relative to that at `PROBE`."""
+    """Error of merging the better half of the parts at a ratio, relative to that at `PROBE`."""
     by_level: Mapping[float, float]
-    """Error of merging below a noise level, relative to that of merging at every step."""
+    """Error of merging them below a noise level, relative to that of merging at every step."""
     steps: Mapping[float, float]
     """Share of the drawing's steps that lie below each noise level."""
 
@@ -226,14 +226,18 @@ def calibrate(
         finally:
             restore(pipeline)
 
-    alone = {
-        name: error(f"{name} alone", block_ratios=tuple((p, PROBE) for p in patterns))
-        for name, patterns in parts.items()
-    }
-    by_ratio = {ratio: error(f"ratio {ratio}", ratio=ratio) for ratio in RATIOS}
+    def merged(what: str, names: Sequence[str], ratio: float, level: float = 1.0) -> float:
+        own = tuple((pattern, ratio) for name in names for pattern in parts[name])
+        return error(what, block_ratios=own, merge_below=level)
+
+    alone = {name: merged(f"{name} alone", [name], PROBE) for name in parts}
+    # Of the better half alone: with all parts merged an image may be another one, which is no worse
+    # at a higher ratio or at more steps.
+    better = sorted(parts, key=alone.__getitem__)[: math.ceil(len(parts) / 2)]
+    by_ratio = {ratio: merged(f"ratio {ratio}", better, ratio) for ratio in RATIOS}
     steps = _shares_by_level(heard.levels, late)
     by_level = {
-        level: error(f"the last {share:.0%} of steps", ratio=PROBE, merge_below=level)
+        level: merged(f"the last {share:.0%} of steps", better, PROBE, level)
         for level, share in steps.items()
     }
     skeleton = weightless(copied_with_hooks(model)[0])  # arithmetic has no use for hooks
