@@ -175,7 +175,8 @@ class PlanMemory(nn.Module):
             tokens: Tensor, merge: Tensor, unmerge: Tensor, destinations: Tensor
         ) -> tuple[Tensor, ...]:
             weights = torch.ops.toma.weigh(tokens, destinations, *weighing)
-            return weights[0].to(merge.dtype).contiguous(), weights[1].to(unmerge.dtype)
+            # Neither a view of the other, as a kept one is not: compiled blocks tell them apart.
+            return weights[0].to(merge.dtype).contiguous(), weights[1].to(unmerge.dtype).clone()
 
         def keep_weights(
             tokens: Tensor, merge: Tensor, unmerge: Tensor, destinations: Tensor

@@ -97,8 +97,9 @@ LAYER_GUIDERS = {
     "Guider: {guider}, of block {block} of a group",
     section=SECTION,
     families=("sdxl",),
-    modes=("eager", "regional"),
-    note="the first block of a group makes the plan, also where it is skipped",
+    modes=("eager",),
+    note="puts hooks on the blocks and takes them off at every step, for which compiled blocks "
+    "compile again, merged or not",
 )
 def test_layer_guiders(cell: Cell, guider: str, block: int) -> None:
     pipe = modular("sdxl", guider=LAYER_GUIDERS[guider](block))

@@ -265,6 +265,8 @@ def test_one_compiled_graph_serves_all_steps_and_runs(backend: str) -> None:
         plan = compiled(tokens, torch.tensor(timestep), prompt)
         assert is_same(plan, eager(tokens, torch.tensor(timestep), prompt)), f"call {index}"
         assert frames.frame_count == 1
+        # At a step that keeps its plan no part is, and what takes it would be compiled for both.
+        assert not any(part._is_view() for part in plan)
 
 
 def test_the_conditional_stays_in_the_graph() -> None:
