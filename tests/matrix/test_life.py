@@ -30,7 +30,11 @@ from toma_fx import MergeConfig, restore, transform
 from toma_fx.errors import InputError
 
 # diffusers' Euler scheduler hands a tensor to NumPy in a way that NumPy 2 is about to change.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+    # Its check of torch's version, in bfloat16.
+    pytest.mark.filterwarnings("ignore:Dynamo detected a call to a .functools.lru_cache"),
+]
 
 SECTION = "Life of a model"
 EITHER = pytest.mark.parametrize("config", [STATELESS, SCHEDULED], ids=["stateless", "scheduled"])
