@@ -15,6 +15,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
@@ -37,7 +38,7 @@ PROBE = 0.5
 """At which parts and noise levels are tried."""
 UNIFORM = (0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9)
 """Uniform ratios whose savings are counted; between them they are interpolated."""
-LATE = (0.8, 0.6, 0.4)
+LATE = (0.8, 0.6, 0.4, 0.2)
 """Shares of a run's steps, its last, that merging may be confined to."""
 PARTS = 8
 """At least so many parts are tried; where a model has fewer lists of blocks, lists are parted."""
@@ -177,8 +178,8 @@ def calibrate(
 ) -> Calibration:
     """Measure where merging costs a pipeline's images most.
 
-    SDXL is drawn with 20 configurations: untouched twice, each of its 11 parts alone, at 4 ratios,
-    and in 3 shares of the steps.
+    SDXL is drawn with 21 configurations: untouched twice, each of its 11 parts alone, at 4 ratios,
+    and in 4 shares of the steps.
 
     Args:
         pipeline: with an untouched model, which it has again afterwards.
@@ -313,16 +314,13 @@ class _Listener:
 
 
 def _shares_by_level(levels: Sequence[float], late: Sequence[float]) -> dict[float, float]:
-    """Noise levels that part off a share of a run's steps, and the shares that they really do."""
-    ordered = sorted(levels)
-    found = {}
-    for share in late:
-        count = round(share * len(ordered))
-        if 0 < count < len(ordered):
-            # Between two steps, so that no rounding decides.
-            level = round((ordered[count - 1] + ordered[count]) / 2, 4)
-            found[level] = sum(each <= level for each in ordered) / len(ordered)
-    return found
+    """Noise levels that part off about these shares of a run's steps, and the shares they do."""
+    known = sorted(set(levels))
+    # Between two steps, so that no rounding decides.
+    between = [round((low + high) / 2, 4) for low, high in pairwise(known)]
+    shares = {level: sum(each <= level for each in levels) / len(levels) for level in between}
+    nearest = [min(shares, key=lambda level: abs(shares[level] - w)) for w in late if shares]
+    return {level: shares[level] for level in nearest}
 
 
 def _parts(paths: Sequence[str]) -> dict[str, tuple[str, ...]]:

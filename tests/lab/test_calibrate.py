@@ -187,8 +187,9 @@ def test_the_level_is_chosen_with_the_ratios() -> None:
 
 
 def test_levels_part_off_the_last_steps() -> None:
-    levels = [1.0, 0.9, 0.8, 0.8, 0.3]  # in a call of Heun's method twice
-    assert _shares_by_level(levels, (0.8, 0.2)) == {0.95: 0.8, 0.55: 0.2}
+    levels = [1.0, 0.9, 0.8, 0.8, 0.3]  # Heun's method and guidance call a step twice
+    assert _shares_by_level(levels, (0.8, 0.5, 0.3)) == {0.95: 0.8, 0.85: 0.6, 0.55: 0.2}
+    assert _shares_by_level(levels, (0.8, 0.75)) == {0.95: 0.8}
     assert _shares_by_level([0.5], (0.8, 0.4)) == {}
 
 
