@@ -1,33 +1,29 @@
-"""A ratio for each block, and the noise level to merge below, from what each costs an image.
+"""A ratio for each block, from what merging it costs an image.
 
 The same arithmetic can be saved in many places. `calibrate` draws some images untouched, then with
-one part of the model merged at a time, then at other ratios and in fewer steps, and so learns where
-merging hurts. `Calibration.config` spends a budget where it hurts least. Nothing is trained, and
-the options that result could as well have been given by hand.
+one part of the model merged at a time, then at other ratios, and so learns where merging hurts.
+`Calibration.config` spends a budget where it hurts least. Nothing is trained, and the options that
+result could as well have been given by hand.
 
 The prediction is deliberately simple: the squared error of an image is the sum over parts of what
-each adds alone, times a factor for the ratio and one for the noise level.
+each adds alone, times a factor for the ratio.
 """
 
 import fnmatch
-import inspect
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import nn
 
-from toma_fx.arithmetic import Call, count_parts
+from toma_fx.arithmetic import count_parts, first_call
 from toma_fx.config import MergeConfig, Schedule
 from toma_fx.errors import ConfigError, ModelError
-from toma_fx.families import family_of
 from toma_fx.hooks import copied_with_hooks
 from toma_fx.inputs import weightless
 from toma_fx.transform import model_of, restore, rewrite_of, rewritten, transform
@@ -38,8 +34,6 @@ PROBE = 0.5
 """At which parts and noise levels are tried."""
 UNIFORM = (0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9)
 """Uniform ratios whose savings are counted; between them they are interpolated."""
-LATE = (0.8, 0.6, 0.4, 0.2)
-"""Shares of a run's steps, its last, that merging may be confined to."""
 PARTS = 8
 """At least so many parts are tried; where a model has fewer lists of blocks, lists are parted."""
 
@@ -70,21 +64,15 @@ class Calibration:
     """What a uniform ratio saves of them, with the blocks skipped that it skips by default."""
     by_ratio: Mapping[float, float]
     """Error of merging the better half of the parts at a ratio, relative to that at `PROBE`."""
-    by_level: Mapping[float, float]
-    """Error of merging them below a noise level, relative to that of merging at every step."""
-    steps: Mapping[float, float]
-    """Share of the drawing's steps that lie below each noise level."""
 
-    def config(self, ratio: float = 0.5, *, every_step: bool = False) -> MergeConfig:
+    def config(self, ratio: float = 0.5) -> MergeConfig:
         """The options that change images least at the arithmetic of a uniform ratio.
 
         Args:
-            ratio: the uniform ratio, at every step; above 0 and up to 0.9.
-            every_step: merge at every step, for a model that is captured as one graph.
+            ratio: the uniform ratio; above 0 and up to 0.9.
 
         Returns:
-            options with ``block_ratios`` and ``merge_below``; their ``ratio`` is 0, since every
-            block has its own.
+            options with ``block_ratios``; their ``ratio`` is 0, since every block has its own.
 
         Raises:
             ConfigError: when the ratio is none of these.
@@ -97,22 +85,16 @@ class Calibration:
                 "ratio whose arithmetic is allotted, such as 0.5"
             )
         wanted = np.interp(ratio, [0, *self.uniform], [0, *self.uniform.values()])
-        best: tuple[float, dict[str, float], float] | None = None
-        for level in (1.0,) if every_step else self.steps:
-            allotted = self._allot(float(wanted) / self.steps[level])
-            if allotted is not None:
-                error = allotted[0] * self.by_level[level]
-                best = min(best or (error, allotted[1], level), (error, allotted[1], level))
-        if best is None:
+        ratios = self._allot(float(wanted))
+        if ratios is None:
             raise ModelError(
                 f"no allotment saves what ratio={ratio} everywhere does; ask for a smaller ratio"
             )
-        _, ratios, level = best
         own = tuple((p, ratios[name]) for name, patterns in self.parts.items() for p in patterns)
-        return replace(self.base, ratio=0, block_ratios=own, merge_below=level)
+        return replace(self.base, ratio=0, block_ratios=own)
 
-    def _allot(self, wanted: float) -> tuple[float, dict[str, float]] | None:
-        """Error and ratio of each part for savings of at least ``wanted`` operations a call.
+    def _allot(self, wanted: float) -> dict[str, float] | None:
+        """The ratio of each part for savings of at least ``wanted`` operations a call.
 
         Each part's choices that lie on the lower hull of error over saving are taken in the order
         of what an operation costs, which is best for every saving that it stops at.
@@ -127,14 +109,13 @@ class Calibration:
                 ]
             )
         ]
-        ratios = dict.fromkeys(self.parts, 0.0)
-        total = spent = 0.0
-        for _, saving, error, ratio, name in sorted(steps):
+        ratios, total = dict.fromkeys(self.parts, 0.0), 0.0
+        for _, saving, ratio, name in sorted(steps):
             if total >= wanted:
                 break
             ratios[name] = ratio
-            total, spent = total + saving, spent + error
-        return (spent, ratios) if total >= wanted else None
+            total += saving
+        return ratios if total >= wanted else None
 
     def save(self, file: str | Path) -> None:
         """Write it as JSON, for `load`."""
@@ -173,25 +154,24 @@ def calibrate(
     draw: Draw,
     config: MergeConfig | None = None,
     *,
-    late: Sequence[float] = LATE,
     progress: Progress = lambda done, total, what: None,
 ) -> Calibration:
     """Measure where merging costs a pipeline's images most.
 
-    SDXL is drawn with 21 configurations: untouched twice, each of its 11 parts alone, at 4 ratios,
-    and in 4 shares of the steps.
+    SDXL is drawn with 17 configurations: untouched twice, each of its 11 parts alone, and the
+    better half of them at 4 ratios.
 
     Args:
         pipeline: with an untouched model, which it has again afterwards.
         draw: see `Draw`. A few prompts are enough; size, steps and guidance should be those of
             later use.
-        config: options that are not allotted; blocks that its ``skip`` names stay unmerged.
-        late: shares of the run's steps, its last, that merging may be confined to by
-            ``merge_below``; none, ``()``, to merge at every step.
+        config: options that are not allotted. Blocks that its ``skip`` names stay unmerged. With
+            ``merge_below`` other blocks may be the ones that suffer: calibrate with that of later
+            use.
         progress: see `Progress`.
 
     Raises:
-        ConfigError: when the options hold what is allotted here, or ``late`` what is no share.
+        ConfigError: when the options hold ``block_ratios`` already.
         ModelError: when `transform` refuses the model, or two untouched drawings differ.
 
     Example:
@@ -202,12 +182,12 @@ def calibrate(
         >>> toma_fx.transform(pipe, calibration.config(0.5))  # doctest: +SKIP
     """
     config = config or MergeConfig()
-    _check_options(pipeline, config, late)
+    _check_options(pipeline, config)
     model = model_of(pipeline)
     base = replace(config, ratio=0, skip=config.skip or ())
     paths = list(rewrite_of(transform(model, replace(base, ratio=PROBE))).merged)
     parts = _parts(paths)
-    total = 2 + len(parts) + len(RATIOS) + len(late)
+    total = 2 + len(parts) + len(RATIOS)
     done = 0
 
     def images(what: str) -> npt.NDArray[np.float64]:
@@ -216,35 +196,27 @@ def calibrate(
         done += 1
         return np.asarray(draw(pipeline), dtype=np.float64)
 
-    with _Listener(model) as heard:
-        untouched = images("untouched")
+    untouched = images("untouched")
     _check_same(images("untouched again"), untouched)
 
-    def error(what: str, **options: Any) -> float:
-        transform(pipeline, replace(base, **options))
+    def merged(what: str, names: Sequence[str], ratio: float) -> float:
+        own = tuple((pattern, ratio) for name in names for pattern in parts[name])
+        transform(pipeline, replace(base, block_ratios=own))
         try:
             return _error(images(what), untouched)
         finally:
             restore(pipeline)
 
-    def merged(what: str, names: Sequence[str], ratio: float, level: float = 1.0) -> float:
-        own = tuple((pattern, ratio) for name in names for pattern in parts[name])
-        return error(what, block_ratios=own, merge_below=level)
-
     alone = {name: merged(f"{name} alone", [name], PROBE) for name in parts}
-    # Of the better half alone: with all parts merged an image may be another one, which is no worse
-    # at a higher ratio or at more steps.
+    # Of the better half alone: with all parts merged an image may become another one, which no
+    # higher ratio makes worse.
     better = sorted(parts, key=alone.__getitem__)[: math.ceil(len(parts) / 2)]
     by_ratio = {ratio: merged(f"ratio {ratio}", better, ratio) for ratio in RATIOS}
-    steps = _shares_by_level(heard.levels, late)
-    by_level = {
-        level: merged(f"the last {share:.0%} of steps", better, PROBE, level)
-        for level, share in steps.items()
-    }
+    call = first_call(model, lambda: draw(pipeline))
     skeleton = weightless(copied_with_hooks(model)[0])  # arithmetic has no use for hooks
 
     def counted(options: MergeConfig) -> dict[str, int]:
-        return count_parts(rewritten(skeleton, options), heard.call, ["", *paths])
+        return count_parts(rewritten(skeleton, options), call, ["", *paths])
 
     def merged_at(ratio: float) -> MergeConfig:
         # A plan for each part, as parts of a list have when they differ in their ratio.
@@ -265,62 +237,18 @@ def calibrate(
         },
         uniform={r: before[""] - counted(replace(config, ratio=r))[""] for r in UNIFORM},
         by_ratio={ratio: value / by_ratio[PROBE] for ratio, value in by_ratio.items()},
-        by_level={1.0: 1.0, **{level: v / by_ratio[PROBE] for level, v in by_level.items()}},
-        steps={1.0: 1.0, **steps},
     )
 
 
-def _check_options(pipeline: Any, config: MergeConfig, late: Sequence[float]) -> None:
+def _check_options(pipeline: Any, config: MergeConfig) -> None:
     if isinstance(pipeline, nn.Module):
         raise ModelError(
             f"calibrate draws images and needs a pipeline, not a {type(pipeline).__name__} alone"
         )
-    if config.block_ratios or config.merge_below < 1:
+    if config.block_ratios:
         raise ConfigError(
-            f"block_ratios={config.block_ratios!r} and merge_below={config.merge_below} are what "
-            "calibrate finds; leave them out"
+            f"block_ratios={config.block_ratios!r} are what calibrate finds; leave them out"
         )
-    wrong = [share for share in late if not 0 < share < 1]
-    if wrong:
-        raise ConfigError(f"late={wrong} must be shares of the steps, between 0 and 1, such as 0.6")
-    if late and not config.schedule.stateless:
-        raise ConfigError(f"{config.schedule} merges at every step; calibrate it with late=()")
-
-
-class _Listener:
-    """Hears the calls of a model: the first one's arguments, and the noise level of each."""
-
-    call: Call
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.levels: list[float] = []
-
-    def __enter__(self) -> Self:
-        full = family_of(self.model).full_noise
-        signature = inspect.signature(type(self.model).forward)
-
-        def hear(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not self.levels:
-                self.call = Call(args, kwargs)
-            timestep = signature.bind(module, *args, **kwargs).arguments["timestep"]
-            self.levels.append(float(torch.as_tensor(timestep).flatten()[0]) / full)
-
-        self.hook = self.model.register_forward_pre_hook(hear, with_kwargs=True)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.hook.remove()
-
-
-def _shares_by_level(levels: Sequence[float], late: Sequence[float]) -> dict[float, float]:
-    """Noise levels that part off about these shares of a run's steps, and the shares they do."""
-    known = sorted(set(levels))
-    # Between two steps, so that no rounding decides.
-    between = [round((low + high) / 2, 4) for low, high in pairwise(known)]
-    shares = {level: sum(each <= level for each in levels) / len(levels) for level in between}
-    nearest = [min(shares, key=lambda level: abs(shares[level] - w)) for w in late if shares]
-    return {level: shares[level] for level in nearest}
 
 
 def _parts(paths: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -365,22 +293,19 @@ def _error(images: npt.NDArray[np.float64], untouched: npt.NDArray[np.float64]) 
     return float(np.exp(np.log(np.maximum(squares, least)).mean()))
 
 
-def _hull(choices: Sequence[tuple[float, float, float]]) -> list[tuple[float, float, float, float]]:
+def _hull(choices: Sequence[tuple[float, float, float]]) -> list[tuple[float, float, float]]:
     """The steps of the lower hull of ``(saving, error, ratio)`` from ``(0, 0)`` on.
 
     Returns:
-        ``(error per saving, saving, error, ratio)`` of each step, in increasing order.
+        ``(error per saving, saving, ratio)`` of each step, in increasing order.
     """
-    steps: list[tuple[float, float, float, float]] = []
-    saved = spent = 0.0
-    while ahead := [
-        ((error - spent) / (saving - saved), saving - saved, error - spent, ratio)
-        for saving, error, ratio in choices
-        if saving > saved
-    ]:
-        best = min(ahead, key=lambda step: (step[0], -step[1]))
-        steps.append(best)
-        saved, spent = saved + best[1], spent + best[2]
+    steps: list[tuple[float, float, float]] = []
+    at = (0.0, 0.0, 0.0)
+    while ahead := [each for each in choices if each[0] > at[0]]:
+        best = min(ahead, key=lambda each: ((each[1] - at[1]) / (each[0] - at[0]), -each[0]))
+        saving = best[0] - at[0]
+        steps.append(((best[1] - at[1]) / saving, saving, best[2]))
+        at = best
     return steps
 
 

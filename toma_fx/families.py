@@ -55,8 +55,6 @@ class Family:
     blocks: tuple[Block, ...]
     borders: Mapping[type[nn.Module], type[nn.Module]]
     """Classes that bring the tokens into tile order and back, each in place of diffusers' own."""
-    full_noise: float
-    """The timestep that the model is given for pure noise."""
     spared: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """Blocks left unmerged unless ``skip`` says otherwise: of the list at a path, the first ``a``
     of ``b``, and as large a share of a list of another length."""
@@ -119,7 +117,6 @@ def example_inputs(row: Block, block: nn.Module) -> dict[str, Any]:
 UNET = Family(
     name="UNet (SDXL, SD 2.1, SD 1.5)",
     cls=diffusers.UNet2DConditionModel,
-    full_noise=1000,
     blocks=(
         Block(
             cls=BasicTransformerBlock,
@@ -153,7 +150,6 @@ UNET = Family(
 FLUX = Family(
     name="Flux",
     cls=diffusers.FluxTransformer2DModel,
-    full_noise=1,
     blocks=(
         Block(
             cls=FluxTransformerBlock,

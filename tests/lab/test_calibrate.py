@@ -16,7 +16,7 @@ import toma_fx
 from tests.pipelines import tiny_flux_pipeline, tiny_sdxl_pipeline
 from toma_fx import Calibration, MergeConfig
 from toma_fx.arithmetic import count, first_call
-from toma_fx.calibrate import RATIOS, UNIFORM, _error, _parts, _shares_by_level
+from toma_fx.calibrate import RATIOS, UNIFORM, _error, _parts
 from toma_fx.cli import main
 from toma_fx.errors import ConfigError, ModelError
 from toma_fx.lab.rivals import named_variant
@@ -43,7 +43,7 @@ def calibrated(request: pytest.FixtureRequest) -> Calibrated:
         assert done == len(said) < total
         said.append(what)
 
-    found = toma_fx.calibrate(pipe, draw, late=(0.5,), progress=progress)
+    found = toma_fx.calibrate(pipe, draw, progress=progress)
     return pipe, found, said
 
 
@@ -51,7 +51,7 @@ def test_the_pipeline_is_as_before(calibrated: Calibrated) -> None:
     pipe, found, said = calibrated
     assert not hasattr(model_of(pipe), "_toma")
     assert not model_of(pipe)._forward_pre_hooks
-    assert len(said) == 2 + len(found.parts) + len(RATIOS) + 1
+    assert len(said) == 2 + len(found.parts) + len(RATIOS)
 
 
 def test_every_block_is_in_one_part(calibrated: Calibrated) -> None:
@@ -75,7 +75,7 @@ def test_errors_are_those_of_the_images(calibrated: Calibrated) -> None:
     toma_fx.restore(pipe)
     squares = ((merged.astype("float64") - untouched) ** 2).mean((1, 2, 3))
     assert found.errors[name] == pytest.approx(math.sqrt(squares.prod()), rel=1e-4)
-    assert found.by_ratio[0.5] == found.by_level[1.0] == 1
+    assert found.by_ratio[0.5] == 1
 
 
 def test_an_equal_image_does_not_decide() -> None:
@@ -86,20 +86,18 @@ def test_an_equal_image_does_not_decide() -> None:
 
 
 @pytest.mark.parametrize("ratio", [0.25, 0.33, 0.5])
-@pytest.mark.parametrize("every_step", [True, False])
 def test_an_allotment_is_no_dearer_than_the_uniform_ratio(
-    calibrated: Calibrated, ratio: float, every_step: bool
+    calibrated: Calibrated, ratio: float
 ) -> None:
     pipe, found, _ = calibrated
     model = model_of(pipe)
-    config = found.config(ratio, every_step=every_step)
+    config = found.config(ratio)
     call = first_call(model, lambda: draw(pipe))
     whole = count(model, call)
     uniform = whole - count(toma_fx.transform(model, ratio=ratio), call)
     allotted = whole - count(toma_fx.transform(model, config), call)
     # A ratio between those that were counted is interpolated.
-    assert allotted * found.steps[config.merge_below] >= uniform * 0.99
-    assert not every_step or config.merge_below == 1
+    assert allotted >= uniform * 0.99
     toma_fx.transform(pipe, config)
     assert draw(pipe).shape == (2, 128, 128, 3)
     toma_fx.restore(pipe)
@@ -107,11 +105,10 @@ def test_an_allotment_is_no_dearer_than_the_uniform_ratio(
 
 def test_skipped_blocks_are_in_no_part() -> None:
     skip = ("mid_block.*", "down_blocks.*", "up_blocks.0.*")
-    config = MergeConfig(skip=skip)
-    found = toma_fx.calibrate(tiny_sdxl_pipeline(), draw, config, late=())
+    config = MergeConfig(skip=skip, merge_below=0.9)
+    found = toma_fx.calibrate(tiny_sdxl_pipeline(), draw, config)
     assert all(name.startswith("up_blocks.1") for name in found.parts)
-    assert found.config(0.5).skip == skip
-    assert list(found.steps) == [1.0]
+    assert (found.config(0.5).skip, found.config(0.5).merge_below) == (skip, 0.9)
 
 
 def test_what_is_saved_is_loaded(calibrated: Calibrated, tmp_path: Path) -> None:
@@ -145,8 +142,6 @@ def made_up(errors: dict[str, float], savings: dict[str, int], **changes: Any) -
             errors=errors,
             savings={n: {r: int(s * r / 0.5) for r in RATIOS} for n, s in savings.items()},
             by_ratio={r: (r / 0.5) ** 2 for r in RATIOS},
-            by_level={1.0: 1.0},
-            steps={1.0: 1.0},
             uniform={r: int(sum(savings.values()) * r / 0.5) for r in UNIFORM},
         ),
         **changes,
@@ -170,13 +165,8 @@ def test_the_choice_is_the_best_of_all() -> None:
     assert error == min(e for e, s in every if s >= saved)
 
 
-def test_the_level_is_chosen_with_the_ratios() -> None:
-    errors, savings = {"a": 1.0, "b": 1.0}, {"a": 100, "b": 100}
-    late = {"by_level": {1.0: 1.0, 0.6: 0.01}, "steps": {1.0: 1.0, 0.6: 0.6}}
-    found = made_up(errors, savings, **late)
-    assert found.config(0.25).merge_below == 0.6
-    assert found.config(0.25, every_step=True).merge_below == 1
-    assert found.config(0.75).merge_below == 1  # below 0.6 there is not so much to save
+def test_what_cannot_be_saved_is_said() -> None:
+    found = made_up({"a": 1.0, "b": 1.0}, {"a": 100, "b": 100})
     less = replace(found, uniform={r: 2 * saving for r, saving in found.uniform.items()})
     with pytest.raises(ModelError, match=r"no allotment saves what ratio=0.9 everywhere does"):
         less.config(0.9)
@@ -184,13 +174,6 @@ def test_the_level_is_chosen_with_the_ratios() -> None:
     for ratio in ratios:
         with pytest.raises(ConfigError, match=rf"ratio={ratio!r} must be a number above 0 and"):
             found.config(ratio)
-
-
-def test_levels_part_off_the_last_steps() -> None:
-    levels = [1.0, 0.9, 0.8, 0.8, 0.3]  # Heun's method and guidance call a step twice
-    assert _shares_by_level(levels, (0.8, 0.5, 0.3)) == {0.95: 0.8, 0.85: 0.6, 0.55: 0.2}
-    assert _shares_by_level(levels, (0.8, 0.75)) == {0.95: 0.8}
-    assert _shares_by_level([0.5], (0.8, 0.4)) == {}
 
 
 def test_lists_are_parted_where_there_are_few() -> None:
@@ -208,13 +191,9 @@ def test_lists_are_parted_where_there_are_few() -> None:
 def test_slips_are_named_before_anything_is_drawn() -> None:
     pipe = tiny_sdxl_pipeline()
     drawn: list[Any] = []
-    for config, late, said in (
-        (MergeConfig(merge_below=0.5), (), "merge_below=0.5 are what calibrate finds"),
-        (None, (0.5, 2), r"late=\[2\] must be shares of the steps"),
-        (MergeConfig.preset("toma"), (0.5,), r"merges at every step; calibrate it with late=\(\)"),
-    ):
-        with pytest.raises(ConfigError, match=said):
-            toma_fx.calibrate(pipe, drawn.append, config, late=late)  # type: ignore[arg-type]
+    config = MergeConfig(block_ratios=(("*", 0.5),))
+    with pytest.raises(ConfigError, match="are what calibrate finds; leave them out"):
+        toma_fx.calibrate(pipe, drawn.append, config)  # type: ignore[arg-type]
     with pytest.raises(ModelError, match="needs a pipeline, not a UNet2DConditionModel alone"):
         toma_fx.calibrate(pipe.unet, drawn.append)  # type: ignore[arg-type]
     assert not drawn
@@ -243,7 +222,7 @@ def test_a_file_is_a_variant(
     drawing = ["--prompts", str(tmp_path / "prompts.txt"), "--steps", "2"]
     drawing += ["--height", "128", "--width", "128", "--ratio", "0.25", "0.5"]
     made = ["calibrate", str(sdxl), "--out", str(file), "--variant", "default:region=stripe"]
-    assert main([*made, "--every-step", *drawing]) == 0
+    assert main([*made, *drawing]) == 0
     assert "in place of 0.25" in capsys.readouterr().out
     variant = named_variant(str(file))
     assert isinstance(variant, Merging)

@@ -9,7 +9,7 @@ import numpy as np
 from tabulate import tabulate
 from tqdm import tqdm
 
-from toma_fx.calibrate import LATE, PROBE, Calibration, calibrate
+from toma_fx.calibrate import PROBE, Calibration, calibrate
 from toma_fx.config import MergeConfig
 from toma_fx.errors import ConfigError, ModelError
 from toma_fx.lab.draw import Task, draw, load_pipeline
@@ -18,16 +18,13 @@ SEED = 1_000_000
 """The first seed of calibration, far from those that images are compared with."""
 
 
-def calibrate_to_file(
-    task: Task, config: MergeConfig, file: Path, *, every_step: bool = False
-) -> Calibration:
+def calibrate_to_file(task: Task, config: MergeConfig, file: Path) -> Calibration:
     """Calibrate a pipeline and save what was found, which is then a variant of the lab.
 
     Args:
         task: what is drawn; other prompts than those of later comparison.
         config: all options that are not allotted.
         file: ends in ``.json``.
-        every_step: leave out to try merging in a run's last steps alone.
 
     Raises:
         TomaError: when the model or an option is not what it must be.
@@ -51,24 +48,22 @@ def calibrate_to_file(
             bar.total, bar.n = total, done
             bar.set_description(what)
 
-        late = () if every_step else LATE
-        found = calibrate(pipeline, images, config, late=late, progress=progress)
+        found = calibrate(pipeline, images, config, progress=progress)
     found.save(file)
     return found
 
 
-def as_text(found: Calibration, ratios: Sequence[float], *, every_step: bool = False) -> str:
+def as_text(found: Calibration, ratios: Sequence[float]) -> str:
     """A table: what each part costs alone, its share of the saving, and what it gets.
 
     Args:
         found: a calibration of images with values from 0 to 1.
         ratios: uniform ratios, whose arithmetic is allotted.
-        every_step: as in `Calibration.config`.
     """
     notes, configs = [], {}
     for ratio in ratios:
         try:
-            configs[ratio] = found.config(ratio, every_step=every_step)
+            configs[ratio] = found.config(ratio)
         except ModelError as error:
             notes.append(str(error))
     whole = sum(saving[PROBE] for saving in found.savings.values())
@@ -82,8 +77,6 @@ def as_text(found: Calibration, ratios: Sequence[float], *, every_step: bool = F
         )
         for name, patterns in found.parts.items()
     ]
-    levels = (f"{config.merge_below:g}" for config in configs.values())
-    rows.append(("merge_below", "", "", *levels))
     headers = ["part", f"alone at {PROBE}, dB", "of the saving"]
     headers += [f"in place of {ratio:g}" for ratio in configs]
     return "\n".join([tabulate(rows, headers, disable_numparse=True), *notes])

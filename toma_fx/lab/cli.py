@@ -72,7 +72,6 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
     add("model", help=MODEL)
     add("--ratio", type=float, nargs="+", default=[0.25, 0.5, 0.75], help="to show (0.25 0.5 0.75)")
     add("--variant", default="default", help="all options that are not allotted (default)")
-    add("--every-step", action="store_true", help="allot ratios alone, and no merge_below")
     _add_prompts(parser)
     add("--out", type=Path, required=True, metavar="FILE.json", help="a variant for eval")
     _add_drawing(parser)
@@ -185,9 +184,9 @@ def _calibrate(options: argparse.Namespace) -> None:
     variant = _merging(options.variant)
     if isinstance(variant, Allotted):
         raise ConfigError(f"variant={options.variant!r} is allotted already; name a preset")
-    task, every_step = _task(options, _prompts(options)), options.every_step
-    found = calibrate_to_file(task, variant.config(0.5), options.out, every_step=every_step)
-    print(as_text(found, options.ratio, every_step=every_step))
+    task = _task(options, _prompts(options))
+    found = calibrate_to_file(task, variant.config(0.5), options.out)
+    print(as_text(found, options.ratio))
 
 
 def _plot(options: argparse.Namespace) -> None:
