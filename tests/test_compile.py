@@ -216,3 +216,14 @@ def test_inductor_agrees(build: Callable[[], Any], preset: str, mode: str) -> No
         for call in images(uncompiled, height=8, width=8):
             expected = uncompiled(**call).sample
             assert difference(compiled(**call).sample, expected) < TOLERANCE
+
+
+def test_hooks_that_a_pipeline_registers_between_calls_recompile_nothing() -> None:
+    model = transform(smallest_flux())
+    call = next(iter(images(model, height=8, width=8)))
+    frames = CompileCounterWithBackend("eager")
+    compiled: Any = torch.compile(model, backend=frames, fullgraph=True)
+    compiled(**call)
+    with model.cache_context("cond"):  # makes the registry; Flux's pipelines enter it at each step
+        compiled(**call)
+    assert frames.frame_count == 1

@@ -229,6 +229,9 @@ class Transformer2DModel(transformer_2d.Transformer2DModel):  # type: ignore[mis
 class FluxTransformer2DModel(_Clocked, diffusers.FluxTransformer2DModel):  # type: ignore[misc]
     """The Flux transformer; image tokens and their position ids are put in tile order together."""
 
+    # Not asked of the registry of hooks, which pipelines add between two calls of a compiled model.
+    _ordered_by_hook = False
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As diffusers' ``forward``."""
         call = _flux_arguments(args, kwargs)
@@ -238,7 +241,7 @@ class FluxTransformer2DModel(_Clocked, diffusers.FluxTransformer2DModel):  # typ
         if not self._toma.config.schedule.stateless:
             tokens = call["hidden_states"]
             make_slots(self, tokens[:, :, :1].expand(-1, -1, self.inner_dim))
-        if self._toma.config.region != "tile" or _TILE_ORDER in _hook_names(self):
+        if self._toma.config.region != "tile" or self._ordered_by_hook:
             return super().forward(**call)
         return _in_tile_order(super().forward, call)
 
@@ -251,9 +254,9 @@ class FluxTransformer2DModel(_Clocked, diffusers.FluxTransformer2DModel):  # typ
         super().enable_parallelism(config=config, **options)
         parallel: Any = self._parallel_config
         if self._toma.config.region == "tile" and parallel.context_parallel_config is not None:
-            HookRegistry.check_if_exists_or_initialize(self).register_hook(
-                _TileOrderHook(), _TILE_ORDER
-            )
+            registry = HookRegistry.check_if_exists_or_initialize(self)
+            registry.register_hook(_TileOrderHook(), "toma_tile_order")
+            self._ordered_by_hook = True
 
     def enable_cache(self, config: Any) -> None:
         """As diffusers' method, but not for caches that merging would mislead: `check_caches`."""
@@ -265,19 +268,11 @@ class FluxTransformer2DModel(_Clocked, diffusers.FluxTransformer2DModel):  # typ
             raise
 
 
-_TILE_ORDER = "toma_tile_order"
-
-
 class _TileOrderHook(ModelHook):  # type: ignore[misc]
     """Tile order around the hook that splits tokens among ranks, and so among all of them."""
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return _in_tile_order(self.fn_ref.original_forward, _flux_arguments(args, kwargs))
-
-
-def _hook_names(module: nn.Module) -> Any:
-    registry = getattr(module, "_diffusers_hook", None)
-    return () if registry is None else registry.hooks
 
 
 def _in_tile_order(forward: Callable[..., Any], call: dict[str, Any]) -> Any:
