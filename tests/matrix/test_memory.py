@@ -197,8 +197,8 @@ def test_torchao_activations(cell: Cell) -> None:
     untouched = DRAW(pipe, 0)
     cell.apply(model_of(transform(pipe)))
     drawn = DRAW(pipe, 0)
-    # Rounded activations turn rounding errors into steps, and tip choices of destinations, ten times
-    # what rounding does alone. So no image is equal to another, but the merged one is the nearest.
+    # Rounded activations turn rounding errors into steps, and tip choices of destinations, which is
+    # ten times what rounding does alone. No image is equal to another; the merged one is nearest.
     assert difference(drawn, merged(cell.family)) < difference(drawn, untouched)
     assert difference(drawn, untouched) > 1e-2
     with cell.steady():
