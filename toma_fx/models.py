@@ -149,6 +149,8 @@ class _Clocked(nn.Module):
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the model for its own calls; arguments as `torch.compile` takes them."""
         self._check_schedule_compiles()
+        if not self._toma.config.schedule.stateless:
+            kwargs.setdefault("dynamic", False)  # what a schedule decides takes no symbolic sizes
         if self._toma.config.merge_below == 1:
             super().compile(*args, **kwargs)
         else:  # what decides between the two graphs stays outside both
