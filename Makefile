@@ -4,6 +4,9 @@ BIN := .venv/bin
 STAMP := .venv/installed
 QUANTISATION := .venv/quantisation
 
+# Two processes run the tests: with two threads each they would wait for one another.
+test matrix: export OMP_NUM_THREADS := 1
+
 .PHONY: demo test matrix bench bench-gpu lint wheel clean
 
 demo: $(STAMP)  ## the main job on the real architectures; DEMO="--quick" for two minutes
