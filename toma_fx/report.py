@@ -1,6 +1,6 @@
 """What was rewritten, what it saves, and what was left alone and why."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -165,11 +165,7 @@ def _alike(model: nn.Module, rewrite: Rewrite) -> Iterator[tuple[str, Treatment,
 
 
 def _count(
-    model: nn.Module,
-    paths: Sequence[str],
-    height: int | None = None,
-    width: int | None = None,
-    batch: int = 1,
+    model: nn.Module, paths: list[str], height: int | None, width: int | None, batch: int
 ) -> tuple[dict[str, int], dict[str, int], int]:
     """Image tokens and operations of each block, and operations of the model."""
     model = weightless(model)

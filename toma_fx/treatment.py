@@ -16,7 +16,6 @@ Role = Literal["alone", "lead", "follow"]
 Group = tuple[str, float]
 """The module list and the ratio that the blocks of a group have in common."""
 
-
 NOTHING = "ratio is 0"
 """Why a block is left unmerged whose ratio says so."""
 

@@ -11,10 +11,10 @@ from toma_fx.bench.contenders import COMPILED, EAGER, LOWER_BOUND, Setting, twin
 from toma_fx.bench.levels import blocks, models, stages
 from toma_fx.bench.timing import Contender, Timing
 from toma_fx.lab.rivals import tomesd
-from toma_fx.lab.variants import Merging
+from toma_fx.lab.variants import Preset
 from toma_fx.transform import transform
 
-VARIANTS = tuple(Merging(name=name, preset=name) for name in ("lower_bound", "default"))
+VARIANTS = tuple(Preset(name=name, preset=name) for name in ("lower_bound", "default"))
 SETTING = Setting(
     height=128, dtype=torch.float32, variants=VARIANTS, repeats=1, compiled=False, memory=False
 )

@@ -22,13 +22,13 @@ from toma_fx.bench.record import Column, Record, Table
 from toma_fx.bench.stack import stacked
 from toma_fx.bench.timing import reason
 from toma_fx.config import MergeConfig
-from toma_fx.lab.variants import Merging
+from toma_fx.lab.variants import Preset
 
 Part = Callable[[], Iterable[Table]]
 MINUTES = 8.0
 """After these no further part is started."""
-DEFAULT = Merging(name="default", preset="default")
-OURS = (Merging(name=LOWER_BOUND, preset=LOWER_BOUND), DEFAULT)
+DEFAULT = Preset(name="default", preset="default")
+OURS = (Preset(name=LOWER_BOUND, preset=LOWER_BOUND), DEFAULT)
 
 
 def readme(*, tiny: bool = False, compiled: bool = True) -> dict[str, Part]:

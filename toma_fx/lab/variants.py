@@ -35,34 +35,39 @@ Changed = Callable[[], AbstractContextManager[None]]
 
 @dataclass(frozen=True, kw_only=True)
 class Merging:
-    """A preset with changes."""
+    """A variant that merges tokens."""
 
     name: str
-    preset: str
-    changes: tuple[tuple[str, Any], ...] = ()
 
     def config(self, ratio: float) -> MergeConfig:
         """What `toma_fx.transform` is given.
 
         Raises:
-            ConfigError: when a field, a value or the ratio is not one that `MergeConfig` takes.
+            TomaError: when there is nothing for the ratio, or a field holds what it cannot take.
         """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset(Merging):
+    """A preset with changes."""
+
+    preset: str
+    changes: tuple[tuple[str, Any], ...] = ()
+
+    def config(self, ratio: float) -> MergeConfig:
+        """The preset at a ratio."""
         return MergeConfig.preset(self.preset, **{**dict(self.changes), "ratio": ratio})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Allotted(Merging):
-    """Ratios by block and a noise level, from a calibration."""
+    """Ratios by block, from a calibration."""
 
-    preset: str = ""
     calibration: Calibration
 
     def config(self, ratio: float) -> MergeConfig:
-        """What `toma_fx.transform` is given at the arithmetic of a uniform ratio.
-
-        Raises:
-            TomaError: when the calibration has nothing for this ratio.
-        """
+        """What was allotted at the arithmetic of a uniform ratio."""
         return self.calibration.config(ratio)
 
 
@@ -119,7 +124,7 @@ def parse_variant(text: str, *, schedule: Schedule | None = None) -> Merging | F
         if not equals:
             raise ConfigError(f"variant={text!r}: {change!r} must be FIELD=VALUE")
         changes[name] = _value(text, name, value)
-    variant = Merging(name=text, preset=preset, changes=tuple(changes.items()))
+    variant = Preset(name=text, preset=preset, changes=tuple(changes.items()))
     try:
         variant.config(0.5)
     except TomaError as error:
