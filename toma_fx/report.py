@@ -5,11 +5,10 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
-import torch
 from tabulate import tabulate
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from toma_fx.arithmetic import Call, count_parts
 from toma_fx.config import MergeConfig
 from toma_fx.inputs import random_inputs, weightless
 from toma_fx.models import Rewrite
@@ -114,10 +113,13 @@ def report(
     model = model_of(model)
     rewrite = rewrite_of(model)
     paths = list(rewrite.treatments)
-    tokens, before, flops_before = _count(rewrite.original, paths, height, width, batch)
-    _, after, flops_after = _count(model, paths, height, width, batch)
-    shape = random_inputs(weightless(model), height=height, width=width, batch=batch)
-    image = shape["sample"] if "sample" in shape else shape["hidden_states"]
+    untouched = weightless(rewrite.original)
+    inputs = random_inputs(untouched, height=height, width=width, batch=batch)
+    image = inputs["sample"] if "sample" in inputs else inputs["hidden_states"]
+    call = Call((), inputs)
+    tokens = _note_tokens(untouched, paths)
+    before = count_parts(untouched, call, ["", *paths])
+    after = count_parts(model, call, ["", *paths])
     groups = []
     for parent, treatment, members in _alike(model, rewrite):
         kept = sum(tokens[path] for path in members[:1])
@@ -140,8 +142,8 @@ def report(
         image=f"latents {' x '.join(map(str, image.shape))}",
         config=rewrite.config,
         groups=tuple(groups),
-        flops_before=flops_before,
-        flops_after=flops_after,
+        flops_before=before[""],
+        flops_after=after[""],
         asked=rewrite.speedup,
     )
 
@@ -164,11 +166,8 @@ def _alike(model: nn.Module, rewrite: Rewrite) -> Iterator[tuple[str, Treatment,
         yield parent, rewrite.treatments[paths[0]], paths
 
 
-def _count(
-    model: nn.Module, paths: list[str], height: int | None, width: int | None, batch: int
-) -> tuple[dict[str, int], dict[str, int], int]:
-    """Image tokens and operations of each block, and operations of the model."""
-    model = weightless(model)
+def _note_tokens(model: nn.Module, paths: list[str]) -> dict[str, int]:
+    """Image tokens of each block, by its path: filled by the next call of the model."""
     tokens: dict[str, int] = {}
 
     def note(path: str) -> Any:
@@ -179,15 +178,7 @@ def _count(
 
     for path in paths:
         model.get_submodule(path).register_forward_pre_hook(note(path), with_kwargs=True)
-    inputs = random_inputs(model, height=height, width=width, batch=batch)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(**inputs)
-    root, counts = type(model).__name__, counter.get_flop_counts()
-    return (
-        tokens,
-        {path: sum(counts[f"{root}.{path}"].values()) for path in paths},
-        counter.get_total_flops(),
-    )
+    return tokens
 
 
 def _plan(config: MergeConfig) -> str:
