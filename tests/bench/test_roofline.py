@@ -33,6 +33,10 @@ def test_matrix_products_and_bytes_are_those_of_the_operators(ratio: float, batc
     expected = tokens.nbytes + destinations.nbytes + sum(weight.nbytes for weight in weights)
     assert needs.bytes == expected
     assert needs.matmul == 2 * batch * 128 * shape.keep * 24
+    order = torch.ops.toma.tile_order(tokens, 8, 16)
+    reordered = torch.ops.toma.reorder(tokens, order)
+    needs, _ = shape.needs("reorder")
+    assert needs.bytes == tokens.nbytes + order.nbytes + reordered.nbytes
 
 
 def test_the_bound_is_the_slower_of_memory_and_arithmetic() -> None:

@@ -5,7 +5,7 @@
 `contenders`    the untouched model, ours, the lower bound, tomesd and others, sharing their weights
 `levels`        what is called: a block, a stage, a model, a whole image
 `compare`       contenders against the faster untouched model: the table of the levels above
-`operators`     select, weigh, merge and unmerge, beside tomesd's; how they grow with tokens
+`operators`     every operator alone, beside tomesd's; how they grow with tokens
 `roofline`      what an operator needs, and what the machine gives
 `stack`         merging together with what else makes a model faster
 `profile`       where one step spends its time

@@ -1,5 +1,6 @@
 """The operators alone, beside tomesd's: seconds, memory, and the share of the roofline reached."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -15,6 +16,7 @@ from toma_fx.bench.roofline import (
     Peaks,
     measure_peaks,
     mix_needs,
+    reorder_needs,
     select_needs,
     weigh_needs,
 )
@@ -22,7 +24,7 @@ from toma_fx.bench.timing import WALL, Clock, Contender, interleaved, notes_on, 
 from toma_fx.lab.rivals import TOMESD, TOMESD_MOST
 from toma_fx.runtime.regions import kept_tokens, region_size
 
-OPERATORS = ("select", "weigh", "merge", "unmerge")
+OPERATORS = ("select", "weigh", "merge", "unmerge", "reorder")
 SAMPLE_SECONDS = 0.02
 """A sample is at least as long, so that the clock's own time does not matter."""
 SHAPES = {"sdxl": ((4096, 640), (1024, 1280)), "flux": ((4096, 3072),)}
@@ -58,6 +60,8 @@ class Shape:
             return select_needs(*given), torch.float32  # similarities are float32, see `select`
         if operator == "weigh":
             return weigh_needs(*given), torch.float32
+        if operator == "reorder":
+            return reorder_needs(*given[:3], self.dtype.itemsize), self.dtype
         return mix_needs(*given), self.dtype
 
 
@@ -89,7 +93,7 @@ def operators(
     small: bool = False,
     clock: Clock = WALL,
 ) -> Table:
-    """Time ``select``, ``weigh``, ``merge`` and ``unmerge`` at every shape.
+    """Time every one of `OPERATORS` at every shape.
 
     Args:
         shapes: settings of the operators.
@@ -183,6 +187,9 @@ def _ours(shape: Shape, device: str, compiled: bool) -> list[Contender]:
     def unmerge(tokens: Tensor, weight: Tensor) -> Any:
         return toma.unmerge(tokens, weight)
 
+    def reorder(tokens: Tensor, order: Tensor) -> Any:
+        return toma.reorder(tokens, order)
+
     destinations = select(tokens)
     merge_weight, unmerge_weight = weigh(tokens, destinations)
     arguments: dict[Callable[..., Any], tuple[Tensor, ...]] = {
@@ -190,9 +197,10 @@ def _ours(shape: Shape, device: str, compiled: bool) -> list[Contender]:
         weigh: (tokens, destinations),
         merge: (tokens, merge_weight),
         unmerge: (merge(tokens, merge_weight), unmerge_weight),
+        reorder: (tokens, toma.tile_order(tokens, *_grid(shape.tokens))),
     }
-    # Merge and unmerge are a matrix product each, which compiling leaves as it is, and called alone
-    # they would mostly time the guards of their compiled function.
+    # Each of the others is one operator, which compiling leaves as it is, and called alone they
+    # would mostly time the guards of their compiled function.
     return [
         Contender(
             name=function.__name__,
@@ -212,6 +220,12 @@ def _tokens(shape: Shape, device: str) -> Tensor:
         shape.batch, shape.tokens, shape.width, generator=torch.Generator().manual_seed(0)
     )
     return values.to(device, shape.dtype)
+
+
+def _grid(tokens: int) -> tuple[int, int]:
+    """Rows and columns of an image of so many tokens, as near to a square as can be."""
+    rows = next(rows for rows in range(math.isqrt(tokens), 0, -1) if tokens % rows == 0)
+    return rows, tokens // rows
 
 
 def _why_not(shape: Shape) -> str:

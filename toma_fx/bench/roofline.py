@@ -112,3 +112,8 @@ def mix_needs(batch: int, tokens: int, width: int, size: int, keep: int, item: i
         bytes=batch * item * ((tokens + kept) * width + weights),
         matmul=2 * batch * weights * width,
     )
+
+
+def reorder_needs(batch: int, tokens: int, width: int, item: int) -> Needs:
+    """Of ``reorder``, which reads and writes every token; arguments as in `select_needs`."""
+    return Needs(bytes=tokens * (8 + 2 * batch * width * item), matmul=0)
