@@ -4,6 +4,7 @@ import time
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from toma_fx.bench.timing import CPU, WALL, Contender, interleaved, peak_memory, sample
 
@@ -35,6 +36,22 @@ def test_a_failure_is_a_reason_where_it_may_be_and_an_error_elsewhere() -> None:
     assert len(timings[1].calls) == 2
     with pytest.raises(RuntimeError, match="no such kernel"):
         interleaved([Contender(name="fails", run=fail)], 1)
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_contenders_of_one_function_are_all_compiled(fullgraph: bool) -> None:
+    torch._dynamo.reset()
+    counter, numbers = CompileCounter(), range(12)  # more than dynamo's own limit of 8
+
+    def contender(number: int) -> Contender:
+        def call(tokens: torch.Tensor) -> torch.Tensor:
+            return tokens * number
+
+        compiled = torch.compile(call, backend=counter, fullgraph=fullgraph, dynamic=False)
+        return Contender(name=str(number), run=lambda: compiled(torch.ones(2)))
+
+    interleaved([contender(number) for number in numbers], 2)
+    assert counter.frame_count == len(numbers)
 
 
 def test_cpu_time_leaves_out_what_others_had() -> None:

@@ -8,6 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from toma_fx.bench.contenders import Setting, compile_blocks
 from toma_fx.bench.record import Column, Table, number, percent, seconds
+from toma_fx.bench.timing import many_compiled
 from toma_fx.config import MergeConfig
 from toma_fx.inputs import random_inputs
 from toma_fx.transform import transform
@@ -39,7 +40,7 @@ def profile_step(
     inputs = random_inputs(model, **setting.size)
     gpu = setting.device == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
-    with torch.inference_mode():
+    with torch.inference_mode(), many_compiled():
         for _ in range(2):
             merged(**inputs)
         with profile(activities=activities, acc_events=True) as profiler:

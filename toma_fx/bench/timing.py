@@ -4,6 +4,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,9 @@ WALL: Clock = time.perf_counter
 CPU: Clock = time.process_time
 """CPU seconds of this process, of all its threads together: on a machine that others use too, it
 leaves out the time in which they had the cores."""
+RECOMPILES = 256
+"""Of one code object. Contenders are copies of one model and plans are calls of one function, so
+each is a recompilation to dynamo, which by default refuses the ninth, or silently runs it eager."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +83,8 @@ def interleaved(
     samples: dict[int, list[float]] = {number: [] for number in range(len(contenders))}
     total = len(contenders) * (repeats + 1)
     bar = tqdm(total=total, unit="call", leave=False, disable=None)
-    with torch.inference_mode(), bar:
+    # Compiling happens in the first calls, whoever asked for it.
+    with torch.inference_mode(), many_compiled(), bar:
         for number, each in enumerate(contenders):
             bar.set_description(f"{each.name}, first call")
             try:
@@ -108,6 +113,12 @@ def interleaved(
         )
         for number, each in enumerate(contenders)
     ]
+
+
+def many_compiled() -> AbstractContextManager[None]:
+    """As long as it lasts, dynamo compiles as many contenders as there are."""
+    limit: AbstractContextManager[None] = torch._dynamo.config.patch(recompile_limit=RECOMPILES)
+    return limit
 
 
 def sample(run: Callable[[], object], count: int = 1, clock: Clock = WALL) -> float:
