@@ -1,9 +1,11 @@
 """Where one step spends its time: every toma operator, then the costliest of everything else."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from toma_fx.bench.contenders import Setting, compile_blocks
@@ -47,33 +49,48 @@ def profile_step(
             merged(**inputs)
             if gpu:
                 torch.cuda.synchronize()
-    kind = "device" if gpu else "cpu"
-    events: list[Any] = list(profiler.key_averages())
-    total = sum(getattr(event, f"self_{kind}_time_total") for event in events)
-
-    def row(event: Any, micros: float) -> dict[str, Any]:
-        return {
-            "operator": event.key,
-            "calls": event.count,
-            "seconds": micros / 1e6,
-            "share": micros / total,
-        }
-
-    ours = [e for e in events if e.key.startswith("toma::")]
-    rest = sorted(
-        (e for e in events if not e.key.startswith("toma::")),
-        key=lambda e: getattr(e, f"self_{kind}_time_total"),
-        reverse=True,
-    )
-    rows = [row(e, getattr(e, f"{kind}_time_total")) for e in ours]
-    rows += [row(e, getattr(e, f"self_{kind}_time_total")) for e in rest[:most]]
-    how = "compiled blocks" if compiled else "eager"
+    rows, total = breakdown(profiler.key_averages(), gpu=gpu, most=most)
+    how = f"{'compiled blocks' if compiled else 'eager'}, {'device' if gpu else 'cpu'} time"
     return Table(
-        title=f"{type(model).__name__}, one step at ratio {config.ratio:g}, {how}, {kind} time",
+        title=f"{type(model).__name__}, one step at ratio {config.ratio:g}, {how}",
         columns=COLUMNS,
         rows=rows,
         notes=(
-            f"{total / 1e6:.4g} s in all, as the profiler sees them",
+            f"{total:.4g} s in all, as the profiler sees them",
             "a toma operator's time holds that of what it calls; every other is counted by itself",
         ),
     )
+
+
+def breakdown(events: Iterable[Any], *, gpu: bool, most: int) -> tuple[list[dict[str, Any]], float]:
+    """The rows of a step, and its seconds.
+
+    Args:
+        events: averages by name, of torch's profiler. Those of a GPU hold its time more than once:
+            as kernels, and as the time of operators and annotations. The kernels are the step.
+        gpu: whether time is the GPU's.
+        most: rows of what is not a toma operator, the costliest first.
+    """
+    kind = "device" if gpu else "cpu"
+    alone, whole = f"self_{kind}_time_total", f"{kind}_time_total"
+    events = list(events)
+    ours = [e for e in events if e.key.startswith("toma::")]
+    counted = [e for e in events if _is_kernel(e)] if gpu else events
+    total = sum(getattr(e, alone) for e in counted)
+    rest = [e for e in counted if e not in ours]
+    rest.sort(key=lambda e: getattr(e, alone), reverse=True)
+    rows = [
+        {
+            "operator": event.key,
+            "calls": event.count,
+            "seconds": getattr(event, name) / 1e6,
+            "share": getattr(event, name) / total,
+        }
+        for name, found in ((whole, ours), (alone, rest[:most]))
+        for event in found
+    ]
+    return rows, total / 1e6
+
+
+def _is_kernel(event: Any) -> bool:
+    return event.device_type == DeviceType.CUDA and not event.is_user_annotation
