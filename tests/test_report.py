@@ -1,10 +1,13 @@
 """The report tells what was rewritten, and its arithmetic is right."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+from accelerate import cpu_offload
+from accelerate.hooks import CpuOffload, add_hook_to_module
+from diffusers import FirstBlockCacheConfig, FluxTransformer2DModel, UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
 import toma_fx
@@ -14,6 +17,8 @@ from toma_fx.checkpoints import FLUX, SDXL
 from toma_fx.errors import ModelError
 from toma_fx.inputs import random_inputs, weightless
 from toma_fx.report import tokens_after
+
+MERGE = torch.ops.toma.merge.default
 
 
 def full_size(cls: type, config: dict[str, object]) -> torch.nn.Module:
@@ -55,6 +60,36 @@ def test_counts_are_those_of_a_real_run(options: dict[str, Any]) -> None:
         skeleton(**random_inputs(skeleton, height=256))
     assert report.flops_after == counter.get_total_flops() > 0
     assert (report.saved > 0) == (options.get("ratio") != 0)
+
+
+def cast(model: Any) -> None:
+    model.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+
+
+def cache(model: Any) -> None:
+    model.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+
+
+def group_offload(model: Any) -> None:
+    model.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+
+
+def model_offload(model: Any) -> None:
+    add_hook_to_module(model, CpuOffload("cpu"), append=True)  # its pipelines' method needs a GPU
+
+
+def sequential_offload(model: Any) -> None:
+    cpu_offload(model, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("change", [cast, cache, group_offload, model_offload, sequential_offload])
+def test_hooks_neither_run_nor_count(change: Callable[[Any], None]) -> None:
+    model = toma_fx.transform(tiny_flux(), skip=())
+    before = toma_fx.report(model, height=128)
+    change(model)
+    report = toma_fx.report(model, height=128)
+    assert (report.flops_before, report.flops_after) == (before.flops_before, before.flops_after)
+    assert toma_fx.trace(model).graph.find_nodes(op="call_function", target=MERGE)
 
 
 def test_every_block_is_named_once() -> None:

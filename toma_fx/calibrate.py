@@ -24,7 +24,6 @@ from torch import nn
 from toma_fx.arithmetic import count_parts, first_call
 from toma_fx.config import MergeConfig, Schedule
 from toma_fx.errors import ConfigError, ModelError
-from toma_fx.hooks import copied_with_hooks
 from toma_fx.inputs import weightless
 from toma_fx.transform import model_of, restore, rewrite_of, rewritten, transform
 
@@ -213,7 +212,7 @@ def calibrate(
     better = sorted(parts, key=alone.__getitem__)[: math.ceil(len(parts) / 2)]
     by_ratio = {ratio: merged(f"ratio {ratio}", better, ratio) for ratio in RATIOS}
     call = first_call(model, lambda: draw(pipeline))
-    skeleton = weightless(copied_with_hooks(model)[0])  # arithmetic has no use for hooks
+    skeleton = weightless(model)
 
     def counted(options: MergeConfig) -> dict[str, int]:
         return count_parts(rewritten(skeleton, options), call, ["", *paths])

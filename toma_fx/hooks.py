@@ -6,7 +6,7 @@ would say so. Hooks are therefore taken off the copy and put on again when its b
 """
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from diffusers.hooks import HookRegistry
@@ -20,6 +20,9 @@ _HELD = {
     "diffusers.hooks.context_parallel": "context parallelism",
 }
 """Modules whose hooks hold devices, streams or process groups, which no copy can share."""
+
+_MARKS = ("_diffusers_hook", "_hf_hook")
+"""Attributes under which a module holds the hooks of diffusers and of accelerate."""
 
 Attached = tuple[nn.Module, str, Any]
 """A module, and the name and the hook that it had."""
@@ -63,10 +66,29 @@ def copied_with_hooks(model: nn.Module) -> tuple[nn.Module, list[Attached]]:
     for module in copied.modules():
         hooks = list(_hooks(module))
         attached += [(module, name, hook) for name, hook in hooks]
-        if vars(module).pop("_diffusers_hook", None) is not None:
-            # The closure, or what the last hook left when it was taken off: the original's method.
-            vars(module).pop("forward", None)
+        _take_off(module)
     return copied, attached
+
+
+def copied_without_hooks(model: nn.Module, memo: Mapping[int, Any]) -> nn.Module:
+    """A deep copy without the hooks of diffusers and accelerate, whatever those hold.
+
+    Args:
+        model: may be offloaded or parallel.
+        memo: as `copy.deepcopy` takes it.
+    """
+    hooks = [vars(m)[mark] for m in model.modules() for mark in _MARKS if mark in vars(m)]
+    copied = copy.deepcopy(model, {**memo, **dict.fromkeys(map(id, hooks))})
+    for module in copied.modules():
+        _take_off(module)
+    return copied
+
+
+def _take_off(module: nn.Module) -> None:
+    if any(mark in vars(module) for mark in _MARKS):
+        # The closure, or what the last hook left when it was taken off: the original's method.
+        for name in (*_MARKS, "forward", "_old_forward"):
+            vars(module).pop(name, None)
 
 
 def check_forwards(modules: Iterable[tuple[str, nn.Module]]) -> None:

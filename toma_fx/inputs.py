@@ -1,15 +1,19 @@
 """Inputs of a whole model at a given image size, for reports, traces and benchmarks.
 
-Their values mean nothing; their shapes are those that diffusers' pipelines pass.
+Their values mean nothing; their shapes are those that diffusers' pipelines pass to SDXL base and
+Flux. Other models get inputs that fit them.
 """
 
-import copy
 from typing import Any
 
 import torch
+
+# What a model computes in, which is not the dtype of weights that are cast or quantised.
+from diffusers.models.modeling_utils import get_parameter_dtype
 from torch import Tensor, nn
 
 from toma_fx.errors import ModelError
+from toma_fx.hooks import copied_without_hooks, is_cast
 
 VAE_SCALE = 8
 """Pixels per latent along a side, in every model that toma_fx knows."""
@@ -33,8 +37,8 @@ def random_inputs(
     Raises:
         ModelError: when the size is no multiple of what a token covers.
     """
-    parameter = next(model.parameters())
-    like = torch.empty(0, device=parameter.device, dtype=parameter.dtype)
+    device = next(model.parameters()).device
+    like = torch.empty(0, device=device, dtype=get_parameter_dtype(model))
     flux = hasattr(model, "single_transformer_blocks")
     config: Any = model.config
     native = 1024 if flux else _square(config.sample_size) * VAE_SCALE
@@ -100,8 +104,15 @@ def _flux_inputs(config: Any, like: Tensor, batch: int, rows: int, columns: int)
 
 
 def weightless(model: nn.Module) -> nn.Module:
-    """A copy whose tensors have shapes but no data, to count or trace a call that is not run."""
-    tensors = [*model.parameters(), *model.buffers()]
-    memo = {id(t): t.to("meta") for t in tensors}
-    memo |= {id(p): nn.Parameter(memo[id(p)], requires_grad=False) for p in model.parameters()}
-    return copy.deepcopy(model, memo)
+    """A copy with shapes but no data, and no hooks, to count or trace a call that is not run.
+
+    Weights under layerwise casting have the dtype that they are computed in.
+    """
+    computed = get_parameter_dtype(model) if is_cast(model) else None
+
+    def empty(tensor: Tensor) -> Tensor:
+        return tensor.to("meta", computed if tensor.is_floating_point() else None)
+
+    memo: dict[int, Tensor] = {id(buffer): empty(buffer) for buffer in model.buffers()}
+    memo |= {id(p): nn.Parameter(empty(p), requires_grad=False) for p in model.parameters()}
+    return copied_without_hooks(model, memo)

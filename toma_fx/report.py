@@ -122,17 +122,17 @@ def report(
     after = count_parts(model, call, ["", *paths])
     groups = []
     for parent, treatment, members in _alike(model, rewrite):
-        kept = sum(tokens[path] for path in members[:1])
+        given = tokens[members[0]]
         groups.append(
             GroupReport(
                 path=parent,
                 blocks=(int(members[0].rpartition(".")[2]), int(members[-1].rpartition(".")[2])),
                 merged=treatment.components,
                 skipped=treatment.skipped,
-                tokens_before=kept,
-                tokens_after=tokens_after(kept, rewrite.config, treatment.ratio)
+                tokens_before=given,
+                tokens_after=tokens_after(given, rewrite.config, treatment.ratio)
                 if treatment.role
-                else kept,
+                else given,
                 flops_before=sum(before[path] for path in members),
                 flops_after=sum(after[path] for path in members),
             )

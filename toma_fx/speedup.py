@@ -14,7 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from toma_fx.config import MergeConfig
 from toma_fx.errors import ConfigError, ModelError
-from toma_fx.hooks import copied_with_hooks
 from toma_fx.inputs import random_inputs, weightless
 from toma_fx.transform import rewritten
 
@@ -41,7 +40,7 @@ def for_speedup(model: nn.Module, config: MergeConfig, speedup: float) -> MergeC
     number = isinstance(speedup, int | float) and not isinstance(speedup, bool)
     if not number or not 1 <= speedup < math.inf:
         raise ConfigError(f"speedup={speedup!r} must be a number of at least 1, such as 1.3")
-    skeleton = weightless(copied_with_hooks(model)[0])  # arithmetic has no use for hooks
+    skeleton = weightless(model)
     untouched, steps = _operations(skeleton), config.region_tokens
 
     def reached(step: int) -> float:
