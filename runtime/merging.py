@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from toma_fx.errors import InputError
-from toma_fx.runtime.selector import pseudo_random, unit_tokens
+from toma_fx.runtime.selector import cosines, pseudo_random, unit_tokens
 
 
 def gather(tokens: Tensor, destinations: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def weigh(
     source = unit.unflatten(1, (regions, -1))
     destination = gather(unit, destinations).unflatten(1, (regions, keep))
     # A^T: (B, R, n, m). Attention that spreads an identity is the same, and one product more.
-    spread = (source @ destination.transpose(-1, -2) / temperature).softmax(-1)
+    spread = (cosines(source, destination) / temperature).softmax(-1)
     merge = (spread / spread.sum(-2, keepdim=True)).transpose(-1, -2)
     if unmerge == "pinv":
         spread = torch.linalg.pinv(merge)
@@ -114,7 +114,8 @@ def merge(tokens: Tensor, weight: Tensor) -> Tensor:
         ``(B, P + R * m, D)``.
 
     Raises:
-        InputError: when the weight was made for another batch or token count.
+        InputError: when the weight was made for another batch, or for more tokens than there are;
+            surplus tokens are taken for text.
     """
     return _mix("merge", tokens, weight)
 
@@ -130,6 +131,7 @@ def unmerge(tokens: Tensor, weight: Tensor) -> Tensor:
         ``(B, P + N, D)``.
 
     Raises:
-        InputError: when the weight was made for another batch or token count.
+        InputError: when the weight was made for another batch, or for more tokens than there are;
+            surplus tokens are taken for text.
     """
     return _mix("unmerge", tokens, weight)

@@ -35,6 +35,18 @@ def unit_tokens(tokens_BND: Tensor) -> Tensor:
     return F.normalize(tokens_BND.detach().float(), dim=-1)
 
 
+def cosines(unit: Tensor, others: Tensor) -> Tensor:
+    """Cosine similarities ``(..., n, m)`` of unit tokens ``(..., n, D)`` and ``(..., m, D)``.
+
+    In their float32 under autocast too, which would round them as `unit_tokens` must not be.
+    """
+    device = unit.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return unit @ others.transpose(-1, -2)
+    return unit @ others.transpose(-1, -2)
+
+
 def facility_location(similarity: Tensor, keep: int, *sized: Tensor) -> Tensor:
     """Greedy maximisation of ``f(T) = sum_i max_{j in T} S_ij`` (Eq. 5) in every group at once.
 
@@ -72,13 +84,16 @@ def facility_location(similarity: Tensor, keep: int, *sized: Tensor) -> Tensor:
         )
 
     groups, tokens, _ = similarity.shape
+    looped = torch.compiler.is_compiling() or get_proxy_mode() is not None
+    # A loop node asks whether it is done, and would wait for a GPU; Python's loop never asks.
+    device = torch.device("cpu") if looped else similarity.device
     start: tuple[Tensor, ...] = (
-        torch.zeros((), dtype=torch.int64),  # on the CPU, so that the loop never waits for a GPU
+        torch.zeros((), dtype=torch.int64, device=device),
         similarity.new_full((groups, tokens), -1.0),
         similarity.new_zeros((groups, tokens)),
         similarity.new_zeros((groups, keep), dtype=torch.int64),
     )
-    if torch.compiler.is_compiling() or get_proxy_mode() is not None:
+    if looped:
         loop: Any = while_loop_op  # typed for carried values of one kind
         picks: Tensor = loop(unfinished, pick, start, (similarity, *sized))[3]
         return picks
@@ -93,7 +108,7 @@ def similarities(tokens_BND: Tensor, size: int) -> Tensor:
     """Cosine similarities of the tokens of each region, ``(B * R, n, n)`` float32, no NaN."""
     unit = unit_tokens(tokens_BND.unflatten(1, (-1, size)).flatten(0, 1))
     # A token with NaN resembles nothing, so it is picked last; its NaN still shows in the output.
-    return (unit @ unit.transpose(1, 2)).nan_to_num(nan=-1.0)
+    return cosines(unit, unit).nan_to_num(nan=-1.0)
 
 
 def facility_location_by_loop(tokens_BND: Tensor, size: int, keep: int) -> Tensor:

@@ -67,8 +67,9 @@ def _grid_order(height: int, width: int, device: torch.device) -> Tensor:
     return _place(0, token // width, token % width).argsort()
 
 
+# By stream too: another could read the order before the one that made it is done.
 @functools.lru_cache(maxsize=64)
-def _cached_grid_order(height: int, width: int, device: torch.device) -> Tensor:
+def _cached_grid_order(height: int, width: int, device: torch.device, stream: int) -> Tensor:
     # An inference tensor could not be used later by a call that records gradients.
     with torch.inference_mode(mode=False):
         return _grid_order(height, width, device)
@@ -91,9 +92,12 @@ def tile_order(like: Tensor, height: int, width: int) -> Tensor:
             [10, 14, 15, 11],
             [ 7,  6,  2,  3]])
     """
-    # Only a plain tensor may be cached: under tracing the result belongs to that trace.
-    if type(like) is Tensor:
-        return _cached_grid_order(height, width, like.device)
+    # Only a plain tensor may be cached: under tracing the result belongs to that trace, and in a
+    # CUDA graph to its memory.
+    on_gpu = like.device.type == "cuda"
+    if type(like) is Tensor and not (on_gpu and torch.cuda.is_current_stream_capturing()):
+        stream = torch.cuda.current_stream(like.device).cuda_stream if on_gpu else 0
+        return _cached_grid_order(height, width, like.device, stream)
     return _grid_order(height, width, like.device)
 
 

@@ -1,5 +1,6 @@
 """Merge weights, merge and unmerge: their algebra, and the reference implementation."""
 
+import functools
 import math
 import re
 from typing import Any
@@ -52,6 +53,21 @@ def test_shapes_and_dtype(
     assert merging.shape == (2, regions, keep, size)
     assert spreading.shape == (2, regions, size, keep)
     assert merging.dtype == spreading.dtype == dtype
+
+
+@pytest.mark.parametrize(
+    "how", [lambda f: f, functools.partial(torch.compile, backend="aot_eager")]
+)
+def test_autocast_leaves_the_plan_alone(how: Any) -> None:
+    tokens = random_tokens(2, 48, 6)
+    expected = plan_of(tokens, 0.001)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (tokens @ tokens.mT).dtype == torch.bfloat16
+        made = how(torch.ops.toma.select)(tokens, 16, 0.5, "facility_location")
+        weights = how(torch.ops.toma.weigh)(tokens, made, 0.001, "region", "transpose")
+    assert torch.equal(made, select(tokens, 16, 0.5, "facility_location"))
+    for weight, like in zip(weights, expected, strict=True):
+        torch.testing.assert_close(weight, like)
 
 
 @WEIGHINGS
