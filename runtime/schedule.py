@@ -160,7 +160,7 @@ class PlanMemory(nn.Module):
             return destinations, *torch.ops.toma.weigh(tokens, destinations, *self.weighing)
         if not torch.compiler.is_compiling():
             make_slots(self, tokens)
-        slot = self.slots[_key(tokens)]
+        slot = self.slots[slot_name(tokens)]
         assert isinstance(slot, PlanSlot)
         selection, weighing = self.selection, self.weighing
         tokens = tokens.detach()
@@ -207,7 +207,8 @@ class PlanMemory(nn.Module):
         return destinations, merge.contiguous(), unmerge
 
 
-def _key(tokens: Tensor) -> str:
+def slot_name(tokens: Tensor) -> str:
+    """Where the plan of ``(B, N, D)`` tokens is kept, among ``PlanMemory.slots``."""
     # An index cannot be symbolic: a slot is for one shape.
     batch, count, width = map(operator.index, tokens.shape)
     return f"{batch}x{count}x{width} {tokens.device}"
@@ -233,4 +234,4 @@ def make_slots(module: nn.Module, tokens: Tensor) -> None:
     if isinstance(tokens, fx.Proxy):
         return  # a symbolic trace keeps no plan; its graph makes room when it runs
     shape = tuple(map(operator.index, tokens.shape))
-    _make_slots(module, _key(tokens), shape, tokens.dtype, tokens.device)
+    _make_slots(module, slot_name(tokens), shape, tokens.dtype, tokens.device)

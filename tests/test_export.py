@@ -20,6 +20,8 @@ from tests.tiny import (
     unet_inputs,
 )
 from toma_fx import Schedule
+from toma_fx.export import initial_state
+from toma_fx.inputs import random_inputs
 
 FAMILIES: dict[str, tuple[Any, Any]] = {
     "unet": (tiny_sdxl_unet, unet_inputs),
@@ -91,6 +93,19 @@ def test_two_requests_with_states_of_their_own_do_not_mix(family: str, tmp_path:
                 output, states[seed] = run(state=states[seed], **inputs)
                 expected = references[seed](**inputs, return_dict=False)[0]
                 torch.testing.assert_close(output, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_the_state_has_room_for_plans_of_its_own_shapes_alone() -> None:
+    model = toma_fx.transform(tiny_flux(), skip=(), schedule=SCHEDULED)
+    first = initial_state(model, flux_inputs(model))
+    with torch.no_grad():
+        model(**random_inputs(model, height=256))
+    again = initial_state(model, flux_inputs(model))
+    assert {name: value.shape for name, value in again.items()} == {
+        name: value.shape for name, value in first.items()
+    }
+    larger = initial_state(model, random_inputs(model, height=256))
+    assert larger.keys() - first.keys()
 
 
 def test_one_flux_program_serves_many_sizes_and_batches() -> None:

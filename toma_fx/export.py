@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from toma_fx.inputs import random_inputs, weightless
-from toma_fx.runtime.schedule import PlanMemory, make_slots
+from toma_fx.runtime.schedule import PlanMemory, make_slots, slot_name
 from toma_fx.transform import model_of
 
 State = dict[str, Tensor]
@@ -85,9 +85,13 @@ def initial_state(model: nn.Module, inputs: Mapping[str, Any]) -> State:
     with torch.no_grad():
         skeleton(**pytree.tree_map_only(Tensor, lambda t: t.to("meta"), dict(inputs)))
     device = next(model.parameters()).device
+    kept = [CLOCK]
     for path, (shape, dtype) in shapes.items():
-        make_slots(memories[path], torch.empty(shape, dtype=dtype, device=device))
-    state = {name: torch.zeros_like(b) for name, b in model.named_buffers() if _is_state(name)}
+        tokens = torch.empty(shape, dtype=dtype, device=device)
+        make_slots(memories[path], tokens)
+        kept.append(f"{path}.slots.{slot_name(tokens)}.")
+    buffers = model.named_buffers()
+    state = {name: torch.zeros_like(b) for name, b in buffers if name.startswith(tuple(kept))}
     for name, value in state.items():
         if name.endswith(".run"):
             value.fill_(0 if name.startswith(CLOCK) else -1)
@@ -95,10 +99,6 @@ def initial_state(model: nn.Module, inputs: Mapping[str, Any]) -> State:
 
 
 CLOCK = "toma_clock."
-
-
-def _is_state(name: str) -> bool:
-    return name.startswith(CLOCK) or ".toma.slots." in name
 
 
 class _Program(nn.Module):
