@@ -7,19 +7,12 @@ Usage::
 The model itself stays as it is. The whole model must become one graph that holds its blocks, so
 ``fullgraph=True`` is a good companion, and blocks that are compiled one by one
 (``compile_repeated_blocks``) need `toma_fx.transform` on the model instead.
-
-**Caches.** Inductor's FX graph cache hashes what merging was decomposed to, and so knows it. The
-cache before it, AOTAutograd's, hashes the graph in which ``torch.ops.toma.merge`` is only a name,
-and would give a changed operator the code of the old one. So both get `Backend.uuid` in their keys,
-by ``torch.compiler.config.cache_key_tag``.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import fx
 
 from toma_fx.config import MergeConfig, build_config
@@ -47,19 +40,8 @@ class Backend:
     ) -> Callable[..., Any]:
         """What runs the graph with merged tokens; called by Dynamo."""
         inner = _inductor() if self.inner is None else self.inner
-        merged = transform(gm, self.config)
-        tag = f"{torch.compiler.config.cache_key_tag} toma_fx {self.uuid()}"
-        with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
-            compiled: Callable[..., Any] = inner(merged, example_inputs, **options)
+        compiled: Callable[..., Any] = inner(transform(gm, self.config), example_inputs, **options)
         return compiled
-
-    def uuid(self) -> str:
-        """A hash of the options and of the sources that decide what merging computes."""
-        from torch._inductor.custom_graph_pass import get_hash_for_files
-
-        here = Path(__file__).parent
-        sources = sorted(p for part in ("passes", "runtime") for p in (here / part).glob("*.py"))
-        return get_hash_for_files(tuple(map(str, sources)), extra=repr(self.config)).hex()
 
 
 def _inductor() -> Inner:
