@@ -34,14 +34,15 @@ class GuardInputs(Pass):
     masks: Mapping[str, str] = field(default_factory=dict)
     """The component that each attention mask argument goes to."""
     refused: tuple[str, ...] = ("ip_adapter_masks", "attention_mask")
-    """Attention kwargs that refer to image tokens."""
+    """Attention kwargs that refer to image tokens, for attention on merged ones."""
 
     def apply(self, gm: fx.GraphModule) -> int:
         graph = gm.graph
         changed = 0
-        for carry in graph.find_nodes(op="call_function", target=plan.carry):
-            carry.args = (*carry.args, *self.refused)
-            changed += 1
+        if self.components != ("mlp",):  # or attention sees every token
+            for carry in graph.find_nodes(op="call_function", target=plan.carry):
+                carry.args = (*carry.args, *self.refused)
+                changed += 1
         for name, component in self.masks.items():
             if component in self.components:
                 mask = placeholder(graph, name)

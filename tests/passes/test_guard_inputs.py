@@ -67,8 +67,8 @@ def test_what_is_changed(name: str, components: tuple[str, ...], masks: int) -> 
     block = block_of(name)
     gm = capture(block)
     before = calls(gm)
-    # The attention kwargs, and the mask of each merged component.
-    assert guard(block, components).apply(gm) == 1 + masks
+    # The attention kwargs, unless attention sees every token, and the masks of merged components.
+    assert guard(block, components).apply(gm) == (components != ("mlp",)) + masks
     gm.graph.lint()
     assert not before - calls(gm)
     assert (calls(gm) - before).total() == calls(gm)["carry_mask"] == masks
