@@ -92,7 +92,7 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[TomaError], tuple[str, ...]]] 
     ),
     "config and options": (
         lambda: transform(unet(), MergeConfig(), ratio=0.4, region="stripe"),
-        ModelError,
+        ConfigError,
         ("ratio, region", "a config and", "put them into the config"),
     ),
     "unknown model": (

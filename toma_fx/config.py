@@ -51,7 +51,10 @@ class Schedule:
 
     A step is a change of timestep; a timestep that rises starts a new image. ``Schedule()``, one
     plan at every step, is stateless: nothing is kept from one call of the model to the next. Any
-    other schedule keeps the plan in the model, which then serves one denoising run at a time.
+    other schedule keeps the plan in the model, which then serves one denoising run at a time, of
+    one call a step: where guidance calls the model once for each prompt, as Flux's
+    ``true_cfg_scale`` and modular guiders do, each call is taken for a new image and makes its own
+    plan, so that nothing is saved. SDXL's pipelines put both prompts into one call.
 
     Raises:
         ConfigError: when a field is not a whole number of at least 1.
@@ -301,5 +304,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "toma_tile": _PAPER,
     "toma_stripe": {**_PAPER, "region": "stripe"},
     "toma_once": {**_PAPER, "placement": "block", "residual": "replace"},
-    "lower_bound": {"selector": "fixed", "residual": "replace"},
+    # Stripes, as weights that look at no token have no use for another order.
+    "lower_bound": {"selector": "fixed", "residual": "replace", "region": "stripe"},
 }

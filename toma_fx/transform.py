@@ -69,15 +69,15 @@ def transform(
         A model of the same class (a subclass with the same name), or the given pipeline.
 
     Raises:
-        ConfigError: when an option is unknown or holds a value it cannot take, or when both a ratio
-            and a speed-up are given.
+        ConfigError: when an option is unknown or holds a value it cannot take, when it is given
+            beside a config, or when both a ratio and a speed-up are given.
         ModelError: when the model is unknown, compiled, offloaded or transformed already, when no
             block would be merged, when a cache keeps what merging changes at every step, or when
             no ratio reaches the speed-up.
         CaptureError: when a captured model holds something that merged tokens cannot go through.
     """
     if config is not None and options:
-        raise ModelError(
+        raise ConfigError(
             f"transform got both a config and the options {', '.join(options)}; put them into the "
             "config: MergeConfig.preset('default', ...) or dataclasses.replace(config, ...)"
         )
