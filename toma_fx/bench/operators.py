@@ -165,7 +165,7 @@ def _notes(peaks: Peaks) -> Iterator[str]:
     yield f"this machine, in this run: {peaks.bytes / 1e9:.3g} GB/s in a large copy, {rates}"
     yield (
         "roofline: the time for the bytes and operations that the shapes need at least, at those "
-        "rates; select and weigh compute in float32"
+        "rates; select and weigh compute in float32; tokens that stay in a cache can be faster"
     )
     if torch.cuda.is_available():
         yield "calls are issued one by one, so none is shorter than the CPU takes to launch it"
