@@ -3,51 +3,50 @@
 import multiprocessing
 import os
 import tempfile
-import time
+from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from toma_fx.bench.timing import Timing
+from toma_fx.bench.contenders import Setting
+from toma_fx.bench.timing import Timing, sample
 from toma_fx.checkpoints import load_model
 from toma_fx.config import MergeConfig
 from toma_fx.inputs import random_inputs
+from toma_fx.lab.variants import UNTOUCHED, Merging
 from toma_fx.transform import transform
 
 
-def cold_starts(
-    model: str,
-    configs: dict[str, MergeConfig],
-    *,
-    dtype: torch.dtype = torch.bfloat16,
-    height: int | None = None,
-    width: int | None = None,
-    batch: int = 1,
-    repeats: int = 2,
-) -> list[Timing]:
+def cold_starts(setting: Setting) -> list[Timing]:
     """Time the first call, compiling included, of the untouched model and each contender, in turn.
 
     Every call has a process and a folder for torch's compile caches of its own. Loading and
     transforming are not counted.
 
     Args:
-        model: as `load_model` takes it.
-        configs: name and configuration of each contender.
-        dtype: of the weights.
-        height: of the image, in pixels; the model's native size when left out.
-        width: of the image, in pixels; like ``height`` when left out.
-        batch: images.
-        repeats: first calls of each contender.
+        setting: model, size, ratios, merging variants, and how often each is started.
+
+    Raises:
+        ConfigError: when blocks are counted in a model other than Flux.
+        RuntimeError: when a process dies.
     """
-    contenders = {"untouched": None, **configs}
+    configs = {
+        f"{variant.name} {ratio:g}": variant.config(ratio)
+        for ratio in setting.ratios
+        for variant in setting.variants
+        if isinstance(variant, Merging)
+    }
+    contenders = {UNTOUCHED: None, **configs}
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    size = {"height": height, "width": width, "batch": batch}
-    with tqdm(total=repeats * len(contenders), unit="start", leave=False, disable=None) as progress:
-        for _ in range(repeats):
+    weights = {"dtype": setting.dtype, "device": setting.device, **setting.changes}
+    total = setting.repeats * len(contenders)
+    with tqdm(total=total, unit="start", leave=False, disable=None) as progress:
+        for _ in range(setting.repeats):
             for name, config in contenders.items():
                 progress.set_description(name)
-                seconds[name].append(_in_fresh_process(model, dtype, config, size))
+                job = (setting.model, weights, config, setting.size)
+                seconds[name].append(_in_fresh_process(*job))
                 progress.update()
     return [Timing(name=name, calls=tuple(calls)) for name, calls in seconds.items()]
 
@@ -69,17 +68,19 @@ def _in_fresh_process(*job: Any) -> float:
 
 
 def _first_call(
-    sender: Any, caches: str, name: str, dtype: torch.dtype, config: MergeConfig | None, size: Any
+    sender: Any,
+    caches: str,
+    name: str,
+    weights: dict[str, Any],
+    config: MergeConfig | None,
+    size: dict[str, Any],
 ) -> None:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = caches
-    model: Any = load_model(name, dtype=dtype)
+    os.environ["TRITON_CACHE_DIR"] = str(Path(caches) / "triton")  # kernels that are no inductor's
+    model: Any = load_model(name, **weights)
     inputs = random_inputs(model, **size)
     if config is not None:
         model = transform(model, config)
     model.compile_repeated_blocks(fullgraph=True)
     with torch.inference_mode():
-        start = time.perf_counter()
-        model(**inputs)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        sender.send(time.perf_counter() - start)
+        sender.send(sample(lambda: model(**inputs)))

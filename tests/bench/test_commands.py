@@ -88,9 +88,25 @@ def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         (["bench", "--level", "block", "--tiny", "--stack"], "--stack is for"),
         (["bench", "--cpu-time", "--preset", "readme"], "--cpu-time sees nothing"),
         (["bench", "elsewhere", "--level", "op"], "give --tokens"),
+        (["bench", "elsewhere", "--tiny"], "tiny=True is for sdxl and flux"),
+        (["bench", "--cold", "--eager"], "eager=True has no meaning with --cold"),
+        (["bench", "--cold", "--out", "there"], "out=there has no meaning with --cold"),
+        (["bench", "--cold", "--level", "block"], "level=block has no meaning with --cold"),
+        (["bench", "--cold", "--variants", "tomesd"], "variants=tomesd has no meaning"),
+        (["bench", "--cold", "--batch", "1", "2"], "batch=[1, 2] must be one number"),
+        (["bench", "--cold", "--blocks", "1", "2"], "blocks=(1, 2)"),
     ):
         assert main(arguments) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_cold_starts_have_processes_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["flux", "--cold", "--tiny", "--blocks", "1", "1", "--size", "128"]
+    # Without its options the process would start on all of Flux, which is larger than a test.
+    assert main(["bench", *arguments, "--repeats", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "untouched" in out and "default 0.5" in out
 
 
 def test_more_weights_than_memory_is_an_error(

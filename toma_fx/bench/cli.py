@@ -25,7 +25,7 @@ from toma_fx.errors import ConfigError
 from toma_fx.lab.rivals import TOMESD, load_rival, tomesd
 from toma_fx.lab.variants import Merging, Rival, parse_variant
 
-ALL = ("lower_bound", "default", "toma", "toma_tile", "toma_stripe", "toma_once", TOMESD)
+OURS = ("lower_bound", "default", "toma", "toma_tile", "toma_stripe", "toma_once")
 WIDTHS = {model: shapes[0][1] for model, shapes in SHAPES.items()}
 
 
@@ -80,7 +80,8 @@ def _bench(options: argparse.Namespace) -> None:
     record = Record(command=options.command, folder=options.out)
     failed = False
     if options.cold:
-        print(_cold(options))
+        (batch,) = options.batch
+        print(table(cold_starts(replace(_setting(options), batch=batch))))
     elif options.preset is not None:
         how = {"tiny": options.tiny, "compiled": not options.eager, "minutes": options.minutes}
         for each in run_preset(options.preset, record, **how):
@@ -111,11 +112,28 @@ def _check(options: argparse.Namespace) -> None:
             "--cpu-time sees nothing of a GPU or of other processes, and presets have a clock of "
             "their own; leave it out with --preset, with --cold, and where there is a GPU"
         )
+    if options.cold:
+        _check_cold(options)
+
+
+def _check_cold(options: argparse.Namespace) -> None:
+    given = {name: getattr(options, name) for name in ("eager", "out", "stack", "preset", "rival")}
+    given["level"] = None if options.level == "model" else options.level
+    given["variants"] = TOMESD if TOMESD in (options.variants or ()) else None
+    for name, value in given.items():
+        if value:
+            raise ConfigError(
+                f"{name}={value} has no meaning with --cold, which prints the first calls of whole "
+                "models of ours, compiled, and records nothing; leave one of the two out"
+            )
+    if len(options.batch) != 1:
+        raise ConfigError(f"batch={options.batch} must be one number with --cold")
 
 
 def _setting(options: argparse.Namespace) -> Setting:
     names = options.variants or (["default"] if options.cold else ["lower_bound", "default"])
-    names = ALL if names == ["all"] else names
+    if names == ["all"]:
+        names = OURS if options.cold else (*OURS, TOMESD)
     variants: list[Merging | Rival] = []
     for name in names:
         variant = tomesd() if name == TOMESD else parse_variant(name)
@@ -221,24 +239,3 @@ def _plot(record: Record) -> None:
     rows = record.tables[0].rows
     if varies(rows) and record.stem is not None:
         print(f"wrote {plot_growth(rows, beside(record.stem, '.png'))}")
-
-
-def _cold(options: argparse.Namespace) -> str:
-    setting = _setting(options)
-    configs = {
-        f"{variant.name} {ratio:g}": variant.config(ratio)
-        for ratio in setting.ratios
-        for variant in setting.variants
-        if isinstance(variant, Merging)
-    }
-    (batch,) = options.batch
-    timings = cold_starts(
-        setting.model,
-        configs,
-        dtype=setting.dtype,
-        height=setting.height,
-        width=setting.width,
-        batch=batch,
-        repeats=setting.repeats,
-    )
-    return table(timings)

@@ -95,8 +95,14 @@ class Setting:
         """What differs in the configuration of random weights.
 
         Raises:
-            ConfigError: when blocks are counted in a model other than Flux.
+            ConfigError: when a model that is loaded is to be tiny, or blocks are counted in a model
+                other than Flux.
         """
+        if self.tiny and self.model not in TINY:
+            raise ConfigError(
+                f"tiny=True is for {' and '.join(TINY)} with random weights; leave it out for "
+                f"{self.model}"
+            )
         changes: dict[str, Any] = dict(TINY[self.model]) if self.tiny else {}
         if self.blocks is not None:
             if self.model != "flux":
