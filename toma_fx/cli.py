@@ -12,9 +12,10 @@ import transformers
 
 import toma_fx
 from toma_fx.bench.cli import add_bench
+from toma_fx.bench.image import PROMPT
 from toma_fx.checkpoints import DTYPES, RANDOM, architecture, load_model
 from toma_fx.config import PRESETS, Component, MergeConfig, Placement, Region
-from toma_fx.demo import PROMPT, demo
+from toma_fx.demo import demo
 from toma_fx.errors import TomaError
 from toma_fx.lab.cli import add_commands
 

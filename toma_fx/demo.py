@@ -9,6 +9,8 @@ from torch import nn
 
 import toma_fx
 from toma_fx.bench import machine, side_by_side, table
+from toma_fx.bench.contenders import Setting
+from toma_fx.bench.image import PROMPT
 from toma_fx.checkpoints import RANDOM, available_memory, load_model
 from toma_fx.config import MergeConfig
 from toma_fx.passes.readable import readable
@@ -18,7 +20,6 @@ FLUX_BLOCK_BYTES = 1.24 * 2**30
 """One double-stream and two single-stream blocks in bfloat16."""
 FLUX_MOST = 3
 """Double-stream blocks that keep the demo within ten minutes on two cores; the model has 19."""
-PROMPT = "a large red circle left of a small blue square on a striped green ground under a blue sky"
 RATIOS = (0.25, 0.5, 0.75)
 
 
@@ -48,7 +49,7 @@ def demo(
         _draw(name, config, prompt, steps, output)
         _headline(f"{name}: loading")
         start = time.perf_counter()
-        loaded = load_model(name, **_fitting(name))
+        loaded = load_model(name, device=Setting().device, **_fitting(name))
         count = sum(p.numel() for p in loaded.parameters())
         print(f"{type(loaded).__name__}, {count / 1e9:.2f} billion parameters, {_since(start)}")
         _show(loaded, name, config, size, repeats=1 if quick else 3)
