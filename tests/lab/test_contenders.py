@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import toma_fx
+import toma_fx.passes
+import toma_fx.runtime
 from tests.pipelines import tiny_flux_pipeline, tiny_sdxl_pipeline
 from toma_fx.arithmetic import Call, count, first_call
 from toma_fx.config import MergeConfig
@@ -89,7 +91,24 @@ def test_identity_tells_what_decides_the_images() -> None:
     pipeline = tiny_flux_pipeline()
     a, b = (find(pipeline, [parse_variant(name)], [0.5])[1] for name in ("toma", "toma_tile"))
     assert a.identity != b.identity
-    assert a.identity == repr(MergeConfig.preset("toma", ratio=0.5))
+    assert a.identity.endswith(repr(MergeConfig.preset("toma", ratio=0.5)))
+    assert f"torch {torch.__version__}" in a.identity
+
+
+@pytest.mark.parametrize("package", [toma_fx.passes, toma_fx.runtime])
+def test_images_of_other_code_are_others(
+    package: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline, variants = tiny_flux_pipeline(), [parse_variant("toma"), parse_variant("steps=5")]
+    before = [each.identity for each in find(pipeline, variants, [0.5])]
+    for file in Path(package.__path__[0]).glob("*.py"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    monkeypatch.setattr(package, "__path__", [str(tmp_path)])
+    assert [each.identity for each in find(pipeline, variants, [0.5])] == before
+    (tmp_path / "more.py").write_text("# changed")
+    untouched, merged, fewer = (each.identity for each in find(pipeline, variants, [0.5]))
+    assert (untouched, fewer) == (before[0], before[2])
+    assert merged != before[1]
 
 
 def test_a_ratio_out_of_range_is_named() -> None:

@@ -4,10 +4,16 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+import toma_fx
+import toma_fx.passes
+import toma_fx.runtime
 from toma_fx.arithmetic import Call, count
 from toma_fx.config import MergeConfig
 from toma_fx.lab.variants import STEPS, UNTOUCHED, Changed, FewerSteps, Merging, Rival, Variant
@@ -106,9 +112,17 @@ def _merging(
         ratio=ratio,
         steps=steps,
         arithmetic=_of_all_steps(merged, config, pipeline),
-        identity=repr(config),
+        # The code comes first, so that a message about another identity does not cut it off.
+        identity=f"code {_code()}, torch {torch.__version__}, {config!r}",
         changed=lambda: _in_place_of(pipeline, transformed),
     )
+
+
+def _code() -> str:
+    """Fingerprint of what may decide a merged image: the package without its lab and benchmarks."""
+    packages = (toma_fx, toma_fx.passes, toma_fx.runtime)
+    files = [file for each in packages for file in sorted(Path(each.__path__[0]).glob("*.py"))]
+    return sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 def _of_all_steps(merged: float, config: MergeConfig, pipeline: Any) -> float:
