@@ -78,7 +78,6 @@ def test_weights_over_the_image_may_leave_the_region(tokens: Tensor) -> None:
 
 def test_fixed_destinations_are_the_grid(tokens: Tensor) -> None:
     order = tile_order(tokens, 16, 16)
-    fixed = merged(tokens, order, MergeConfig.preset("lower_bound"))
-    assert torch.equal(
-        fixed.destinations, merged(tokens, order, MergeConfig(selector="grid")).destinations
-    )
+    fixed = merged(tokens, order, MergeConfig(selector="fixed"))
+    grid = merged(tokens, order, MergeConfig(selector="grid"))
+    assert torch.equal(fixed.destinations, grid.destinations)
