@@ -9,6 +9,7 @@
 `roofline`      what an operator needs, and what the machine gives
 `stack`         merging together with what else makes a model faster
 `profile`       where one step spends its time
+`cold_start`    first calls, each in a process that has compiled nothing before
 `live`          peak memory of a model at real size, from shapes alone
 `record`        tables on screen, and as CSV, JSON and Markdown
 `presets`       the sets of tables behind ``make bench`` and ``make bench-gpu``

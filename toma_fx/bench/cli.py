@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from toma_fx.bench.cold_start import cold_starts
 from toma_fx.bench.compare import compare, planning_seconds, table
 from toma_fx.bench.contenders import Setting, load
 from toma_fx.bench.image import images
@@ -20,7 +21,6 @@ from toma_fx.bench.record import Record, Table, beside, machine
 from toma_fx.bench.stack import stacked
 from toma_fx.bench.timing import CPU, WALL
 from toma_fx.checkpoints import DTYPES
-from toma_fx.cold_start import cold_starts
 from toma_fx.errors import ConfigError
 from toma_fx.lab.rivals import TOMESD, load_rival, tomesd
 from toma_fx.lab.variants import Merging, Rival, parse_variant
