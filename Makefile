@@ -13,7 +13,7 @@ demo: $(STAMP)  ## the main job on the real architectures; DEMO="--quick" for tw
 	$(BIN)/toma-fx demo $(DEMO)
 
 test: $(QUANTISATION) lint wheel  ## lint, types, tests, and the wheel tested outside the tree
-	$(BIN)/python -m pytest -n 2 -m "not slow and not matrix_full" $(PYTEST)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not matrix_full" $(PYTEST)
 
 matrix: $(QUANTISATION)  ## all that users of diffusers do, in every mode; writes docs/matrix.md and README's summary
 	$(BIN)/python -m pytest tests/matrix -n 2 --matrix-table docs/matrix.md $(PYTEST)

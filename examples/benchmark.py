@@ -17,7 +17,7 @@ import torch
 from tabulate import tabulate
 
 import toma_fx
-from toma_fx.bench import machine
+from toma_fx.bench.record import machine
 
 SMALL = Path(__file__).parent / "small_models" / "sdxl"
 

@@ -3,6 +3,8 @@
     python examples/export.py                           # a small model with random weights
     python examples/export.py --model NAME --prompt "a red fox"         # a pipeline of yours
     python examples/export.py --model sdxl --package    # the real size, random weights
+    python examples/export.py --merge-below 0.6         # a program for each side of a noise level
+    python examples/export.py --select-every 10 --weigh-every 5      # and for the steps of a plan
 
 Then ``python examples/run_exported.py exported``, which imports nothing but torch.
 """
@@ -48,8 +50,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--guidance", type=float, default=3.5)
     parser.add_argument("--size", type=int, help="height and width in pixels (the model's own)")
     parser.add_argument("--ratio", type=float, default=0.5)
-    parser.add_argument("--select-every", type=int, default=1)
-    parser.add_argument("--weigh-every", type=int, default=1)
+    parser.add_argument("--merge-below", type=float, default=1.0, help="noise level (1)")
+    parser.add_argument("--select-every", type=int, default=1, help="steps between selections")
+    parser.add_argument("--weigh-every", type=int, default=1, help="steps between weights")
     parser.add_argument("--package", action="store_true", help="also compile with AOTInductor")
     parser.add_argument("--output", type=Path, default=Path("exported"))
     options = parser.parse_args(arguments)
@@ -57,20 +60,33 @@ def main(arguments: list[str] | None = None) -> None:
 
     pipeline = options.model is not None and options.model not in RANDOM
     model, request, decoder = _pipeline(options) if pipeline else _random(options)
-    schedule = toma_fx.Schedule(select_every=options.select_every, weigh_every=options.weigh_every)
-    merged = toma_fx.transform(model, ratio=options.ratio, schedule=schedule)
+    merged = toma_fx.transform(
+        model,
+        ratio=options.ratio,
+        merge_below=options.merge_below,
+        schedule=toma_fx.Schedule(
+            select_every=options.select_every, weigh_every=options.weigh_every
+        ),
+    )
     with _measured("export and save"):
-        program = toma_fx.export(merged, request["inputs"], path=options.output / "model.pt2")
-    request["state"] = program.example_inputs[1].get("state")
+        made = toma_fx.export(merged, request["inputs"], path=options.output / "model.pt2")
+    # A model that does the same at every step is one program, otherwise there are several.
+    several = isinstance(made, dict)
+    programs = {f"model.{variant}": each for variant, each in made.items()} if several else {}
+    programs = programs or {"model": made}
+    request["variants"] = sorted(made) if several else []
+    for name in ("merge_below", "select_every", "weigh_every"):
+        request[name] = getattr(options, name)
     torch.save(request, options.output / "request.pt")
     if decoder is not None:
         latents = torch.zeros(request["latents_shape"])
         torch.export.save(torch.export.export(decoder, (latents,)), options.output / "decoder.pt2")
     if options.package:
-        with _measured("AOTInductor"):
-            torch._inductor.aoti_compile_and_package(
-                program, package_path=str(options.output / "model.aoti.pt2")
-            )
+        for name, program in programs.items():
+            with _measured(f"AOTInductor, {name}"):
+                torch._inductor.aoti_compile_and_package(
+                    program, package_path=str(options.output / f"{name}.aoti.pt2")
+                )
     print("wrote", *sorted(str(path) for path in options.output.iterdir()))
 
 
@@ -150,6 +166,7 @@ def _request(inputs: dict[str, Any], scheduler: Any, flux: bool) -> dict[str, An
         "flow": flux,
         "guidance": None,
         "timesteps": scheduler.timesteps / 1000 if flux else scheduler.timesteps,
+        "levels": scheduler.timesteps / 1000,
         "sigmas": scheduler.sigmas,
     }
 

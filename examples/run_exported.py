@@ -20,18 +20,16 @@ def main(arguments: list[str] | None = None) -> Tensor:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--package", action="store_true", help="run model.aoti.pt2")
+    parser.add_argument("--package", action="store_true", help="run what --package compiled")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
 
     start = time.perf_counter()
-    if options.package:
-        model: Any = torch._inductor.aoti_load_package(str(options.folder / "model.aoti.pt2"))
-    else:
-        model = torch.export.load(options.folder / "model.pt2").module()
+    request = torch.load(options.folder / "request.pt")
+    models = load(options.folder, request["variants"], package=options.package)
     print(f"loaded in {time.perf_counter() - start:.1f} s")
     with torch.no_grad():
-        latents = denoise(model, torch.load(options.folder / "request.pt"), options.seed)
+        latents = denoise(models, request, options.seed)
         torch.save(latents, options.folder / "latents.pt")
         if (options.folder / "decoder.pt2").exists():
             decode = torch.export.load(options.folder / "decoder.pt2").module()
@@ -41,16 +39,42 @@ def main(arguments: list[str] | None = None) -> Tensor:
     return latents
 
 
-def denoise(model: Any, request: dict[str, Any], seed: int) -> Tensor:
+def load(folder: Path, variants: list[str], *, package: bool) -> dict[str, Any]:
+    """The programs or packages by variant; a model that does the same at every step has one."""
+    models: dict[str, Any] = {}
+    for variant in variants or ["merged"]:
+        name = f"model.{variant}" if variants else "model"
+        if package:
+            models[variant] = torch._inductor.aoti_load_package(str(folder / f"{name}.aoti.pt2"))
+            continue
+        models[variant] = torch.export.load(folder / f"{name}.pt2").module()
+        # Every file holds all weights; the programs can do with one copy of them.
+        first = next(iter(models.values()))
+        models[variant].load_state_dict(first.state_dict(), assign=True)
+    return models
+
+
+def choose(request: dict[str, Any], step: int) -> str:
+    """The variant that runs at a step: by the noise level, or by the schedule."""
+    if request["merge_below"] < 1:
+        below = bool(request["levels"][step] <= request["merge_below"])
+        return "merged" if below else "untouched"
+    if step % request["select_every"] == 0:
+        return "merged"
+    return "weigh" if step % request["weigh_every"] == 0 else "reuse"
+
+
+def denoise(models: dict[str, Any], request: dict[str, Any], seed: int) -> Tensor:
     """Euler's method from noise to latents ``(1, ...)``, in float32.
 
     Args:
-        model: the exported program or package.
-        request: what ``examples/export.py`` wrote: inputs, timesteps, noise levels and, with a
-            schedule, the state in which this request, and no other, keeps its plans.
+        models: exported programs or packages, by variant.
+        request: what ``examples/export.py`` wrote: inputs, timesteps, noise levels, and when what
+            runs.
         seed: of the noise.
     """
-    inputs, state, sigmas = request["inputs"], request["state"], request["sigmas"]
+    inputs, sigmas = request["inputs"], request["sigmas"]
+    plan: dict[str, Any] = {}  # of this request, and of no other
     name, guidance = request["latents"], request["guidance"]
     like: Tensor = inputs[name]
     noise = torch.randn(like[:1].shape, generator=torch.Generator().manual_seed(seed))
@@ -63,16 +87,17 @@ def denoise(model: Any, request: dict[str, Any], seed: int) -> Tensor:
         scale = 1.0 if request["flow"] else (sigma**2 + 1) ** -0.5
         inputs[name] = (latents * scale).expand(like.shape).to(like.dtype).contiguous()
         inputs["timestep"] = timestep.expand(inputs["timestep"].shape).to(inputs["timestep"])
-        if state is None:
-            (update,) = model(**inputs)
-        else:
-            update, state = model(state=state, **inputs)
+        variant = choose(request, step)
+        takes_plan = variant in ("weigh", "reuse")
+        update, *made = models[variant](**inputs, **(plan if takes_plan else {}))
+        if made:
+            plan = {"plan": made[0]}
         update = update.float()
         if guidance is not None:
             without, with_prompt = update.chunk(2)
             update = without + guidance * (with_prompt - without)
         latents = latents + (next_sigma - sigma) * update
-        print(f"step {step}: {time.perf_counter() - start:.2f} s")
+        print(f"step {step}, {variant}: {time.perf_counter() - start:.2f} s")
     return latents
 
 

@@ -2,21 +2,23 @@
 
 In the order in which a block goes through them:
 
-=================== ==================================================================
-capture             a block's forward becomes a graph
-sites               where can tokens be merged?
-merge_components    merge and unmerge around each site, or
-merge_once          once around the block
-guard_inputs        refuse inputs that merged tokens cannot carry
-share_plan          one plan for the block, its group, and several steps
-cleanup             remove what is repeated or unused
-plan_apart          a leader's plan as a graph of its own, for compiling blocks one by one
-install             the graph becomes the block's forward
-=================== ==================================================================
+============= ====================================================================
+capture       a block's forward becomes a graph; makes what the passes rewrite
+merge         merge and unmerge around sites of the block, or around all of it
+guard_inputs  refuse inputs that merged tokens cannot carry
+one_plan      one plan for all sites of the block
+hand_on       one plan for the blocks of a group, and for several steps
+cleanup       remove what is repeated or unused
+plan_apart    a leader's plan as a graph of its own, for compiling blocks one by one
+install       graphs become the block's forward; uses what the passes rewrote
+============= ====================================================================
 
-``pipeline`` says what a pass is and runs them; ``plan_nodes`` holds the nodes that make a plan;
-``readable`` and ``debug`` show graphs; ``pass_manager`` runs the passes among torch.fx's own.
+A flat graph is a whole model that others captured. There ``order_tokens`` brings tokens into token
+order, and then ``merge``, ``one_plan`` and ``cleanup`` run as on a block.
 
-``merge_captured`` merges in a whole model that others captured as one flat graph; ``captured`` and
-``order_captured`` are its helpers.
+``pipeline`` says what a pass is and runs them. ``sites`` names the parts of a block that can merge,
+and ``plan_nodes`` inserts the nodes that make a plan. ``block_graph`` and ``flat_graph`` are two
+kinds of graph as the merge pass sees them, and ``flat_nodes`` and ``flat_values`` help with the
+second. ``stand_ins`` are what a capture traces through in place of a block's modules. ``readable``
+and ``debug`` show graphs, and ``pass_manager`` runs the passes among torch.fx's own.
 """

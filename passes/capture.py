@@ -8,19 +8,23 @@ Before, in diffusers' source::
 
 After::
 
-    carried = toma_fx_runtime_plan_carry(cross_attention_kwargs, 'gligen')
+    passed_on = toma_fx_runtime_plan_pass_on(cross_attention_kwargs)
     norm1 = self.norm1(hidden_states)
-    attn1 = self.attn1(norm1, **carried)
+    attn1 = self.attn1(norm1, **passed_on)
 
 Plain `torch.fx.symbolic_trace` stops at the first ``if x.ndim == 4``. Here every proxy also carries
 an example value, and a branch is decided as it would be at run time. Attributes such as ``shape``
-are recorded as nodes and never frozen, so one graph serves every size.
+are recorded as nodes and never frozen, so one graph serves every size. And it patches the process
+while it traces; here the forward runs on stand-ins for the modules, and other threads go on.
 """
 
+import copy
 import dataclasses
 import inspect
 import operator
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from itertools import count
 from typing import Any
 
 import torch
@@ -28,8 +32,9 @@ from torch import fx, nn
 from torch.fx.graph import CodeGen, PythonCode
 
 from toma_fx.errors import CaptureError
-from toma_fx.passes.pipeline import LEAF_VALUE, LeafValue, example_value
+from toma_fx.passes.pipeline import LEAF_VALUE, LeafValue, example_value, recompile
 from toma_fx.passes.plan_nodes import call
+from toma_fx.passes.stand_ins import StandIn, module_of, stand_in_for
 from toma_fx.runtime import plan
 
 STAR = "**"
@@ -62,31 +67,80 @@ class ValueProxy(fx.Proxy):
     def __index__(self) -> int:
         return int(self.value)
 
+    def __float__(self) -> float:
+        raise CaptureError(
+            f"{self.node.format_node()} is asked for as a float, which would fix it to its example "
+            "value; compute with operators (x ** 0.5) or torch functions, not with those of math"
+        )
+
 
 class ValueTracer(fx.Tracer):
-    """Traces with `ValueProxy`.
+    """Traces with `ValueProxy`, and changes neither the modules it traces nor the process.
+
+    Subclasses say in `run` how the module is called.
 
     Args:
         is_leaf: which modules stay single nodes.
         leaf_value: the example value of a leaf's output.
     """
 
+    proxy_buffer_attributes = True
+
     def __init__(self, is_leaf: Callable[[nn.Module], bool], leaf_value: LeafValue) -> None:
         super().__init__()
         self._is_leaf = is_leaf
         self._leaf_value = leaf_value
-        self._evaluating = False
         self.assumed_lengths: dict[fx.Node, int] = {}
+
+    @abstractmethod
+    def run(self, module: Any) -> Any:
+        """Call the forward of ``module``, a stand-in, on placeholders; returns its output."""
+
+    def capture(self, module: nn.Module, over: nn.Module | None = None) -> fx.GraphModule:
+        """The graph of a module; in place of `trace`, which patches ``nn.Module``.
+
+        Args:
+            module: what is traced.
+            over: whose submodules and tensors the graph module has: those of ``module`` itself, or
+                of another one of the same structure.
+
+        Returns:
+            A graph module, to be changed and then recompiled.
+        """
+        # Holds what the module holds, and the constants that torch.fx sets on it.
+        self.root = _holder(module)
+        self.graph = fx.Graph()
+        self.submodule_paths = {each: path for path, each in module.named_modules()}
+        self.tensor_attrs = {
+            value: f"{path}.{name}".lstrip(".")
+            for path, each in module.named_modules()
+            for name, value in vars(each).items()
+            if isinstance(value, torch.Tensor)
+        }
+        output = self.run(stand_in_for(module, self))
+        self.create_node("output", "output", (self.create_arg(output),), {})
+        root = _holder(module if over is None else over)
+        new = vars(self.root).keys() - vars(module).keys()
+        vars(root).update({name: getattr(self.root, name) for name in new})
+        gm = fx.GraphModule(root, self.graph, class_name=type(module).__name__)
+        gm.meta[LEAF_VALUE] = self._leaf_value
+        return gm
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return self._is_leaf(m)
+
+    def get_fresh_qualname(self, prefix: str) -> str:
+        # torch.fx counts on from the trace before, or beside, this one.
+        return next(name for i in count() if not hasattr(self.root, name := f"{prefix}{i}"))
 
     def proxy(self, node: fx.Node) -> ValueProxy:
         return ValueProxy(node, self)
 
     def create_arg(self, a: Any) -> Any:
         # Before fx asks whether it is a tensor, which a traced tensor claims to be.
-        return a.node if isinstance(a, fx.Proxy) else super().create_arg(a)
+        if isinstance(a, fx.Proxy):
+            return a.node
+        return super().create_arg(module_of(a) if isinstance(a, StandIn) else a)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         return bool(obj.node.meta["val"])
@@ -100,32 +154,22 @@ class ValueTracer(fx.Tracer):
             )
         return (obj[i] for i in range(len(node.meta["val"])))  # type: ignore[index]
 
-    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if self._evaluating:
-            return forward(*args, **kwargs)
-        return super().call_module(m, forward, args, kwargs)
+    def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(kind, *args, **kwargs)
+        # While another thread compiles, torch.fx takes it from what that thread compiles.
+        if self.module_stack:
+            node.meta["nn_module_stack"] = copy.copy(self.module_stack)
+        if kind == "get_attr":
+            node.meta["val"] = operator.attrgetter(str(node.target))(self.root)
+        elif kind.startswith("call_"):
+            node.meta["val"] = example_value(node, self.root, self._leaf_value)
+        return node
 
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        if self._evaluating:
-            return attr_val
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
-    def create_proxy(
-        self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any
-    ) -> Any:
-        proxy = super().create_proxy(kind, target, args, kwargs, *rest, **named)
-        if kind not in ("placeholder", "output"):
-            proxy.node.meta["val"] = self._evaluate(proxy.node)
-        return proxy
-
-    def _evaluate(self, node: fx.Node) -> Any:
-        self._evaluating = True
-        try:
-            if node.op == "get_attr":
-                return operator.attrgetter(str(node.target))(self.root)
-            return example_value(node, self.root, self._leaf_value)
-        finally:
-            self._evaluating = False
+def _holder(module: nn.Module) -> nn.Module:
+    holder = nn.Module()
+    vars(holder).update(vars(module))
+    return holder
 
 
 class _StarCodeGen(CodeGen):
@@ -151,6 +195,9 @@ class _WholeKwargs:
 
     pop = get
 
+    def __contains__(self, key: str) -> bool:
+        return False
+
     def keys(self) -> list[str]:
         return [STAR]
 
@@ -166,19 +213,41 @@ class _BlockTracer(ValueTracer):
         self._examples = examples
         self._kwargs_name = kwargs_name
 
-    def create_args_for_root(
-        self, root_fn: Any, is_module: bool, concrete_args: Any = None
-    ) -> tuple[Any, list[Any]]:
+    def run(self, module: Any) -> Any:
+        self.graph.set_codegen(_StarCodeGen())
+        parameters = _parameters(module)
         proxies: dict[str, Any] = {}
-        for each in list(inspect.signature(root_fn).parameters.values())[1:]:
+        for name, each in parameters.items():
             default = () if each.default is inspect.Parameter.empty else (each.default,)
-            proxies[each.name] = self.create_proxy("placeholder", each.name, default, {})
-            proxies[each.name].node.meta["val"] = self._examples.get(each.name)
-        carried = (proxies[self._kwargs_name], "gligen")
+            proxies[name] = self.create_proxy("placeholder", name, default, {})
+            proxies[name].node.meta["val"] = self._examples.get(name)
+        if self._kwargs_name not in proxies:
+            raise CaptureError(
+                f"{type(module).__name__}.forward has no argument {self._kwargs_name!r} for the "
+                f"attention kwargs, in which blocks share a plan; it has {', '.join(proxies)}"
+            )
+        arguments = (proxies[self._kwargs_name],)
         proxies[self._kwargs_name] = _WholeKwargs(
-            self.create_proxy("call_function", plan.carry, carried, {}, name="carried")
+            self.create_proxy("call_function", plan.pass_on, arguments, {}, name="passed_on")
         )
-        return root_fn, [self.root, *proxies.values()]
+        by_name = {
+            n: p for n, p in proxies.items() if parameters[n].kind is parameters[n].KEYWORD_ONLY
+        }
+        by_place = [p for n, p in proxies.items() if n not in by_name]
+        return type(module).forward(module, *by_place, **by_name)
+
+
+def _parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
+    """The arguments of a module's forward after ``self``."""
+    every = list(inspect.signature(type(module).forward).parameters.values())
+    for each in every:
+        if each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD):
+            raise CaptureError(
+                f"{type(module).__name__}.forward takes {each}, and a graph has a fixed number of "
+                "arguments, each with a name; give it a forward that names all that it is called "
+                "with, in place of this one or in a subclass"
+            )
+    return {each.name: each for each in every[1:]}
 
 
 def capture_block(
@@ -194,12 +263,15 @@ def capture_block(
 
     Returns:
         A graph module with the block's own signature that computes what the block computes.
+
+    Raises:
+        CaptureError: when one graph cannot hold what the forward does.
     """
     tracer = _BlockTracer(examples, kwargs_name, leaf_value)
-    graph = tracer.trace(block)
-    graph.set_codegen(_StarCodeGen())
-    gm = fx.GraphModule(block, graph, class_name=type(block).__name__)
-    gm.meta[LEAF_VALUE] = leaf_value
+    gm = tracer.capture(block)
+    graph = gm.graph
+    returned = inspect.get_annotations(inspect.unwrap(type(block).forward)).get("return")
+    graph.output_node().type = returned
     for node, length in tracer.assumed_lengths.items():
         if node.op == "call_module":
             _check_length(gm, node, length)
@@ -207,7 +279,7 @@ def capture_block(
         node.op, node.target = "call_function", plan.clip_float16
     graph.eliminate_dead_code()
     graph.lint()
-    gm.recompile()
+    recompile(gm)
     return gm
 
 

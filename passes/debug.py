@@ -4,13 +4,13 @@ Nothing is rewritten; before and after are the same graph. ``run_passes(gm, pass
 dump_each(gm, "graphs"))`` leaves, for each pass, what went into it and what came out::
 
     graphs/0_captured.py
-    graphs/1_find_sites.py
-    graphs/2_merge_components.py
+    graphs/1_merge.py
+    graphs/2_guard_inputs.py
 
 and prints::
 
-    1 find_sites: 2 changes
-    2 merge_components: 2 changes, +4 getitem, +2 toma.merge, +2 toma.select, +2 toma.unmerge, ...
+    1 merge: 1 change, +2 getitem, +1 toma.merge, +1 toma.select, +1 toma.unmerge, ...
+    2 guard_inputs: 3 changes, +2 pass_on_mask
 """
 
 import sys

@@ -2,18 +2,17 @@
 
 Before::
 
-    carried = toma_fx_runtime_plan_carry(cross_attention_kwargs, 'gligen')
-    attn1 = self.attn1(norm1, attention_mask = attention_mask, **carried)
+    passed_on = toma_fx_runtime_plan_pass_on(cross_attention_kwargs)
+    attn1 = self.attn1(norm1, attention_mask = attention_mask, **passed_on)
 
 After::
 
-    carried = toma_fx_runtime_plan_carry(cross_attention_kwargs, 'gligen', 'ip_adapter_masks', ...)
-    mask = toma_fx_runtime_plan_carry_mask(attention_mask, 'attention_mask', True)
-    attn1 = self.attn1(norm1, attention_mask = mask, **carried)
+    passed_on = toma_fx_runtime_plan_pass_on(cross_attention_kwargs, 'ip_adapter_masks', ...)
+    mask = toma_fx_runtime_plan_pass_on_mask(attention_mask, 'attention_mask', True)
+    attn1 = self.attn1(norm1, attention_mask = mask, **passed_on)
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import fx
@@ -31,27 +30,34 @@ class GuardInputs(Pass):
 
     components: tuple[str, ...]
     """The components that run on merged tokens."""
-    masks: Mapping[str, str] = field(default_factory=dict)
-    """The component that each attention mask argument goes to."""
-    refused: tuple[str, ...] = ("ip_adapter_masks", "attention_mask")
-    """Attention kwargs that refer to image tokens, for attention on merged ones."""
+    masks: tuple[tuple[str, str], ...] = ()
+    """Each attention mask argument, and the component that it goes to."""
+    refused: tuple[str, ...] = ()
+    """Attention kwargs that no merged block can carry."""
+    refused_by_attention: tuple[str, ...] = ()
+    """Attention kwargs that refer to single image tokens, which attention on merged ones lacks."""
+
+    @property
+    def refused_kwargs(self) -> tuple[str, ...]:
+        """The attention kwargs that are refused."""
+        return self.refused + (() if self.components == ("mlp",) else self.refused_by_attention)
 
     def apply(self, gm: fx.GraphModule) -> int:
         graph = gm.graph
         changed = 0
-        if self.components != ("mlp",):  # or attention sees every token
-            for carry in graph.find_nodes(op="call_function", target=plan.carry):
-                carry.args = (*carry.args, *self.refused)
+        if self.refused_kwargs:
+            for passed_on in graph.find_nodes(op="call_function", target=plan.pass_on):
+                passed_on.args = (*passed_on.args, *self.refused_kwargs)
                 changed += 1
-        for name, component in self.masks.items():
+        for name, component in self.masks:
             if component in self.components:
                 mask = placeholder(graph, name)
                 with graph.inserting_after(mask):
                     guarded = call(
                         graph,
-                        plan.carry_mask,
+                        plan.pass_on_mask,
                         (mask, name, component == "self_attention"),
-                        name=f"carried_{name}",
+                        name=f"passed_on_{name}",
                     )
                 redirect(mask, guarded)
                 changed += 1

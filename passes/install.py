@@ -1,38 +1,41 @@
-"""A graph becomes the forward of a module again.
+"""Graphs become the forward of a module again.
 
 Before: a `GraphModule`, whose class, name and code object are its own. After: a subclass of the
 module's class, with the same name, whose ``forward`` is the graph's code. Blocks with the same code
 share the class, so ``torch.compile`` compiles it once, and everything that looks at a block finds
-what it looks for: class, submodules, state-dict keys, hooks.
+what it looks for: class, submodules, state-dict keys, hooks. `uninstall` gives the class back.
+
+A block may have several **variants**, each a function with a code object of its own. The call of
+the model says which one runs; a block that is called on its own runs the first.
 
 A leader that is compiled by itself, as ``compile_repeated_blocks`` does, becomes two graphs: the
 plan, and the rest, which is the code of the blocks that follow it and is compiled with theirs. And
 where a hook skips a leader, as layer guidance does, the first that asks for the plan makes it.
-
-A block that merges at some noise levels only runs one of two graphs, as the call of the model says:
-the rewritten one, or the one that was captured.
 """
 
-import contextlib
 import copy
 import functools
+import inspect
 import linecache
 import re
-from collections.abc import Callable
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from types import MethodType, ModuleType
 from typing import Any
 
 import torch
-
-# Private, and where diffusers' hooks look up what a block takes and returns.
-from diffusers.hooks._helpers import TransformerBlockRegistry
 from torch import fx, nn
 
 from toma_fx.errors import ModelError
 from toma_fx.passes.plan_apart import plan_apart
 from toma_fx.runtime import plan
+
+Graphs = Mapping[str, fx.GraphModule | None]
+"""By the name of a variant, its graph; None for the forward of the block's own class."""
 
 
 @dataclass(frozen=True)
@@ -57,110 +60,181 @@ class _Argument:
 
 
 @dataclass(frozen=True)
-class _Apart:
-    """The two parts of a leader: what makes the plan, and what the blocks that follow run."""
+class _Lead:
+    """What a leader that is compiled by itself becomes."""
 
-    planner: _Code
-    follower: _Code
-    attention_kwargs: _Argument
-    blocks: str
-    """Name under which the group finds the plan."""
+    planners: tuple[tuple[str, _Code], ...]
+    """By variant, what makes the plan."""
+    follower: tuple[tuple[str, _Code | None], ...]
+    """The variants of the blocks that follow it, which the rest of the leader is."""
 
 
 @dataclass(frozen=True)
-class _Gate:
-    """What a block runs in a call of the model that does not merge."""
+class _Forward:
+    """All that makes the class of a block, beside the block's own class."""
 
-    untouched: _Code
+    variants: tuple[tuple[str, _Code | None], ...]
     attention_kwargs: _Argument
-
-
-def generated_class(base: Any, gm: fx.GraphModule) -> type[Any]:
-    """The subclass of ``base`` that runs a graph.
-
-    Args:
-        base: a module class.
-        gm: a graph over the submodules of its instances, with the signature of its ``forward``.
-
-    Returns:
-        The class; the same one whenever base and code are the same.
-    """
-    return _class_of(base, _code_of(gm), None, None)
+    group: str = ""
+    """Name of the group whose plan the block makes."""
+    lead: _Lead | None = None
+    """Known when the plan can be made apart."""
 
 
 def install(
     block: nn.Module,
-    gm: fx.GraphModule,
+    graphs: Graphs,
     *,
-    follower: fx.GraphModule | None = None,
-    untouched: fx.GraphModule | None = None,
-    attention_kwargs: str = "",
+    attention_kwargs: str,
+    leads: str = "",
+    follower: Graphs | None = None,
 ) -> None:
-    """Let ``block`` run the graph, with a copy of each submodule that passes added to it.
+    """Let ``block`` run graphs in place of its own forward.
 
     Args:
         block: a module of the class whose ``forward`` was captured.
-        gm: what it runs.
-        follower: when ``gm`` is that of a leader, the graph of the blocks that follow it.
-        untouched: what it runs instead in calls that do not merge, if there are such calls.
-        attention_kwargs: the argument that says which calls those are.
+        graphs: the variants; the first is the one that runs without a call of the model.
+        attention_kwargs: the argument that carries the scope of the call.
+        leads: name of the group whose plan the block makes, if it makes one for others.
+        follower: then, the variants of the blocks that follow it.
     """
-    for name, child in gm.named_children():
-        if name not in block._modules:
-            block.add_module(name, copy.deepcopy(child))
-    planner = None if follower is None else plan_apart(gm)
-    apart = None
-    if planner is not None and follower is not None:
-        (shared,) = gm.graph.find_nodes(op="call_function", target=plan.share)
-        carrier, blocks, *_ = shared.args
-        carrier = _argument(gm, carrier.target)
-        apart = _Apart(_code_of(planner), _code_of(follower), carrier, blocks)
-    gate = None
-    if untouched is not None:
-        gate = _Gate(_code_of(untouched), _argument(untouched, attention_kwargs))
     base: Any = type(block)
-    block.__class__ = _class_of(base, _code_of(gm), apart, gate)
+    forward = _Forward(
+        _codes_of(graphs), _argument(base, attention_kwargs), leads, _lead_of(graphs, follower)
+    )
+    _become(block, _class_of(base, forward))
 
 
-def _argument(gm: fx.GraphModule, name: str) -> _Argument:
-    names = [node.target for node in gm.graph.find_nodes(op="placeholder")]
+def _argument(base: Any, name: str) -> _Argument:
+    """Where an argument stands; a subclass that takes ``*args`` hands them to a class above it."""
+    forwards = (cls.forward for cls in base.__mro__ if hasattr(cls, "forward"))
+    signatures = (list(inspect.signature(each).parameters)[1:] for each in forwards)
+    names = next(each for each in signatures if name in each)
     return _Argument(names.index(name), name)
 
 
-def _code_of(gm: fx.GraphModule) -> _Code:
-    code = gm.graph.python_code("self")
+def uninstall(block: nn.Module) -> None:
+    """Give a block its own class back, uncompiled; what else was done to it since stays.
+
+    Raises:
+        ModelError: when someone put a class of their own over the installed one.
+    """
+    cls: Any = type(block)
+    if "toma_base" not in vars(cls):
+        raise ModelError(
+            f"{type(block).__name__} was given a class by something else after it was transformed, "
+            f"{cls.__module__}.{cls.__qualname__}; undo that first, then restore"
+        )
+    block.__class__ = cls.toma_base
+    vars(block).pop("_compiled_call_impl", None)  # compiled code is that of the class that goes
+    _LEAVING.pop(block)()
+
+
+def _codes_of(graphs: Graphs) -> tuple[tuple[str, _Code | None], ...]:
+    return tuple((name, None if gm is None else _code_of(gm.graph)) for name, gm in graphs.items())
+
+
+def _lead_of(graphs: Graphs, follower: Graphs | None) -> _Lead | None:
+    if follower is None:
+        return None
+    apart = []
+    for name, gm in graphs.items():
+        if gm is None or not gm.graph.find_nodes(op="call_function", target=plan.share):
+            continue
+        planner = plan_apart(gm)
+        if planner is None:
+            return None
+        apart.append((name, _code_of(planner)))
+    return _Lead(tuple(apart), _codes_of(follower))
+
+
+def _code_of(graph: fx.Graph) -> _Code:
+    code = graph.python_code("self")
     # torch.fx offers more than the code uses: NaN, say, which no unpickled NaN would be equal to.
     used = {k: v for k, v in code.globals.items() if re.search(rf"\b{k}\b", code.src)}
     helpers = {k: v for k, v in used.items() if not isinstance(v, ModuleType)}
     return _Code(code.src, tuple(helpers.items()))
 
 
-@functools.cache
-def _class_of(base: Any, code: _Code, apart: _Apart | None, gate: _Gate | None) -> type[Any]:
+_CLASSES: weakref.WeakValueDictionary[Any, type[Any]] = weakref.WeakValueDictionary()
+_USES: Counter[type[Any]] = Counter()
+_LEAVING: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+"""By block, what lets its class go, when it is called or the block goes."""
+_LOCK = threading.RLock()
+"""Held while a class is made or its uses are counted."""
+
+
+def _class_of(base: Any, forward: _Forward) -> type[Any]:
+    """The subclass of ``base`` that runs a forward; the same one while any block has it."""
+    with _LOCK:
+        cls = _CLASSES.get((base, forward))
+        if cls is None:
+            cls = _CLASSES[base, forward] = _new_class(base, forward)
+        return cls
+
+
+def _become(block: nn.Module, cls: type[Any]) -> None:
+    """Give a block its class, and let the class go with the last block that has it."""
+    with _LOCK:
+        if not _USES[cls]:
+            _register(cls)
+        _USES[cls] += 1
+    leaving = _LEAVING[block] = weakref.finalize(block, _leave, cls)
+    leaving.atexit = False
+    block.__class__ = cls
+
+
+def _leave(cls: type[Any]) -> None:
+    with _LOCK:
+        _USES[cls] -= 1
+        if not _USES[cls]:
+            del _USES[cls]
+            _registry().pop(cls, None)
+
+
+def _registry() -> dict[type[Any], Any]:
+    # Private, and where diffusers' hooks look up what a block takes and returns.
+    from diffusers.hooks._helpers import TransformerBlockRegistry
+
+    TransformerBlockRegistry._register()
+    known: dict[type[Any], Any] = TransformerBlockRegistry._registry
+    return known
+
+
+def _register(cls: Any) -> None:
+    known = _registry()
+    if cls.toma_base in known:  # or diffusers' hooks do not know the block either
+        metadata = known[cls.toma_base]
+        known[cls] = replace(metadata, _cls=cls, _cached_parameter_indices=None)
+
+
+def _new_class(base: Any, forward: _Forward) -> type[Any]:
     def reduce(self: Any, protocol: object) -> tuple[Callable[..., Any], Any, Any]:
         # A generated class cannot be found by name, so a pickle holds what makes it.
-        return _new, (base, code, apart, gate), self.__getstate__()
+        return _new, (base, forward), self.__getstate__()
 
     attributes = {
         "__doc__": base.__doc__,
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__reduce_ex__": reduce,
-        "forward": _function(base, code) if gate is None else _gated(base, code, gate),
+        "toma_base": base,
+        "forward": _forward(base, forward),
     }
     if hasattr(base, "set_chunk_feed_forward"):
         attributes["set_chunk_feed_forward"] = _refuse_chunks
-    if apart is not None:
-        planner = _function(base, apart.planner)
-        attributes["__call__"] = _call_planned(planner, apart)
-        attributes["compile"] = _compile_apart(
-            planner, _class_of(base, apart.follower, None, gate), gate
-        )
-    cls = type(base.__name__, (base,), attributes)
-    with contextlib.suppress(ValueError):  # a block that diffusers' hooks do not know either
-        known = TransformerBlockRegistry.get(base)
-        TransformerBlockRegistry.register(cls, replace(known, _cached_parameter_indices=None))
-    return cls
+    if forward.lead is not None:
+        planners = {name: _function(base, code) for name, code in forward.lead.planners}
+        follower = _Forward(forward.lead.follower, forward.attention_kwargs)
+        attributes["__call__"] = _call_planned(planners, forward)
+        attributes["compile"] = _compile_apart(planners, _class_of(base, follower), forward)
+    return type(base.__name__, (base,), attributes)
+
+
+def _new(base: Any, forward: _Forward) -> Any:
+    block = base.__new__(base)
+    _become(block, _class_of(base, forward))
+    return block
 
 
 def _refuse_chunks(self: nn.Module, chunk_size: int | None, dim: int = 0) -> None:
@@ -172,60 +246,107 @@ def _refuse_chunks(self: nn.Module, chunk_size: int | None, dim: int = 0) -> Non
         )
 
 
+_SOURCES: Counter[str] = Counter()
+"""How many functions have their source under a file name of `linecache`."""
+
+
 def _function(base: Any, code: _Code) -> Any:
-    filename = f"<toma_fx {base.__name__} {sha256(code.source.encode()).hexdigest()[:12]}>"
-    # So that a traceback into the generated code shows its lines.
-    lines = code.source.splitlines(keepends=True)
-    linecache.cache[filename] = (len(code.source), None, lines, filename)
+    digest = sha256(code.source.encode()).hexdigest()[:12]
+    filename = f"<toma_fx {base.__name__} {digest}>"
     namespace: dict[str, Any] = {"torch": torch, **dict(code.helpers)}
     exec(compile(code.source, filename, "exec"), namespace)
-    return namespace["forward"]
+    function = namespace["forward"]
+    # So that a traceback into the generated code shows its lines, as long as there is the code.
+    lines = code.source.splitlines(keepends=True)
+    linecache.cache[filename] = (len(code.source), None, lines, filename)
+    with _LOCK:
+        _SOURCES[filename] += 1
+    weakref.finalize(function, _forget_source, filename).atexit = False
+    return function
 
+
+def _forget_source(filename: str) -> None:
+    with _LOCK:
+        _SOURCES[filename] -= 1
+        if not _SOURCES[filename]:
+            del _SOURCES[filename]
+            linecache.cache.pop(filename, None)
+
+
+_UNTOUCHED = """
+def forward(self, *args, **kwargs):
+    args, kwargs = without_scope(args, kwargs)
+    return base_forward(self, *args, **kwargs)
+"""
 
 _DISPATCH = """
 def forward(self, *args, **kwargs):
-    run = merged if merging(args, kwargs) else untouched
+    run = variants.get(variant(args, kwargs), first)
     return run(self, *args, **kwargs)
 """
 
 
-def _gated(base: Any, code: _Code, gate: _Gate) -> Any:
-    """The ``forward`` that runs one of two graphs."""
-    merged = _function(base, code)
-    names = {"merged": merged, "untouched": _function(base, gate.untouched)}
+def _forward(base: Any, forward: _Forward) -> Any:
+    """The ``forward`` that runs the variant of the call."""
+    functions = {
+        name: _untouched(base, forward) if code is None else _function(base, code)
+        for name, code in forward.variants
+    }
+    first, *others = functions.values()
+    if not others:
+        return first
+    which = functools.partial(_variant, forward)
+    helpers = {"variants": functions, "first": first, "variant": which}
     # From source, since Dynamo counts the graphs of one code object, and a closure's are all one.
-    forward = _function(base, _Code(_DISPATCH, (*names.items(), ("merging", _merging(gate)))))
-    return functools.wraps(merged)(forward)
+    function = _function(base, _Code(_DISPATCH, tuple(helpers.items())))
+    return functools.wraps(base.forward)(function)
 
 
-def _merging(gate: _Gate) -> Callable[[tuple[Any, ...], dict[str, Any]], bool]:
-    """Whether the call of the model, to which a call of a block belongs, merges."""
+def _untouched(base: Any, forward: _Forward) -> Any:
+    """The forward of the block's own class, which the scope does not reach."""
+    argument = forward.attention_kwargs
 
-    def merging(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        return plan.merging(gate.attention_kwargs.of(args, kwargs))
+    def without_scope(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = argument.of(args, kwargs)
+        if given is None or plan.SCOPE not in given:
+            return args, kwargs
+        passed_on = plan.pass_on(given) or None
+        if len(args) > argument.place:
+            args = (*args[: argument.place], passed_on, *args[argument.place + 1 :])
+            return args, kwargs
+        return args, {**kwargs, argument.name: passed_on}
 
-    return merging
+    helpers = {"without_scope": without_scope, "base_forward": base.forward}
+    function = _function(base, _Code(_UNTOUCHED, tuple(helpers.items())))
+    return functools.wraps(base.forward)(function)
 
 
-def _call_planned(planner: Callable[..., Any], apart: _Apart) -> Callable[..., Any]:
+def _variant(forward: _Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """The variant that the call of the model asks for, to which a call of a block belongs."""
+    carrier = forward.attention_kwargs.of(args, kwargs)
+    return plan.variant(carrier, forward.group)
+
+
+def _call_planned(planners: Mapping[str, Any], forward: _Forward) -> Callable[..., Any]:
     """The ``__call__`` of a leader."""
+    group = forward.group
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Run the block; and where a hook skipped it, leave its plan to those that follow."""
         output = nn.Module.__call__(self, *args, **kwargs)
-        carrier = apart.attention_kwargs.of(args, kwargs)
-        if plan.is_due(carrier, apart.blocks):
-            plan.postpone(carrier, apart.blocks, functools.partial(planner, self, *args, **kwargs))
+        carrier = forward.attention_kwargs.of(args, kwargs)
+        if plan.is_due(carrier, group):
+            planner = planners[_variant(forward, args, kwargs)]
+            plan.postpone(carrier, group, functools.partial(planner, self, *args, **kwargs))
         return output
 
     return call
 
 
 def _compile_apart(
-    planner: Callable[..., Any], follower_class: type[Any], gate: _Gate | None
+    planners: Mapping[str, Any], follower_class: type[Any], forward: _Forward
 ) -> Callable[..., None]:
     """The ``compile`` of a leader."""
-    merging = None if gate is None else _merging(gate)
 
     def compile_(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         """Compile this block for its own calls; arguments as `torch.compile` takes them."""
@@ -233,14 +354,18 @@ def _compile_apart(
             nn.Module.compile(self, *args, **kwargs)
             return
         follower = copy.copy(self)  # shares every tensor, submodule and hook
-        follower.__class__ = follower_class
-        follower.compile(*args, **kwargs)
-        make_plan = torch.compile(MethodType(planner, self), *args, **kwargs)
+        _become(follower, follower_class)
+        nn.Module.compile(follower, *args, **kwargs)
+        make = {
+            name: torch.compile(MethodType(planner, self), *args, **kwargs)
+            for name, planner in planners.items()
+        }
 
         def call(*inputs: Any, **named: Any) -> Any:
             follower.training = self.training
-            if merging is None or merging(inputs, named):
-                make_plan(*inputs, **named)
+            variant = _variant(forward, inputs, named)
+            if variant in make:
+                make[variant](*inputs, **named)
             if "forward" in vars(self):  # a hook that came after compiling
                 return self._call_impl(*inputs, **named)
             return follower(*inputs, **named)
@@ -248,8 +373,3 @@ def _compile_apart(
         self._compiled_call_impl = call
 
     return compile_
-
-
-def _new(base: Any, code: _Code, apart: _Apart | None, gate: _Gate | None) -> Any:
-    cls: Any = _class_of(base, code, apart, gate)
-    return cls.__new__(cls)

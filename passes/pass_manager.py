@@ -2,13 +2,12 @@
 
 Before and after are what the wrapped pass says; ``PassManager`` asks for a `PassResult`::
 
-    PassManager(passes=[FxPass(FindSites(...)), FxPass(MergeComponents(...)), others_pass])
+    PassManager(passes=[FxPass(Merge(...)), FxPass(OnePlan()), others_pass])
 """
 
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from toma_fx.passes.merge_captured import MergeCaptured
 from toma_fx.passes.pipeline import Pass, run_passes
 
 
@@ -24,10 +23,6 @@ class FxPass(PassBase):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Run the pass."""
-        if isinstance(self.each, MergeCaptured):  # has its own way to keep the values true
-            changed = self.each.apply(graph_module)
-            graph_module.graph.eliminate_dead_code()
-            return PassResult(graph_module, changed > 0)
         counts: list[int] = []
         run_passes(graph_module, (self.each,), lambda each, gm, changed: counts.append(changed))
         return PassResult(graph_module, counts[0] > 0)

@@ -6,13 +6,16 @@ another's value. In between, anything goes. Linting, dead code and recompiling h
 passes, and so can printing or timing, through the one callback.
 """
 
+import linecache
 import logging
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import fx, nn
+from torch.fx import graph_module
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +28,10 @@ class Pass(ABC):
 
     @abstractmethod
     def apply(self, gm: fx.GraphModule) -> int:
-        """Rewrite ``gm.graph`` in place; returns the number of places changed."""
+        """Rewrite ``gm.graph`` in place; returns the number of places changed.
+
+        It is 0 if, and only if, the graph is as it was, which is then neither linted nor compiled.
+        """
 
 
 Callback = Callable[[Pass, fx.GraphModule, int], None]
@@ -41,21 +47,56 @@ def run_passes(
         passes: what to run.
         after_each: called with the pass, the graph module and the number of places changed.
     """
+    stale = False
     for each in passes:
         changed = each.apply(gm)
         logger.debug("%s: %s changed %d places", type(gm).__name__, each.name, changed)
         if changed:
             gm.graph.eliminate_dead_code()
-            refresh_values(gm)
+            if FLAT in gm.meta:  # which keeps its values true while it is rewritten
+                gm.meta[FLAT].values.refresh()
+            elif LEAF_VALUE in gm.meta:
+                refresh_values(gm)
             gm.graph.lint()
-            gm.recompile()
+            stale = True
+        if stale and after_each is not None:
+            recompile(gm)
+            stale = False
         if after_each is not None:
             after_each(each, gm, changed)
+    if stale:
+        recompile(gm)
     return gm
+
+
+def recompile(gm: fx.GraphModule) -> None:
+    """Make the forward of ``gm`` anew, with a source that lives as long as it does.
+
+    torch.fx keeps every source for good, for tracebacks. Here the source of the forward that is
+    replaced goes at once, and that of the last one with ``gm``.
+    """
+    # A graph module has a class of its own, and a copy of it another one.
+    cls: Any = type(gm)
+    replaced = cls.forward
+    gm.recompile()
+    _forget_source(replaced)
+    if "_toma_source" not in vars(cls):
+        cls._toma_source = weakref.finalize(gm, lambda: _forget_source(cls.forward))
+        cls._toma_source.atexit = False
+
+
+def _forget_source(forward: Any) -> None:
+    name = forward.__code__.co_filename
+    # Private, but where torch.fx keeps sources. Any other file is not ours to forget.
+    if graph_module._loader.eval_cache.pop(name, None) is not None:
+        linecache.cache.pop(name, None)
 
 
 LEAF_VALUE = "toma_leaf_value"
 """The key in ``gm.meta`` of the function that gives an example of what a submodule returns."""
+
+FLAT = "toma_flat"
+"""The key in ``gm.meta`` of the `toma_fx.passes.flat_graph.FlatGraph` that passes rewrite."""
 
 LeafValue = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
 

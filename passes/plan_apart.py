@@ -2,16 +2,18 @@
 
 Before, the leader::
 
-    destinations = torch.ops.toma.select(hidden_states, 64, 0.5, 'facility_location')
-    weights = torch.ops.toma.weigh(hidden_states, destinations, 0.001, 'region', 'transpose')
+    layout = region_layout(cross_attention_kwargs, hidden_states, 64, 0.5)
+    destinations = torch.ops.toma.select(hidden_states, layout, 'facility_location')
+    weights = torch.ops.toma.weigh(hidden_states, destinations, layout, 0.001, ...)
     plan = share(cross_attention_kwargs, 'Block', weights[0], weights[1])
-    merged = torch.ops.toma.merge(hidden_states, plan[0])
+    merged = torch.ops.toma.merge(hidden_states, plan[0], layout)
     ...
 
 After, a graph that ends with the plan::
 
-    destinations = torch.ops.toma.select(hidden_states, 64, 0.5, 'facility_location')
-    weights = torch.ops.toma.weigh(hidden_states, destinations, 0.001, 'region', 'transpose')
+    layout = region_layout(cross_attention_kwargs, hidden_states, 64, 0.5)
+    destinations = torch.ops.toma.select(hidden_states, layout, 'facility_location')
+    weights = torch.ops.toma.weigh(hidden_states, destinations, layout, 0.001, ...)
     plan = share(cross_attention_kwargs, 'Block', weights[0], weights[1])
     return None
 
@@ -21,11 +23,10 @@ one by one, a leader need not be compiled whole, which would double the time tha
 
 from torch import fx
 
-from toma_fx.passes.share_plan import MEMORY
 from toma_fx.runtime import plan
 
 
-def plan_apart(gm: fx.GraphModule) -> fx.GraphModule | None:
+def plan_apart(gm: fx.GraphModule) -> fx.Graph | None:
     """The part of a leader's graph that makes its plan, with the leader's signature.
 
     Returns:
@@ -39,11 +40,11 @@ def plan_apart(gm: fx.GraphModule) -> fx.GraphModule | None:
     for node in reversed(graph.nodes):
         if node in needed:
             needed.update(node.all_input_nodes)
-    if any(n.op == "call_module" and n.target != MEMORY for n in needed):
+    if any(node.op == "call_module" for node in needed):
         return None
     graph.output_node().args = (None,)
     for node in reversed(graph.nodes):
         if node not in needed and node.op not in ("placeholder", "output"):
             graph.erase_node(node)
     graph.lint()
-    return fx.GraphModule(gm, graph, class_name="Plan")
+    return graph

@@ -1,4 +1,4 @@
-"""The nodes that make a plan: inserted by the merge passes, found again by the sharing pass."""
+"""The nodes that make a plan: inserted by the merge pass, found again by those that share it."""
 
 import operator
 from dataclasses import dataclass
@@ -8,19 +8,20 @@ import torch
 from torch import fx
 
 from toma_fx.errors import CaptureError
-from toma_fx.runtime import plan
 
 toma = torch.ops.toma
+
+PLAN = "toma_plan"
+"""The key in ``node.meta`` of a `PlanPart`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
-    """How plans are made: the arguments of `torch.ops.toma.select` and `torch.ops.toma.weigh`."""
+    """How plans are made: the arguments of the plan's operators."""
 
     region_tokens: int = 64
     ratio: float = 0.5
     selector: str = "facility_location"
-    """As `select` takes it; or ``"fixed"``, weights that never look at the tokens."""
     temperature: float = 0.001
     merge_over: str = "region"
     unmerge: str = "transpose"
@@ -30,6 +31,8 @@ class PlanOptions:
 class TokenFlow:
     """Where tokens are in a block's graph, by the names of its arguments."""
 
+    attention_kwargs: str
+    """The argument with the attention kwargs, which carry the scope of the call."""
     tokens: str = "hidden_states"
     """The argument with the image tokens, ``(B, N, D)``."""
     output: int | None = None
@@ -43,12 +46,21 @@ class TokenFlow:
 
 
 @dataclass(frozen=True)
+class PlanPart:
+    """What a node is in a plan: one of its group's, of which one is enough."""
+
+    group: str
+    name: str
+
+
+@dataclass(frozen=True)
 class PlanNodes:
     """A plan in a graph."""
 
+    layout: Any
+    destinations: fx.Node
     merge_weight: fx.Node
     unmerge_weight: fx.Node
-    rotary: fx.Node | None
 
 
 def placeholder(graph: fx.Graph, name: str) -> Any:
@@ -68,44 +80,33 @@ def _arguments(graph: fx.Graph) -> str:
 
 
 def insert_plan(
-    graph: fx.Graph, tokens: fx.Node, options: PlanOptions, flow: TokenFlow, *, at_site: bool
+    graph: fx.Graph, tokens: fx.Node, layout: Any, options: PlanOptions, group: str = ""
 ) -> PlanNodes:
     """Insert, at the insertion point, the nodes that make a plan from ``tokens``.
 
     Args:
         graph: where.
-        tokens: what destinations are selected from.
+        tokens: image tokens, of which destinations are selected.
+        layout: how they are cut into regions: a node, or the numbers.
         options: how.
-        flow: the block's arguments.
-        at_site: whether ``tokens`` are those of a site, which may start with text tokens.
+        group: the group whose blocks can share the plan.
     """
-    text_tokens = None
-    if flow.text is not None:
-        shape = call(graph, getattr, (placeholder(graph, flow.text), "shape"))
-        text_tokens = item(graph, shape, 1, name="text_tokens")
-        if flow.text_first and at_site:
-            image = (slice(None), slice(text_tokens, None))
-            tokens = call(graph, operator.getitem, (tokens, image), name="image_tokens")
-    region_tokens, ratio, selector = options.region_tokens, options.ratio, options.selector
-    if selector == "fixed":
-        args: tuple[Any, ...] = (tokens, region_tokens, ratio, "grid")
-        destinations = call(graph, toma.select.default, args, name="destinations")
-        weights = call(graph, toma.fixed_weights.default, (tokens, destinations), name="weights")
+    args: tuple[Any, ...] = (tokens, layout, options.selector)
+    destinations = call(graph, toma.select.default, args, name="destinations")
+    if options.selector == "fixed":
+        args = (tokens, destinations, layout)
+        weights = call(graph, toma.fixed_weights.default, args, name="weights")
     else:
-        args = (tokens, region_tokens, ratio, selector)
-        destinations = call(graph, toma.select.default, args, name="destinations")
         how = (options.temperature, options.merge_over, options.unmerge)
-        args = (tokens, destinations, *how)
+        args = (tokens, destinations, layout, *how)
         weights = call(graph, toma.weigh.default, args, name="weights")
     merge_weight = item(graph, weights, 0, name="merge_weight")
     unmerge_weight = item(graph, weights, 1, name="unmerge_weight")
-    if flow.rotary is None:
-        return PlanNodes(merge_weight, unmerge_weight, None)
-    table = placeholder(graph, flow.rotary)
-    values = call(graph, plan.rotary_at, (table, destinations, text_tokens), name="rotary")
-    cos, sin = item(graph, values, 0, name="cos"), item(graph, values, 1, name="sin")
-    rotary = call(graph, plan.rotary_tables, (cos, sin), name="tables")
-    return PlanNodes(merge_weight, unmerge_weight, rotary)
+    made = PlanNodes(layout, destinations, merge_weight, unmerge_weight)
+    for name, node in vars(made).items():
+        if isinstance(node, fx.Node):
+            node.meta[PLAN] = PlanPart(group, name)
+    return made
 
 
 def call(graph: fx.Graph, target: Any, args: tuple[Any, ...], name: str | None = None) -> fx.Node:

@@ -2,12 +2,12 @@
 
 Before, as torch.fx prints it::
 
-    carry = toma_fx_runtime_plan_carry(attention_kwargs, 'gligen');  attention_kwargs = None
+    passed_on = toma_fx_runtime_plan_pass_on(attention_kwargs);  attention_kwargs = None
     merged = torch.ops.toma.merge.default(hidden_states, merge_weight);  merge_weight = None
 
 After::
 
-    carry = carry(attention_kwargs, 'gligen')
+    passed_on = pass_on(attention_kwargs)
     merged = torch.ops.toma.merge(hidden_states, merge_weight)
 """
 

@@ -13,12 +13,15 @@ a program keeps what it searches on chip and makes every pick itself.
   enough for the L2 cache, which every pick reads once, strip by strip.
 * Larger regions stay with the loop, whose work each pick is spread over the whole GPU.
 
+Padding counts as -1 to every token too. It is never picked while a token is left: it ranks below
+all of them, by its place alone.
+
 Similarities are float32 products of normalised tokens, as in `selector`; three products of TF32
 parts give the matrix units float32's precision. A gain, counted in the steps of `selector` and
 rounded as `torch.round` does, is followed in one integer by its token's place, counted down, so
 that one maximum finds the largest gain and among equals the first token.
 
-This module needs triton, so `ops` imports it only where kernels can run.
+This module needs triton, so `selector` imports it only where kernels run.
 """
 
 from typing import Any
@@ -40,14 +43,15 @@ _TILE = 64
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _rank(gain, free, place, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    steps = (gain * _STEPS + _ROUND) - _ROUND
-    return tl.where(free, steps.to(tl.int32) * BLOCK + (BLOCK - 1 - place), -1)
+def _rank(gain, free, real, place, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    steps = ((gain * _STEPS + _ROUND) - _ROUND).to(tl.int32)
+    return tl.where(free, tl.where(real, steps + 1, 0) * BLOCK + (BLOCK - 1 - place), -1)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _pick_by_tokens(  # type: ignore[no-untyped-def]
     tokens,
+    counts,
     picks,
     batch_stride,
     token_stride,
@@ -60,11 +64,15 @@ def _pick_by_tokens(  # type: ignore[no-untyped-def]
     REGIONS: tl.constexpr,
     BLOCK: tl.constexpr,
     CHANNELS: tl.constexpr,
+    PADDED: tl.constexpr,
 ):
     row = tl.arange(0, REGIONS * BLOCK)
     place = row % BLOCK
     group = tl.program_id(0).to(tl.int64) * REGIONS + row // BLOCK
     inside = (group < groups) & (place < size)
+    real = inside
+    if PADDED:
+        real = inside & (place < tl.load(counts + group % regions, group < groups, 0))
     token = group // regions * batch_stride + (group % regions * size + place) * token_stride
     token = tokens + token[:, None]
     channel = tl.arange(0, CHANNELS)[None, :]
@@ -72,7 +80,7 @@ def _pick_by_tokens(  # type: ignore[no-untyped-def]
     squares = tl.zeros([REGIONS * BLOCK, CHANNELS], tl.float32)
     for start in range(0, width, CHANNELS):
         at = start + channel
-        values = tl.load(token + at * channel_stride, inside[:, None] & (at < width), 0.0)
+        values = tl.load(token + at * channel_stride, real[:, None] & (at < width), 0.0)
         values = values.to(tl.float32)
         squares += values * values
     length = tl.maximum(tl.sqrt_rn(tl.sum(squares, 1)), 1e-12)[:, None]
@@ -80,10 +88,10 @@ def _pick_by_tokens(  # type: ignore[no-untyped-def]
     similarity = tl.zeros([REGIONS * BLOCK, REGIONS * BLOCK], tl.float32)
     for start in range(0, width, CHANNELS):
         at = start + channel
-        values = tl.load(token + at * channel_stride, inside[:, None] & (at < width), 0.0)
+        values = tl.load(token + at * channel_stride, real[:, None] & (at < width), 0.0)
         unit = values.to(tl.float32) / length
         similarity = tl.dot(unit, tl.trans(unit), similarity, input_precision="tf32x3")
-    pair = (group[:, None] == group[None, :]) & inside[None, :]
+    pair = (group[:, None] == group[None, :]) & real[None, :]
     not_nan = similarity == similarity
     similarity = tl.where(pair & not_nan, similarity, -1.0)
 
@@ -91,7 +99,7 @@ def _pick_by_tokens(  # type: ignore[no-untyped-def]
     free = inside
     for step in range(keep):
         gain = tl.sum(tl.maximum(similarity - covered[None, :], 0.0), 1)
-        rank = _rank(gain, free, place, BLOCK)
+        rank = _rank(gain, free, real, place, BLOCK)
         best = tl.max(tl.reshape(rank, [REGIONS, BLOCK]), 1, keep_dims=True)
         best = tl.reshape(tl.broadcast_to(best, [REGIONS, BLOCK]), [REGIONS * BLOCK])
         picked = rank == best
@@ -102,7 +110,15 @@ def _pick_by_tokens(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _pick_by_similarity(  # type: ignore[no-untyped-def]
-    similarity, picks, size, keep, BLOCK: tl.constexpr, ROWS: tl.constexpr
+    similarity,
+    counts,
+    picks,
+    regions,
+    size,
+    keep,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    PADDED: tl.constexpr,
 ):
     group = tl.program_id(0).to(tl.int64)
     similarity += group * size * size
@@ -113,6 +129,9 @@ def _pick_by_similarity(  # type: ignore[no-untyped-def]
 
     covered = tl.full([BLOCK // ROWS, ROWS], -1.0, tl.float32)
     free = place < size
+    real = free
+    if PADDED:
+        real = place < tl.load(counts + group % regions)
     for step in range(keep):
         gains = tl.zeros([ROWS, BLOCK], tl.float32)
         for number in range(BLOCK // ROWS):
@@ -121,7 +140,7 @@ def _pick_by_similarity(  # type: ignore[no-untyped-def]
             values = tl.load(similarity + row * size + place[None, :], inside, -1.0)
             bar = tl.max(tl.where(strip == number, covered, -1.0), 0)
             gains += tl.maximum(values - bar[:, None], 0.0)
-        best = BLOCK - 1 - tl.max(_rank(tl.sum(gains, 0), free, place, BLOCK), 0) % BLOCK
+        best = BLOCK - 1 - tl.max(_rank(tl.sum(gains, 0), free, real, place, BLOCK), 0) % BLOCK
         inside = place_in_strips < size
         values = tl.load(similarity + best * size + place_in_strips, inside, -1.0)
         covered = tl.maximum(covered, values)
@@ -129,19 +148,41 @@ def _pick_by_similarity(  # type: ignore[no-untyped-def]
         tl.store(picks + group * keep + step, best.to(tl.int64))
 
 
-def _launch(by_tokens: Any, by_similarity: Any, tokens: Tensor, size: int, keep: int) -> Tensor:
-    batch, count, width = tokens.shape
-    regions = count // size
+def _launch(
+    by_tokens: Any,
+    by_similarity: Any,
+    tokens: Tensor,
+    size: int,
+    keep: int,
+    counts: Tensor | None = None,
+) -> Tensor:
+    batch, places, width = tokens.shape
+    regions = places // size
     groups = batch * regions
     picks = tokens.new_empty((batch, regions, keep), dtype=torch.int64)
     block = max(16, triton.next_power_of_2(size))
     if size > _REGISTER_TOKENS:
-        similarity = selector.similarities(tokens, size)
-        by_similarity[(groups,)](similarity, picks, size, keep, BLOCK=block, ROWS=64, num_warps=16)
+        real = (
+            None if counts is None else torch.arange(size, device=tokens.device) < counts[:, None]
+        )
+        similarity = selector.similarities(tokens, size, real)
+        by_similarity[(groups,)](
+            similarity,
+            similarity if counts is None else counts,  # not read without padding
+            picks,
+            regions,
+            size,
+            keep,
+            BLOCK=block,
+            ROWS=64,
+            PADDED=counts is not None,
+            num_warps=16,
+        )
         return picks
     together = max(1, _TILE // block)
     by_tokens[(triton.cdiv(groups, together),)](
         tokens,
+        tokens if counts is None else counts,  # not read without padding
         picks,
         *tokens.stride(),
         groups,
@@ -152,39 +193,41 @@ def _launch(by_tokens: Any, by_similarity: Any, tokens: Tensor, size: int, keep:
         REGIONS=together,
         BLOCK=block,
         CHANNELS=32,
+        PADDED=counts is not None,
         num_warps=4 if block <= _TILE else 8,
     )
     return picks
 
 
 @torch.library.triton_op("toma::facility_location", mutates_args=())
-def facility_location(tokens: Tensor, size: int, keep: int) -> Tensor:
+def facility_location(tokens: Tensor, size: int, keep: int, counts: Tensor | None = None) -> Tensor:
     """The picks of `selector.facility_location` in every region of every image.
 
     Args:
-        tokens: ``(B, N, D)`` float32, bfloat16 or float16, with any strides.
-        size: tokens of a region, a divisor of ``N``, at most `selector.KERNEL_TOKENS`.
+        tokens: ``(B, R * size, D)`` float32, bfloat16 or float16, with any strides.
+        size: places of a region, at most `selector.KERNEL_TOKENS`.
         keep: picks per region, at most ``size``.
+        counts: ``(R,)`` int64: the first places of each region that are no padding; None: all.
 
     Returns:
-        ``(B, N // size, keep)`` int64 places inside the region, in the order of picking.
+        ``(B, R, keep)`` int64 places inside the region, in the order of picking.
     """
     by_tokens = torch.library.wrap_triton(_pick_by_tokens)
     by_similarity = torch.library.wrap_triton(_pick_by_similarity)
-    return _launch(by_tokens, by_similarity, tokens, size, keep)
+    return _launch(by_tokens, by_similarity, tokens, size, keep, counts)
 
 
 @facility_location.register_fake  # type: ignore[untyped-decorator]
-def _picks_of_shape(tokens: Tensor, size: int, keep: int) -> Tensor:
+def _picks_of_shape(tokens: Tensor, size: int, keep: int, counts: Tensor | None = None) -> Tensor:
     return tokens.new_empty((tokens.shape[0], tokens.shape[1] // size, keep), dtype=torch.int64)
 
 
 @facility_location.register_kernel("cpu")  # type: ignore[untyped-decorator]
-def _on_cpu(tokens: Tensor, size: int, keep: int) -> Tensor:
-    return selector.facility_location_by_loop(tokens, size, keep)
+def _on_cpu(tokens: Tensor, size: int, keep: int, counts: Tensor | None = None) -> Tensor:
+    return selector.facility_location_by_loop(tokens, size, keep, counts)
 
 
 @facility_location.register_kernel("cuda")  # type: ignore[untyped-decorator]
-def _on_cuda(tokens: Tensor, size: int, keep: int) -> Tensor:
+def _on_cuda(tokens: Tensor, size: int, keep: int, counts: Tensor | None = None) -> Tensor:
     with torch.cuda.device(tokens.device):  # triton launches on the current device
-        return _launch(_pick_by_tokens, _pick_by_similarity, tokens, size, keep)
+        return _launch(_pick_by_tokens, _pick_by_similarity, tokens, size, keep, counts)

@@ -1,9 +1,21 @@
 """Merge weights, merge and unmerge (Eq. 6 and 7)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from toma_fx.errors import InputError
+from toma_fx.runtime.regions import (
+    expect_tokens,
+    gathered,
+    is_padded,
+    kept,
+    real_places,
+    spread,
+    total_regions,
+    total_tokens,
+)
 from toma_fx.runtime.selector import cosines, pseudo_random, unit_tokens
 
 
@@ -23,8 +35,28 @@ def gather(tokens: Tensor, destinations: Tensor) -> Tensor:
     return tokens.gather(1, index[:, :, None].expand(-1, -1, tokens.shape[-1]))
 
 
+def rotary_rows(table: Tensor, destinations: Tensor, text_tokens: int) -> Tensor:
+    """Rows of a rotary table for the text tokens, then for the destinations.
+
+    Args:
+        table: ``(P + N, D)``, text first, shared by the batch.
+        destinations: ``(B, R, m)`` int64 indices into the ``N`` image tokens.
+        text_tokens: ``P``.
+
+    Returns:
+        ``(B, P + R * m, D)``.
+    """
+    text = table[:text_tokens].expand(destinations.shape[0], -1, -1)
+    return torch.cat([text, gather(table[text_tokens:], destinations)], dim=1)
+
+
 def weigh(
-    tokens: Tensor, destinations: Tensor, temperature: float, merge_over: str, unmerge: str
+    tokens: Tensor,
+    destinations: Tensor,
+    layout: Sequence[int],
+    temperature: float,
+    merge_over: str,
+    unmerge: str,
 ) -> tuple[Tensor, Tensor]:
     """Merge and unmerge weights.
 
@@ -36,102 +68,158 @@ def weigh(
     Args:
         tokens: ``(B, N, D)``, any floating dtype; similarities are float32.
         destinations: ``(B, R, m)`` int64 indices into the ``N`` tokens.
+        layout: the one that the destinations were selected with.
         temperature: tau, above 0.
         merge_over: ``"region"``, or ``"image"`` to spread a token over all ``M`` destinations.
         unmerge: ``"transpose"`` or ``"pinv"``.
 
     Returns:
         merge weight ``(B, R, m, n)``, whose rows sum to 1, and unmerge weight ``(B, R, n, m)``,
-        in the dtype of ``tokens``. With ``merge_over="image"``, ``R`` is 1 and ``m`` is ``M``.
+        in the dtype of ``tokens``; 0 for padding in both. With ``merge_over="image"``, ``R`` is 1,
+        ``m`` is ``M`` and ``n`` is ``N``.
 
     Raises:
-        InputError: when ``destinations`` does not fit ``tokens``.
+        InputError: when ``destinations`` or ``layout`` do not fit ``tokens``.
     """
-    batch, regions, keep = destinations.shape
-    if tokens.shape[0] != batch or tokens.shape[1] % regions:
-        raise InputError(
-            f"weigh: destinations of shape {tuple(destinations.shape)} (B, R, m) do not fit tokens "
-            f"of shape {tuple(tokens.shape)} (B, N, D); make them with select on these tokens"
-        )
-    if merge_over == "image":
-        regions, keep = 1, regions * keep
+    _expect_destinations("weigh", tokens, destinations, layout)
     unit = unit_tokens(tokens)
-    source = unit.unflatten(1, (regions, -1))
-    destination = gather(unit, destinations).unflatten(1, (regions, keep))
+    by_image = merge_over == "image"
+    source = unit.unsqueeze(1) if by_image else spread(unit, layout)
+    shape = (1, kept(layout)) if by_image else tuple(destinations.shape[1:])
+    destination = gather(unit, destinations).unflatten(1, shape)
     # A^T: (B, R, n, m). Attention that spreads an identity is the same, and one product more.
-    spread = (cosines(source, destination) / temperature).softmax(-1)
-    merge = (spread / spread.sum(-2, keepdim=True)).transpose(-1, -2)
+    weight = (cosines(source, destination) / temperature).softmax(-1)
+    padded = not by_image and is_padded(layout)
+    if padded:
+        weight = weight.masked_fill(~real_places(layout, tokens)[:, :, None], 0.0)
+    merge = (weight / weight.sum(-2, keepdim=True)).transpose(-1, -2)
     if unmerge == "pinv":
-        spread = torch.linalg.pinv(merge)
-    return merge.to(tokens.dtype), spread.to(tokens.dtype)
+        weight = torch.linalg.pinv(merge)
+        if padded:  # rounding leaves something there
+            weight = weight.masked_fill(~real_places(layout, tokens)[:, :, None], 0.0)
+    return merge.to(tokens.dtype), weight.to(tokens.dtype)
 
 
-def fixed_weights(tokens: Tensor, destinations: Tensor) -> tuple[Tensor, Tensor]:
+def fixed_weights(
+    tokens: Tensor, destinations: Tensor, layout: Sequence[int]
+) -> tuple[Tensor, Tensor]:
     """Random merge and unmerge weights that never look at a token: the paper's lower bound of time.
 
     Args:
         tokens: ``(B, N, D)``; only its shape, dtype and device are used.
         destinations: ``(B, R, m)``; only its shape is used.
+        layout: the one that the destinations were selected with.
 
     Returns:
         merge weight ``(B, R, m, n)`` and unmerge weight ``(B, R, n, m)`` with positive entries,
-        the rows of both summing to 1, as `weigh` returns them.
+        but 0 for padding, the rows of both summing to 1, as `weigh` returns them.
+
+    Raises:
+        InputError: when ``destinations`` or ``layout`` do not fit ``tokens``.
     """
+    _expect_destinations("fixed_weights", tokens, destinations, layout)
     batch, regions, keep = destinations.shape
-    size = tokens.shape[1] // regions
-    spread = pseudo_random(tokens, (regions, size, keep)) + 2**-24
-    merge = (spread / spread.sum(-2, keepdim=True)).transpose(-1, -2)
-    spread = spread / spread.sum(-1, keepdim=True)
+    weight = pseudo_random(tokens, (regions, layout[1], keep)) + 2**-24
+    unmerge = weight / weight.sum(-1, keepdim=True)
+    if is_padded(layout):
+        padded = ~real_places(layout, tokens)[:, :, None]
+        weight, unmerge = weight.masked_fill(padded, 0.0), unmerge.masked_fill(padded, 0.0)
+    merge = (weight / weight.sum(-2, keepdim=True)).transpose(-1, -2)
     return (
         merge.to(tokens.dtype).expand(batch, -1, -1, -1),
-        spread.to(tokens.dtype).expand(batch, -1, -1, -1),
+        unmerge.to(tokens.dtype).expand(batch, -1, -1, -1),
     )
 
 
-def _mix(operator: str, tokens_BPND: Tensor, weight_BRon: Tensor) -> Tensor:
-    """Weighted sums of the tokens of each region; tokens before the first region pass through."""
-    batch, regions, _, size = weight_BRon.shape
-    prefix = tokens_BPND.shape[1] - regions * size
-    if tokens_BPND.shape[0] != batch or prefix < 0:
+def _expect_destinations(
+    operator: str, tokens: Tensor, destinations: Tensor, layout: Sequence[int]
+) -> None:
+    expect_tokens(operator, tokens, layout)
+    expected = (tokens.shape[0], total_regions(layout), layout[0])
+    if tuple(destinations.shape) != expected:
         raise InputError(
-            f"{operator}: weight of shape {tuple(weight_BRon.shape)} is for batch {batch} and "
-            f"{regions} regions of {size} tokens, but the tokens have shape "
-            f"{tuple(tokens_BPND.shape)}; use the plan made from these tokens"
+            f"{operator}: destinations of shape {tuple(destinations.shape)} do not fit tokens of "
+            f"shape {tuple(tokens.shape)} (B, N, D) and their layout, for which (B, R, m) is "
+            f"{expected}; make them with select on these tokens and this layout"
         )
-    image = tokens_BPND[:, prefix:].unflatten(1, (regions, size))
-    mixed = (weight_BRon @ image).flatten(1, 2)
-    return mixed if prefix == 0 else torch.cat([tokens_BPND[:, :prefix], mixed], dim=1)
 
 
-def merge(tokens: Tensor, weight: Tensor) -> Tensor:
+def _is_by_region(
+    operator: str, weight: Tensor, places: int, keep: int, layout: Sequence[int]
+) -> bool:
+    """Whether a weight is by region, and not one over the whole image, which knows no regions."""
+    given = (weight.shape[1], places, keep)
+    by_region = (total_regions(layout), layout[1], layout[0])
+    if given == by_region:
+        return True
+    over_image = (1, total_tokens(layout), kept(layout))
+    if given == over_image:
+        return False
+    raise InputError(
+        f"{operator}: weight of shape {tuple(weight.shape)} has (R, n, m) = {given}, but its "
+        f"layout has {by_region}, or {over_image} over the image; use the layout that the weight "
+        "was made with"
+    )
+
+
+def _split(
+    operator: str, tokens: Tensor, weight: Tensor, taken: int
+) -> tuple[Tensor | None, Tensor]:
+    """The text tokens, if there are any, and the ``taken`` tokens behind them."""
+    prefix = tokens.shape[1] - taken
+    if tokens.shape[0] != weight.shape[0] or prefix < 0:
+        raise InputError(
+            f"{operator}: weight of shape {tuple(weight.shape)} is for batch {weight.shape[0]} and "
+            f"{taken} tokens, but the tokens have shape {tuple(tokens.shape)}; use the plan made "
+            "from these tokens"
+        )
+    return None if prefix == 0 else tokens[:, :prefix], tokens[:, prefix:]
+
+
+def _join(text: Tensor | None, image: Tensor) -> Tensor:
+    return image if text is None else torch.cat([text, image], dim=1)
+
+
+def merge(tokens: Tensor, weight: Tensor, layout: Sequence[int]) -> Tensor:
     """Fewer tokens: each destination becomes a weighted mean of its region (Eq. 6).
 
     Args:
         tokens: ``(B, P + N, D)``; the first ``P`` (text) tokens pass through.
         weight: ``(B, R, m, n)`` merge weight of `weigh`.
+        layout: the one that the weight was made with.
 
     Returns:
         ``(B, P + R * m, D)``.
 
     Raises:
-        InputError: when the weight was made for another batch, or for more tokens than there are;
-            surplus tokens are taken for text.
+        InputError: when the weight was made for another batch or layout, or for more tokens than
+            there are; surplus tokens are taken for text.
     """
-    return _mix("merge", tokens, weight)
+    _, regions, keep, size = weight.shape
+    by_region = _is_by_region("merge", weight, size, keep, layout)
+    text, image = _split("merge", tokens, weight, total_tokens(layout))
+    places = spread(image, layout) if by_region else image.unflatten(1, (regions, size))
+    return _join(text, (weight @ places).flatten(1, 2))
 
 
-def unmerge(tokens: Tensor, weight: Tensor) -> Tensor:
+def unmerge(tokens: Tensor, weight: Tensor, layout: Sequence[int]) -> Tensor:
     """All tokens again: each source takes from the destinations that it was spread over (Eq. 7).
 
     Args:
         tokens: ``(B, P + R * m, D)``; the first ``P`` (text) tokens pass through.
         weight: ``(B, R, n, m)`` unmerge weight of `weigh`.
+        layout: the one that the weight was made with.
 
     Returns:
         ``(B, P + N, D)``.
 
     Raises:
-        InputError: when the weight was made for another batch, or for more tokens than there are;
-            surplus tokens are taken for text.
+        InputError: when the weight was made for another batch or layout, or for more tokens than
+            there are; surplus tokens are taken for text.
     """
-    return _mix("unmerge", tokens, weight)
+    _, regions, size, keep = weight.shape
+    by_region = _is_by_region("unmerge", weight, size, keep, layout)
+    text, merged = _split("unmerge", tokens, weight, regions * keep)
+    places = weight @ merged.unflatten(1, (regions, keep))
+    image = gathered(places, layout) if by_region else places.flatten(1, 2)
+    return _join(text, image)

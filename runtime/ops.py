@@ -5,8 +5,6 @@ operators, which Inductor can fuse and which an exported file can run without th
 """
 
 from hashlib import sha256
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -20,22 +18,19 @@ for schema, function in {
     "tile_order(Tensor like, SymInt height, SymInt width) -> Tensor": token_order.tile_order,
     "tile_order_of_ids(Tensor ids) -> Tensor": token_order.tile_order_of_ids,
     "reorder(Tensor tokens, Tensor order) -> Tensor": token_order.reorder,
-    "select(Tensor tokens, int region_tokens, float ratio, str selector)"
-    " -> Tensor": selector.select,
-    "weigh(Tensor tokens, Tensor destinations, float temperature, str merge_over, str unmerge)"
-    " -> (Tensor, Tensor)": merging.weigh,
-    "fixed_weights(Tensor tokens, Tensor destinations) -> (Tensor, Tensor)": merging.fixed_weights,
+    "select(Tensor tokens, SymInt[] layout, str selector) -> Tensor": selector.select,
+    "weigh(Tensor tokens, Tensor destinations, SymInt[] layout, float temperature, str merge_over,"
+    " str unmerge) -> (Tensor, Tensor)": merging.weigh,
+    "fixed_weights(Tensor tokens, Tensor destinations, SymInt[] layout)"
+    " -> (Tensor, Tensor)": merging.fixed_weights,
     "gather(Tensor tokens, Tensor destinations) -> Tensor": merging.gather,
-    "merge(Tensor tokens, Tensor weight) -> Tensor": merging.merge,
-    "unmerge(Tensor tokens, Tensor weight) -> Tensor": merging.unmerge,
+    "rotary_rows(Tensor table, Tensor destinations, SymInt text_tokens)"
+    " -> Tensor": merging.rotary_rows,
+    "merge(Tensor tokens, Tensor weight, SymInt[] layout) -> Tensor": merging.merge,
+    "unmerge(Tensor tokens, Tensor weight, SymInt[] layout) -> Tensor": merging.unmerge,
 }.items():
     LIBRARY.define(schema)
     LIBRARY.impl(schema.partition("(")[0], function, "CompositeImplicitAutograd")
-
-# Not on the CPU, where importing triton would only take time, nor on ROCm, for which triton lacks
-# the matrix products that the kernels ask for.
-if torch.version.cuda is not None and find_spec("triton") is not None:
-    import_module("toma_fx.runtime.kernels")  # defines torch.ops.toma.facility_location
 
 # torch keeps compiled code on disk under the names of the operators in it, whatever they compute,
 # so a changed operator would get the code of the old one. The tag is part of every cache key.

@@ -1,87 +1,166 @@
 """How a plan travels from the block that makes it to the blocks that share it.
 
-Every call of a transformed model opens a `PlanScope` and sends it along in the dictionary of
+Every call of a transformed model opens a `CallScope` and sends it along in the dictionary of
 attention kwargs that diffusers hands to every block. The scope dies with the call, so no plan can
 be used by another image, another request or another thread, and under capture it leaves nothing but
 def-use edges. The functions here are what the generated forwards call to reach it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from toma_fx.errors import InputError
+from toma_fx.runtime import regions
 
 SCOPE = "toma"
 """The key of the scope in the attention kwargs."""
 
 Plan = tuple[Tensor, ...]
-"""Merge weight, unmerge weight, and the destinations' rotary values where the model has them."""
+"""Merge weight, unmerge weight, the destinations' rotary values where the model has them; and the
+destinations, in a model that keeps plans for later calls."""
+
+Plans = Mapping[str, Mapping[str, Plan]]
+"""Plans by the path of the stage whose blocks share them, and by the name of their group in it."""
+
+MERGED = "merged"
+"""The variant of a block that makes a new plan, or shares one, and merges by it."""
+UNTOUCHED = "untouched"
+"""The variant that runs diffusers' own forward on all tokens."""
+WEIGH = "weigh"
+"""The variant that keeps an earlier call's destinations and computes their weights again."""
+REUSE = "reuse"
+"""The variant that merges by the plan of an earlier call."""
 
 
-class PlanScope:
-    """The plans of one call of a model.
+class CallScope:
+    """The plans of one call of a model, or of one stage in it.
 
     Attributes:
-        plans: what a group's first block made, for the blocks that follow it, by the class of the
-            blocks, and their ratio where blocks differ in it. A model has one such group, or a
-            scope of its own for each; so a block that runs again later, as in gradient
-            checkpointing, finds the plan that it had.
+        variant: the variant of a block that runs in this call.
+        grids: token counts of the grids in the image sequence; None when it is one grid.
+        plans: what a group's first block made, for the blocks that follow it, by the name of the
+            group. So a block that runs again later, as in gradient checkpointing, finds its plan.
         planners: what makes the plan of a group whose first block was skipped, if one asks for it.
-        time: step and run of the model's `DenoisingClock`, when it has a schedule.
-        merging: whether the blocks merge in this call.
+        kept: plans of an earlier call, by the name of the group.
+        kept_by_stage: those of this scope and of the stages in it, by their paths.
+        stages: the scopes of stages with groups of their own, by their paths in the model; where
+            nobody keeps plans, there are none, so that a stage's plan goes with the stage.
+        keeps: whether the plans are wanted after the call.
     """
 
-    __slots__ = ("merging", "planners", "plans", "time")
+    __slots__ = (
+        "grids",
+        "keeps",
+        "kept",
+        "kept_by_stage",
+        "planners",
+        "plans",
+        "stages",
+        "variant",
+    )
 
-    def __init__(self, time: tuple[Tensor, Tensor] | None = None, merging: bool = True) -> None:
-        self.plans: dict[str, Plan] = {}
+    def __init__(
+        self,
+        variant: str = MERGED,
+        grids: Sequence[int] | None = None,
+        kept: Plans | None = None,
+        stage: str = "",
+        keeps: bool = False,
+    ) -> None:
+        self.variant = variant
+        self.keeps = keeps
+        self.grids = grids
+        self.kept_by_stage = {} if kept is None else kept
+        self.kept = self.kept_by_stage.get(stage, {})
+        self.plans: dict[str, Plan] = dict(self.kept) if variant == REUSE else {}
         self.planners: dict[str, Callable[[], object]] = {}
-        self.time = time
-        self.merging = merging
+        self.stages: dict[str, CallScope] = {}
+
+    def made(self) -> dict[str, dict[str, Plan]]:
+        """The plans of this scope and its stages, for a later call."""
+        scopes = {"": self, **self.stages}
+        return {path: dict(scope.plans) for path, scope in scopes.items() if scope.plans}
 
 
-def _scope(attention_kwargs: Mapping[str, Any] | None) -> PlanScope | None:
+def _scope(attention_kwargs: Mapping[str, Any] | None) -> CallScope | None:
     return None if attention_kwargs is None else attention_kwargs.get(SCOPE)
 
 
-def own_scope(attention_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The attention kwargs with a scope of their own, for a part of a model with its own group."""
+def own_scope(attention_kwargs: Mapping[str, Any], stage: str) -> dict[str, Any]:
+    """The attention kwargs with a scope of its own for a stage, whose blocks share plans.
+
+    Args:
+        attention_kwargs: those of the call of the model, with its scope.
+        stage: the stage's path in the model.
+    """
+    scope: CallScope = attention_kwargs[SCOPE]
+    own = CallScope(scope.variant, scope.grids, scope.kept_by_stage, stage)
+    if scope.keeps:
+        scope.stages[stage] = own
+    return {**attention_kwargs, SCOPE: own}
+
+
+def variant(attention_kwargs: Mapping[str, Any] | None, group: str = "") -> str:
+    """The variant of a block that runs in this call of the model; on its own, it merges.
+
+    Args:
+        attention_kwargs: of the call of the block.
+        group: the group that the block makes a plan for. It makes one whenever an earlier call
+            left none, as where a hook skipped the block then.
+    """
     scope = _scope(attention_kwargs)
-    own = PlanScope() if scope is None else PlanScope(scope.time, scope.merging)
-    return {**(attention_kwargs or {}), SCOPE: own}
+    if scope is None:
+        return MERGED
+    if group and scope.variant in (WEIGH, REUSE) and group not in scope.kept:
+        return MERGED
+    return scope.variant
 
 
-def merging(attention_kwargs: Mapping[str, Any] | None) -> bool:
-    """Whether a block merges in this call of the model; on its own, it always does."""
+def region_layout(
+    attention_kwargs: Mapping[str, Any] | None, tokens: Tensor, region_tokens: int, ratio: float
+) -> tuple[int, ...]:
+    """How the image tokens of a call are cut into regions: `toma_fx.runtime.regions.layout`.
+
+    Args:
+        attention_kwargs: of the call of the block; their scope knows the grids of the sequence.
+        tokens: ``(B, N, D)`` image tokens.
+        region_tokens: tokens wanted in a region.
+        ratio: share of a region's tokens that is merged away.
+    """
     scope = _scope(attention_kwargs)
-    return scope is None or scope.merging
+    count = tokens.shape[1]
+    grids: tuple[int, ...] = (count,)
+    # A rank of context parallelism holds a part of the sequence, in which grids are unknown.
+    if scope is not None and scope.grids is not None and sum(scope.grids) == count:
+        grids = tuple(scope.grids)
+    return regions.layout(grids, region_tokens, ratio)
 
 
-def share(attention_kwargs: Mapping[str, Any] | None, blocks: str, *plan: Tensor) -> Plan:
-    """Hand the plan to the later blocks of the group called ``blocks``; returns it."""
+def share(attention_kwargs: Mapping[str, Any] | None, group: str, *plan: Tensor) -> Plan:
+    """Hand the plan to the later blocks of the group; returns it."""
     scope = _scope(attention_kwargs)
     if scope is not None:
-        scope.plans[blocks] = plan
+        scope.plans[group] = plan
     return plan
 
 
-def is_due(attention_kwargs: Mapping[str, Any] | None, blocks: str) -> bool:
-    """Whether this call of the model merges, and the group of ``blocks`` has no plan yet."""
+def is_due(attention_kwargs: Mapping[str, Any] | None, group: str) -> bool:
+    """Whether this call of the model merges, and the group has no plan yet."""
     scope = _scope(attention_kwargs)
-    return scope is not None and scope.merging and blocks not in scope.plans
+    return scope is not None and scope.variant != UNTOUCHED and group not in scope.plans
 
 
 def postpone(
-    attention_kwargs: Mapping[str, Any], blocks: str, planner: Callable[[], object]
+    attention_kwargs: Mapping[str, Any], group: str, planner: Callable[[], object]
 ) -> None:
     """Let ``planner`` share the plan when a later block of the group asks for it."""
-    attention_kwargs[SCOPE].planners[blocks] = planner
+    attention_kwargs[SCOPE].planners[group] = planner
 
 
-def shared(attention_kwargs: Mapping[str, Any] | None, blocks: str) -> Plan:
+def shared(attention_kwargs: Mapping[str, Any] | None, group: str) -> Plan:
     """The plan that the group's first block made in this call of the model.
 
     Raises:
@@ -89,33 +168,25 @@ def shared(attention_kwargs: Mapping[str, Any] | None, blocks: str) -> Plan:
             the first, whose plan takes what its layers compute.
     """
     scope = _scope(attention_kwargs)
-    if scope is not None and blocks not in scope.plans and blocks in scope.planners:
-        scope.planners[blocks]()
-    if scope is None or blocks not in scope.plans:
+    if scope is not None and group not in scope.plans and group in scope.planners:
+        scope.planners[group]()
+    if scope is None or group not in scope.plans:
         raise InputError(
-            f"this block ({blocks}) shares the plan of its group's first block, which did not run "
-            "before it; call the whole model, or, to run blocks on their own or to skip the first, "
-            "transform with share='block', where each makes its own plan"
+            f"this block ({group}) shares the plan of its group's first block, which did not run "
+            "before it; call the whole model, or, to run or export blocks on their own or to skip "
+            "the first, transform with share='block', where each makes its own plan"
         )
-    return scope.plans[blocks]
+    return scope.plans[group]
 
 
-def time_of(attention_kwargs: Mapping[str, Any] | None) -> tuple[Tensor, Tensor]:
-    """Step and run number of this call, each an int64 scalar, for the block that keeps plans.
-
-    Raises:
-        InputError: when the block was called on its own, so that there is no clock.
-    """
+def kept_destinations(attention_kwargs: Mapping[str, Any] | None, group: str) -> Tensor:
+    """The destinations that an earlier call selected for the group, ``(B, R, m)`` int64."""
     scope = _scope(attention_kwargs)
-    if scope is None or scope.time is None:
-        raise InputError(
-            "this block keeps its plan on a schedule and needs the model's clock; call the whole "
-            "model, or transform without a schedule to run blocks on their own"
-        )
-    return scope.time
+    assert scope is not None, "this variant runs only in a call that brings kept plans"
+    return scope.kept[group][-1]
 
 
-def carry(attention_kwargs: Mapping[str, Any] | None, *refused: str) -> dict[str, Any]:
+def pass_on(attention_kwargs: Mapping[str, Any] | None, *refused: str) -> dict[str, Any]:
     """The attention kwargs that go on to the attention layers: all but the scope.
 
     Raises:
@@ -132,7 +203,11 @@ def carry(attention_kwargs: Mapping[str, Any] | None, *refused: str) -> dict[str
     return {key: value for key, value in attention_kwargs.items() if key != SCOPE}
 
 
-def carry_mask(mask: Tensor | None, name: str, merged_keys: bool) -> Tensor | None:
+_LEFT_WITHOUT = {True: ("cross_attention", "mlp"), False: ("self_attention", "mlp")}
+"""The components that stay when self-attention, or cross-attention, is left out."""
+
+
+def pass_on_mask(mask: Tensor | None, name: str, merged_keys: bool) -> Tensor | None:
     """An attention mask that is still true after merging.
 
     Args:
@@ -148,10 +223,14 @@ def carry_mask(mask: Tensor | None, name: str, merged_keys: bool) -> Tensor | No
     if merged_keys or (mask.ndim > 2 and mask.shape[-2] != 1):
         raise InputError(
             f"{name} of shape {tuple(mask.shape)} masks single image tokens, which merging joins; "
-            "pass None, or leave the component out: components=('cross_attention', 'mlp') for a "
-            "self-attention mask, ('self_attention', 'mlp') for a cross-attention mask"
+            "pass None, or leave the component out: transform with placement='component', "
+            f"components={_LEFT_WITHOUT[merged_keys]!r} and region='stripe'"
         )
     return mask
+
+
+class _RotaryError(InputError, AttributeError):
+    """So that `hasattr` still answers."""
 
 
 class RotaryTable:
@@ -159,7 +238,8 @@ class RotaryTable:
 
     `apply_rotary_emb` takes ``cos[None, :, None, :]`` of a ``(tokens, head_dim)`` table to
     ``(1, tokens, 1, head_dim)``. Destinations differ from image to image, so this table answers
-    the same index with ``(B, tokens, 1, head_dim)``.
+    the same index with ``(B, tokens, 1, head_dim)``. Casts and moves, which processors of other
+    libraries do first, give a table again.
     """
 
     __slots__ = ("values",)
@@ -171,31 +251,39 @@ class RotaryTable:
         if index != (None, slice(None), None, slice(None)):
             raise InputError(
                 f"rotary index {index!r} is not the [None, :, None, :] of Flux's attention "
-                "processors; use one of diffusers' own processors with merged tokens"
+                "processors; use one of diffusers' own processors with merged tokens, or leave "
+                "its blocks out with skip"
             )
         return self.values[:, :, None, :]
 
+    def to(self, *args: Any, **kwargs: Any) -> "RotaryTable":
+        """As `torch.Tensor.to`."""
+        return RotaryTable(self.values.to(*args, **kwargs))
 
-def rotary_at(
-    rotary: tuple[Tensor, Tensor], destinations: Tensor, text_tokens: int
-) -> tuple[Tensor, Tensor]:
-    """Rotary values of the text tokens, then of the destinations.
+    def float(self) -> "RotaryTable":
+        """As `torch.Tensor.float`."""
+        return RotaryTable(self.values.float())
 
-    Args:
-        rotary: cosines and sines, each ``(P + N, head_dim)``, text first.
-        destinations: ``(B, R, m)`` int64.
-        text_tokens: ``P``.
+    @property
+    def shape(self) -> torch.Size:
+        """``(tokens, head_dim)``, as of diffusers' table."""
+        return self.values.shape[1:]
 
-    Returns:
-        cosines and sines, each ``(B, P + R * m, head_dim)``.
-    """
-    cos, sin = rotary
-    return _rotary_at(cos, destinations, text_tokens), _rotary_at(sin, destinations, text_tokens)
+    @property
+    def dtype(self) -> torch.dtype:
+        """As of a tensor."""
+        return self.values.dtype
 
+    @property
+    def device(self) -> torch.device:
+        """As of a tensor."""
+        return self.values.device
 
-def _rotary_at(table_SD: Tensor, destinations: Tensor, text_tokens: int) -> Tensor:
-    text = table_SD[:text_tokens].expand(destinations.shape[0], -1, -1)
-    return torch.cat([text, torch.ops.toma.gather(table_SD[text_tokens:], destinations)], dim=1)
+    def __getattr__(self, name: str) -> Any:
+        raise _RotaryError(
+            f"rotary values on merged tokens have no {name!r}, for they are one table for each "
+            "image; use one of diffusers' own processors, or leave its blocks out with skip"
+        )
 
 
 def rotary_tables(cos: Tensor, sin: Tensor) -> tuple[RotaryTable, RotaryTable]:

@@ -1,19 +1,25 @@
 """Which tokens to keep: destinations, chosen region by region (Eq. 5, Alg. 1 and 2)."""
 
+import functools
 import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Private, and the only way to write a loop whose trip count is no part of the graph.
-from torch._functorch import config as functorch_config
-from torch._higher_order_ops.while_loop import while_loop_op
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
-
 from toma_fx.errors import InputError
-from toma_fx.runtime.regions import kept_tokens, region_size
+from toma_fx.runtime.regions import (
+    expect_tokens,
+    is_padded,
+    placed,
+    places_of,
+    real_places,
+    total_regions,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +27,9 @@ GAIN_STEPS = 2.0**12
 """Gains are compared in steps of ``1 / GAIN_STEPS``. Two tokens that are nearest to each other
 have exactly the same gain, ``1 + S_ij - c_i - c_j``, so ties are the rule; without the steps
 rounding would decide them, and eager, compiled and exported models would pick differently."""
+
+PADDING_GAIN = -1e30
+"""What padding counts as gaining: less than any token, more than one that is picked already."""
 
 KERNEL_TOKENS = 256
 """The largest region whose destinations a GPU kernel picks; see `kernels`."""
@@ -47,7 +56,9 @@ def cosines(unit: Tensor, others: Tensor) -> Tensor:
     return unit @ others.transpose(-1, -2)
 
 
-def facility_location(similarity: Tensor, keep: int, *sized: Tensor) -> Tensor:
+def facility_location(
+    similarity: Tensor, keep: int, *sized: Tensor, real_Gn: Tensor | None = None
+) -> Tensor:
     """Greedy maximisation of ``f(T) = sum_i max_{j in T} S_ij`` (Eq. 5) in every group at once.
 
     Each pick is the token with the largest gain ``sum_i max(0, S_ij - c_i)``, where ``c_i`` is the
@@ -62,10 +73,15 @@ def facility_location(similarity: Tensor, keep: int, *sized: Tensor) -> Tensor:
         keep: picks per group, at most ``n``.
         *sized: tensors that have the symbols of a symbolic ``G`` among their own sizes. The loop
             takes them along, since Inductor must find every symbol in what a loop is given.
+        real_Gn: ``(G, n)`` bool: the other places are padding, picked when nothing else is left.
 
     Returns:
         ``(G, keep)`` int64, in the order of picking, without repetition.
     """
+    # Private, and the only way to write a loop whose trip count is no part of the graph. Imported
+    # here because torch may not have imported its tracer yet.
+    from torch._higher_order_ops.while_loop import while_loop_op
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
     def unfinished(step: Tensor, *_: Tensor) -> Tensor:
         return step < keep
@@ -87,10 +103,13 @@ def facility_location(similarity: Tensor, keep: int, *sized: Tensor) -> Tensor:
     looped = torch.compiler.is_compiling() or get_proxy_mode() is not None
     # A loop node asks whether it is done, and would wait for a GPU; Python's loop never asks.
     device = torch.device("cpu") if looped else similarity.device
+    free = similarity.new_zeros((groups, tokens))
+    if real_Gn is not None:
+        free = free.masked_fill(~real_Gn, PADDING_GAIN)
     start: tuple[Tensor, ...] = (
         torch.zeros((), dtype=torch.int64, device=device),
         similarity.new_full((groups, tokens), -1.0),
-        similarity.new_zeros((groups, tokens)),
+        free,
         similarity.new_zeros((groups, keep), dtype=torch.int64),
     )
     if looped:
@@ -104,56 +123,106 @@ def facility_location(similarity: Tensor, keep: int, *sized: Tensor) -> Tensor:
     return start[3]
 
 
-def similarities(tokens_BND: Tensor, size: int) -> Tensor:
-    """Cosine similarities of the tokens of each region, ``(B * R, n, n)`` float32, no NaN."""
-    unit = unit_tokens(tokens_BND.unflatten(1, (-1, size)).flatten(0, 1))
+def similarities(tokens_BND: Tensor, size: int, real_Rn: Tensor | None = None) -> Tensor:
+    """Cosine similarities of the places of each region, ``(B * R, n, n)`` float32, no NaN.
+
+    Args:
+        tokens_BND: tokens in their places, ``R * size`` of them.
+        size: places of a region.
+        real_Rn: ``(R, n)`` bool: which places are no padding, where there is any.
+    """
+    batch, places, _ = tokens_BND.shape
+    unit = unit_tokens(tokens_BND.unflatten(1, (places // size, size)).flatten(0, 1))
     # A token with NaN resembles nothing, so it is picked last; its NaN still shows in the output.
-    return cosines(unit, unit).nan_to_num(nan=-1.0)
+    similarity = cosines(unit, unit).nan_to_num(nan=-1.0)
+    if real_Rn is None:
+        return similarity
+    # Padding resembles nothing either, and so it adds nothing to any gain.
+    padded = ~(real_Rn[:, :, None] & real_Rn[:, None, :])
+    by_image: Tensor = similarity.unflatten(0, (batch, places // size))
+    return by_image.masked_fill(padded, -1.0).flatten(0, 1)
 
 
-def facility_location_by_loop(tokens_BND: Tensor, size: int, keep: int) -> Tensor:
-    """`facility_location` in regions of ``size`` tokens, on any device: ``(B, R, keep)`` int64."""
-    batch, tokens, _ = tokens_BND.shape
-    picks = facility_location(similarities(tokens_BND, size), keep, tokens_BND)
-    return picks.reshape(batch, tokens // size, keep)
+def facility_location_by_loop(
+    tokens_BND: Tensor, size: int, keep: int, counts: Tensor | None = None, *sized: Tensor
+) -> Tensor:
+    """`facility_location` in regions of ``size`` places, on any device: ``(B, R, keep)`` int64.
+
+    Args:
+        tokens_BND: tokens in their places, ``R * size`` of them.
+        size: places of a region.
+        keep: picks per region.
+        counts: ``(R,)`` int64: places of each region that are no padding, where there is any.
+        *sized: see `facility_location`.
+    """
+    batch, places, _ = tokens_BND.shape
+    real_Rn = real_Gn = None
+    if counts is not None:
+        real_Rn = torch.arange(size, device=tokens_BND.device) < counts[:, None]
+        real_Gn = real_Rn.expand(batch, -1, -1).flatten(0, 1)
+    similarity = similarities(tokens_BND, size, real_Rn)
+    picks = facility_location(similarity, keep, tokens_BND, *sized, real_Gn=real_Gn)
+    return picks.reshape(batch, places // size, keep)
 
 
-def _facility_location(tokens_BND: Tensor, size: int, keep: int) -> Tensor:
-    if _has_kernel(tokens_BND, size):
-        picks: Tensor = torch.ops.toma.facility_location(tokens_BND.detach(), size, keep)
-        return picks
-    return facility_location_by_loop(tokens_BND, size, keep)
+def _facility_location(tokens_BND: Tensor, layout: Sequence[int]) -> Tensor:
+    keep, size = layout[:2]
+    places = placed(tokens_BND, layout)
+    counts = places_of(layout, tokens_BND).counts if is_padded(layout) else None
+    if not _has_kernel(tokens_BND, size):
+        sized = () if counts is None else (tokens_BND,)
+        return facility_location_by_loop(places, size, keep, counts, *sized)
+    # Here, because triton and what it needs of torch's compiler take more than a second to import.
+    from toma_fx.runtime import kernels as kernels  # defines the operator
+
+    picks: Tensor = torch.ops.toma.facility_location(places.detach(), size, keep, counts)
+    return picks
 
 
 def _has_kernel(tokens_BND: Tensor, size: int) -> bool:
-    return (
-        isinstance(size, int)  # the symbolic size of one region for any image is not
-        and size <= KERNEL_TOKENS
-        # A program that is exported, or lowered for export, must load without this package.
-        and functorch_config.decompose_custom_triton_ops
-        and _runs_kernels(tokens_BND.device)
-    )
+    # The symbolic size of one region for any image is no int.
+    if not isinstance(size, int) or size > KERNEL_TOKENS or not _runs_kernels(tokens_BND.device):
+        return False
+    from torch._functorch import config  # a part of torch's compiler
+
+    # A program that is exported, or lowered for export, must load without this package.
+    return bool(config.decompose_custom_triton_ops)
 
 
 def _runs_kernels(device: torch.device) -> bool:
-    """Whether `ops` found triton and the device is a GPU that triton supports."""
+    """Whether the device is a GPU that triton supports, and triton is there.
+
+    Not on ROCm, for which triton lacks the matrix products that the kernels ask for.
+    """
     return (
         device.type == "cuda"
-        and hasattr(torch.ops.toma, "facility_location")
+        and torch.version.hip is None
+        and _finds_triton()
         and torch.cuda.get_device_capability(device) >= (8, 0)
     )
 
 
-def _random(tokens_BND: Tensor, size: int, keep: int) -> Tensor:
-    batch, tokens, _ = tokens_BND.shape
-    order = pseudo_random(tokens_BND, (tokens // size, size)).argsort(dim=-1)
-    return order[:, :keep].expand(batch, -1, -1)
+@functools.cache
+def _finds_triton() -> bool:
+    return find_spec("triton") is not None
 
 
-def _grid(tokens_BND: Tensor, size: int, keep: int) -> Tensor:
-    batch, tokens, _ = tokens_BND.shape
-    place = torch.arange(keep, device=tokens_BND.device)
-    return ((2 * place + 1) * size // (2 * keep)).expand(batch, tokens // size, -1)
+def _random(tokens_BND: Tensor, layout: Sequence[int]) -> Tensor:
+    keep, size = layout[:2]
+    number = pseudo_random(tokens_BND, (total_regions(layout), size))
+    if is_padded(layout):
+        number = number + ~real_places(layout, tokens_BND)
+    return number.argsort(dim=-1)[:, :keep].expand(tokens_BND.shape[0], -1, -1)
+
+
+def _grid(tokens_BND: Tensor, layout: Sequence[int]) -> Tensor:
+    keep, size = layout[:2]
+    place = 2 * torch.arange(keep, device=tokens_BND.device) + 1
+    if is_padded(layout):
+        place = place * places_of(layout, tokens_BND).counts[:, None] // (2 * keep)
+    else:
+        place = place * size // (2 * keep)
+    return place.expand(tokens_BND.shape[0], total_regions(layout), -1)
 
 
 def pseudo_random(like: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -170,31 +239,43 @@ def pseudo_random(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     return ((x ^ (x >> 16)) & 0xFFFFFF).reshape(shape).float() / 2**24
 
 
-SELECTORS = {"facility_location": _facility_location, "random": _random, "grid": _grid}
-"""Each ``(B, N, D), n, m -> (B, R, m)`` indices inside the region."""
+@dataclass(frozen=True, kw_only=True)
+class Selector:
+    """A way to choose destinations."""
+
+    pick: Callable[[Tensor, Sequence[int]], Tensor]
+    """``(B, N, D), layout -> (B, R, m)``: int64 places inside the region."""
+    fixed_weights: bool = False
+    """Whether the weights are `merging.fixed_weights`, which do not look at a token either."""
 
 
-def select(tokens: Tensor, region_tokens: int, ratio: float, selector: str) -> Tensor:
+SELECTORS = {
+    "facility_location": Selector(pick=_facility_location),
+    "random": Selector(pick=_random),
+    "grid": Selector(pick=_grid),
+    "fixed": Selector(pick=_grid, fixed_weights=True),
+}
+
+
+def select(tokens: Tensor, layout: Sequence[int], selector: str) -> Tensor:
     """Destinations of every region.
 
     Args:
         tokens: ``(B, N, D)`` in token order, any floating dtype.
-        region_tokens: tokens wanted in a region; see `region_size`. 0: one region.
-        ratio: share of a region's tokens that is merged away, in [0, 1).
-        selector: ``"facility_location"``, ``"random"`` or ``"grid"``.
+        layout: how the tokens are cut into regions; see `toma_fx.runtime.regions.layout`.
+        selector: a key of `SELECTORS`.
 
     Returns:
-        ``(B, R, m)`` int64: indices into the ``N`` tokens, distinct within a region.
+        ``(B, R, m)`` int64: indices into the ``N`` tokens, distinct within a region of at least
+        ``m`` tokens. A smaller region names all its tokens, some more than once.
 
     Raises:
-        InputError: when ``tokens`` is not 3-dimensional or ``selector`` is unknown.
+        InputError: when ``tokens`` do not fit ``layout`` or ``selector`` is unknown.
     """
-    if tokens.ndim != 3:
-        raise InputError(f"select: tokens of shape {tuple(tokens.shape)} must be (B, N, D)")
+    expect_tokens("select", tokens, layout)
     if selector not in SELECTORS:
         raise InputError(f"select: selector={selector!r} must be one of {', '.join(SELECTORS)}")
-    size = region_size(tokens.shape[1], region_tokens)
-    keep = kept_tokens(size, ratio)
+    keep, size = layout[:2]
     if not torch.compiler.is_compiling() and logger.isEnabledFor(logging.DEBUG):
         logger.debug(
             "%s keeps %s of %s tokens in each region of (B, N, D) = %s",
@@ -203,6 +284,11 @@ def select(tokens: Tensor, region_tokens: int, ratio: float, selector: str) -> T
             size,
             tuple(tokens.shape),
         )
-    inside = SELECTORS[selector](tokens, size, keep)
+    inside = SELECTORS[selector].pick(tokens, layout)
+    if is_padded(layout):
+        token_Rn: Tensor = places_of(layout, tokens).token_of_place.unflatten(
+            0, (total_regions(layout), size)
+        )
+        return token_Rn.expand(tokens.shape[0], -1, -1).gather(-1, inside)
     first = size * torch.arange(inside.shape[1], device=tokens.device)
     return inside + first[:, None]

@@ -14,10 +14,18 @@ import functools
 import torch
 from torch import Tensor
 
+from toma_fx.runtime.regions import kept_for
+
 _LEVELS = 8
 """Levels of the curve: the same for every image, so that one graph can order images of many sizes.
 An image of more than 256 tokens a side gets one curve for each square of 256 x 256, one square
 after another."""
+
+_SQUARES = 4
+"""Bits for the row and for the column of a square: 16 squares, 4096 tokens a side."""
+
+_TIES = 20
+"""Bits for the index of a token in the sequence, which leaves 19 for the number of an image."""
 
 
 def _turns() -> int:
@@ -58,7 +66,7 @@ def _hilbert_index(row: Tensor, column: Tensor) -> Tensor:
 
 def _place(image: Tensor | int, row: Tensor, column: Tensor) -> Tensor:
     """A number that rises along the curves, from square to square and from image to image."""
-    square = ((image << _LEVELS) + (row >> _LEVELS) << _LEVELS) + (column >> _LEVELS)
+    square = ((image << _SQUARES) + (row >> _LEVELS) << _SQUARES) + (column >> _LEVELS)
     return (square << 2 * _LEVELS) + _hilbert_index(row, column)
 
 
@@ -67,7 +75,6 @@ def _grid_order(height: int, width: int, device: torch.device) -> Tensor:
     return _place(0, token // width, token % width).argsort()
 
 
-# By stream too: another could read the order before the one that made it is done.
 @functools.lru_cache(maxsize=64)
 def _cached_grid_order(height: int, width: int, device: torch.device, stream: int) -> Tensor:
     # An inference tensor could not be used later by a call that records gradients.
@@ -92,13 +99,10 @@ def tile_order(like: Tensor, height: int, width: int) -> Tensor:
             [10, 14, 15, 11],
             [ 7,  6,  2,  3]])
     """
-    # Only a plain tensor may be cached: under tracing the result belongs to that trace, and in a
-    # CUDA graph to its memory.
-    on_gpu = like.device.type == "cuda"
-    if type(like) is Tensor and not (on_gpu and torch.cuda.is_current_stream_capturing()):
-        stream = torch.cuda.current_stream(like.device).cuda_stream if on_gpu else 0
-        return _cached_grid_order(height, width, like.device, stream)
-    return _grid_order(height, width, like.device)
+    key = kept_for(like)
+    if key is None:
+        return _grid_order(height, width, like.device)
+    return _cached_grid_order(height, width, *key)
 
 
 def tile_order_of_ids(ids: Tensor) -> Tensor:
@@ -106,14 +110,15 @@ def tile_order_of_ids(ids: Tensor) -> Tensor:
 
     Args:
         ids: ``(N, 3)``: image number, row and column of each token. Tokens of different images
-            (Kontext's reference tokens have number 1) stay apart.
+            (Kontext's reference tokens have number 1) stay apart. Rows and columns are below 4096,
+            image numbers below 2**19, and there are at most 2**20 tokens.
 
     Returns:
         ``(N,)`` int64: for each place in tile order, the token's index.
     """
     place = _place(*ids.round().to(torch.int64).unbind(-1))
     # Tokens with equal ids stay as they were; ONNX has no stable sort.
-    return ((place << 24) + torch.arange(place.shape[0], device=ids.device)).argsort()
+    return ((place << _TIES) + torch.arange(place.shape[0], device=ids.device)).argsort()
 
 
 def reorder(tokens: Tensor, order: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ import pathlib, sys
 import torch, diffusers
 import toma_fx, toma_fx.cli
 from toma_fx import passes, runtime
+from toma_fx.inputs import random_inputs
 
 site = pathlib.Path(sys.argv[1])
 for module in (toma_fx, passes, runtime):
@@ -30,7 +31,7 @@ model = diffusers.FluxTransformer2DModel(
     axes_dims_rope=(4, 6, 6), in_channels=4, joint_attention_dim=8, pooled_projection_dim=8,
 )
 transformed = toma_fx.transform(model)
-inputs = toma_fx.inputs.random_inputs(model, height=128)
+inputs = random_inputs(model, height=128)
 with torch.no_grad():
     assert not torch.equal(model(**inputs).sample, transformed(**inputs).sample)
 assert toma_fx.report(transformed, height=128).saved > 0

@@ -12,6 +12,7 @@ import toma_fx
 from tests.tiny import flux_inputs, tiny_flux, tiny_sdxl_unet, unet_inputs
 from toma_fx.config import MergeConfig, Schedule
 from toma_fx.errors import ConfigError, ModelError
+from toma_fx.recipe import Recipe
 
 MIXED = {
     "sdxl": {"down_blocks.1.*": 0.25, "mid_block.*.1": 0.25, "up_blocks.1.*": 0},
@@ -88,8 +89,9 @@ def test_blocks_of_one_list_and_ratio_share_a_plan() -> None:
     plans = toma_fx.trace(model).graph.find_nodes(
         op="call_function", target=torch.ops.toma.select.default
     )
-    assert sorted(plan.args[2] for plan in plans) == [0.25, 0.5, 0.75]
-    roles = {path: each.role for path, each in model._toma.merged.items()}
+    kept = [plan.args[1][0] / plan.args[1][1] for plan in plans]
+    assert sorted(kept) == [0.25, 0.5, 0.75]
+    roles = {each.path: each.role for each in model.toma_recipe.merged}
     assert [roles[f"single_transformer_blocks.{i}"] for i in range(3)] == ["lead", "lead", "follow"]
     seen = outputs(model, inputs, ["single_transformer_blocks.2.proj_mlp"])
     text, image = inputs["encoder_hidden_states"].shape[1], inputs["hidden_states"].shape[1]
@@ -159,7 +161,7 @@ def test_a_pickle_keeps_the_ratios() -> None:
     flux, inputs = build("flux")
     model = merged("flux", flux)
     again = pickle.loads(pickle.dumps(model))
-    assert again._toma.config == model._toma.config
+    assert again.toma_recipe.config == model.toma_recipe.config
     assert torch.equal(sample(again, inputs), sample(model, inputs))
 
 
@@ -180,9 +182,8 @@ def test_a_ratio_of_0_leaves_a_block_alone() -> None:
     nothing = merged("sdxl", unet, block_ratios={"*": 0})
     assert torch.equal(sample(nothing, inputs), sample(unet, inputs))
     some = merged("sdxl", unet)
-    assert (
-        some._toma.skipped["up_blocks.1.attentions.0.transformer_blocks.0"].skipped == "ratio is 0"
-    )
+    unmerged = {block.path: block.unmerged_because for block in some.toma_recipe.unmerged}
+    assert unmerged["up_blocks.1.attentions.0.transformer_blocks.0"] == "ratio is 0"
 
 
 @pytest.mark.parametrize(
@@ -213,13 +214,17 @@ def test_a_hidden_pattern_is_named() -> None:
 
 
 def test_a_block_with_its_own_ratio_is_not_spared_by_default() -> None:
-    flux = tiny_flux(num_layers=4, num_single_layers=8)
-    assert "transformer_blocks.0" in toma_fx.transform(flux)._toma.skipped
-    named = toma_fx.transform(flux, block_ratios={"transformer_blocks.0": 0.25})
-    assert named._toma.merged["transformer_blocks.0"].ratio == 0.25
-    assert "single_transformer_blocks.0" in named._toma.skipped
-    skipped = toma_fx.transform(flux, block_ratios={"*": 0.25}, skip=("transformer_blocks.0",))
-    assert list(skipped._toma.skipped) == ["transformer_blocks.0"]
+    def ratios(**options: Any) -> dict[str, float | None]:
+        recipe: Recipe = toma_fx.transform(flux, **options).toma_recipe
+        return {block.path: block.ratio if block.role else None for block in recipe.blocks}
+
+    flux: Any = tiny_flux(num_layers=4, num_single_layers=8)
+    assert ratios()["transformer_blocks.0"] is None
+    named = ratios(block_ratios={"transformer_blocks.0": 0.25})
+    assert named["transformer_blocks.0"] == 0.25
+    assert named["single_transformer_blocks.0"] is None
+    skipped = ratios(block_ratios={"*": 0.25}, skip=("transformer_blocks.0",))
+    assert [path for path, ratio in skipped.items() if ratio is None] == ["transformer_blocks.0"]
 
 
 def test_a_speed_up_has_one_ratio() -> None:

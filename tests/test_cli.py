@@ -1,5 +1,6 @@
 """The command line and the examples run at small size."""
 
+import re
 import runpy
 import subprocess
 import sys
@@ -12,10 +13,15 @@ import torch
 import toma_fx
 from tests.pipelines import tiny_flux_pipeline, tiny_sdxl_pipeline
 from tests.tiny import tiny_flux, tiny_sdxl_unet
-from toma_fx import bench, checkpoints, demo
+from toma_fx import checkpoints, choices, demo
+from toma_fx.bench import presets
+from toma_fx.bench.compare import table
+from toma_fx.bench.timing import Timing
 from toma_fx.cli import main
+from toma_fx.inputs import random_inputs
 
 ROOT = Path(__file__).parent.parent
+COMMANDS = ["report", "bench", "demo", "eval", "study", "calibrate", "plot", "show"]
 
 
 @pytest.fixture(params=[tiny_sdxl_unet, tiny_flux])
@@ -45,7 +51,7 @@ def test_demo_draws_and_shows_report_graphs_and_times(
 ) -> None:
     compiled: list[dict[str, object]] = []
 
-    def side_by_side(*args: object, **options: object) -> list[bench.Timing]:
+    def side_by_side(*args: object, **options: object) -> list[Timing]:
         compiled.append(options)
         return TIMINGS
 
@@ -64,14 +70,14 @@ def test_demo_draws_and_shows_report_graphs_and_times(
 
 
 TIMINGS = [
-    bench.Timing(name="untouched", first_call=9.0, calls=(4.0, 2.0, 3.0)),
-    bench.Timing(name="ratio 0.5", first_call=9.0, calls=(2.0, 2.0, 1.0)),
+    Timing(name="untouched", first_call=9.0, calls=(4.0, 2.0, 3.0)),
+    Timing(name="ratio 0.5", first_call=9.0, calls=(2.0, 2.0, 1.0)),
 ]
 
 
 def test_table_gives_medians_and_paired_ratios() -> None:
     assert TIMINGS[0].median == 3.0
-    row = bench.table(TIMINGS).splitlines()[-1].split()
+    row = table(TIMINGS).splitlines()[-1].split()
     assert row[2:] == ["2", "1", "to", "2", "2.00", "1.00", "to", "3.00", "9"]
 
 
@@ -83,22 +89,31 @@ def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_random_weights_fit_the_dtype_and_stay_finite() -> None:
-    config = {**checkpoints.FLUX, "num_layers": 1, "num_single_layers": 1, "in_channels": 4}
+    cls, config = checkpoints.model_class("flux")
+    config |= {"num_layers": 1, "num_single_layers": 1, "in_channels": 4}
     config |= {"attention_head_dim": 16, "num_attention_heads": 2, "axes_dims_rope": (4, 6, 6)}
-    model = checkpoints.random_weights(checkpoints.RANDOM["flux"][0], config, torch.bfloat16)
+    model = checkpoints.random_weights(cls, config, torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     with torch.no_grad():
-        output = model(**toma_fx.inputs.random_inputs(model, height=128)).sample
+        output = model(**random_inputs(model, height=128)).sample
     assert output.isfinite().all()
     assert output.std() > 0
 
 
-def test_help_reads_well() -> None:
+def test_help_is_a_sentence_for_each_command() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "toma_fx", "--help"], capture_output=True, text=True, cwd=ROOT
     )
     assert done.returncode == 0
-    assert {"report", "bench", "demo"} <= set(done.stdout.split())
+    listed = done.stdout.partition("COMMAND\n")[2].partition("\n\n")[0]
+    sentences = re.findall(r"^    (\w+)\s+([A-Z][^.]+\.)$", listed, re.MULTILINE)
+    assert [name for name, _ in sentences] == COMMANDS
+    assert len(re.findall(r"\.$", listed, re.MULTILINE)) == len(COMMANDS)
+
+
+def test_choices_are_what_they_name() -> None:
+    assert tuple(checkpoints.DTYPES) == choices.DTYPE_NAMES
+    assert tuple(presets.PRESETS) == choices.BENCH_PRESETS
 
 
 def test_every_example_has_a_main() -> None:

@@ -10,31 +10,27 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.passes.blocks import (
-    COMPONENTS,
     NAMES,
-    OPTIONS,
     block_of,
-    flow_of,
+    hand_on_pass,
     inputs_of,
+    merge_pass,
     rewrite,
     row_of,
     scope_kwargs,
 )
 from toma_fx.passes.install import install
-from toma_fx.passes.merge_components import MergeComponents
-from toma_fx.passes.merge_once import MergeOnce
-from toma_fx.passes.pipeline import Pass
+from toma_fx.passes.merge import Merge
+from toma_fx.passes.one_plan import OnePlan
 from toma_fx.passes.plan_apart import plan_apart
-from toma_fx.passes.share_plan import SharePlan
-from toma_fx.passes.sites import FindSites
-from toma_fx.runtime.plan import PlanScope
+from toma_fx.runtime.plan import MERGED, CallScope
 
-Merge = Callable[[nn.Module], list[Pass]]
+MakeMerge = Callable[[nn.Module], Merge]
 KERNEL_CALL = re.compile(
     r"^\s+(?:\w+ = )?(extern_kernels|torch\.ops|cpp_fused)[._]([\w.]+)\(", re.M
 )
@@ -65,28 +61,28 @@ def contiguous_inputs(name: str) -> dict[str, Any]:
     return {**inputs, "hidden_states": inputs["hidden_states"].contiguous()}
 
 
-def once(block: nn.Module) -> list[Pass]:
-    return [MergeOnce(options=OPTIONS, flow=flow_of(block))]
+def once(block: nn.Module) -> Merge:
+    return merge_pass(block, "block", residual="keep")
 
 
-def each_component(block: nn.Module) -> list[Pass]:
-    find = FindSites(sites=row_of(block).sites, components=COMPONENTS)
-    return [find, MergeComponents(options=OPTIONS, flow=flow_of(block))]
+def each_component(block: nn.Module) -> Merge:
+    return merge_pass(block, "component")
 
 
-def graph_of(block: nn.Module, role: Any, merge: Merge = once) -> Any:
-    share = SharePlan(attention_kwargs=row_of(block).attention_kwargs, blocks="Block", role=role)
-    return rewrite(block, *merge(block), share)
+def graph_of(block: nn.Module, role: Any, merge: MakeMerge = once) -> fx.GraphModule:
+    return rewrite(block, merge(block), OnePlan(), hand_on_pass(block, role))
 
 
 def beside_a_follower(
-    name: str, merge: Merge
+    name: str, merge: MakeMerge
 ) -> tuple[dict[str, Any], nn.Module, nn.Module, dict[str, Any]]:
     """Inputs, an untouched block, one that uses a plan, and the kwargs that bring it the plan."""
     inputs, untouched, merged = contiguous_inputs(name), block_of(name), block_of(name)
-    scope = scope_kwargs(merged, PlanScope())
+    scope = scope_kwargs(merged, CallScope())
     graph_of(merged, "lead", merge)(**inputs, **scope)
-    install(merged, graph_of(merged, "follow", merge))
+    follow = graph_of(merged, "follow", merge)
+    kwargs = row_of(merged).flow.attention_kwargs
+    install(merged, {MERGED: follow}, attention_kwargs=kwargs)
     return inputs, untouched, merged, scope
 
 
@@ -116,7 +112,7 @@ def test_a_block_that_merges_each_component_pays_two_matrix_products_a_site(name
     assert paid_compiled(name, each_component) == COMPILED[name]
 
 
-def paid_compiled(name: str, merge: Merge) -> dict[str, int]:
+def paid_compiled(name: str, merge: MakeMerge) -> dict[str, int]:
     """Kernels that a compiled block runs more than an untouched one."""
     inputs, untouched, merged, scope = beside_a_follower(name, merge)
     before = kernels(untouched, inputs)
@@ -152,7 +148,7 @@ def test_an_eager_block_that_merges_each_component_pays_two_a_site(name: str) ->
     assert paid_eager(name, each_component) == EAGER[name]
 
 
-def paid_eager(name: str, merge: Merge) -> dict[str, int]:
+def paid_eager(name: str, merge: MakeMerge) -> dict[str, int]:
     """Operators that an eager block calls more than an untouched one."""
     inputs, untouched, merged, scope = beside_a_follower(name, merge)
     with torch.no_grad(), Operators() as before:
@@ -166,7 +162,9 @@ def paid_eager(name: str, merge: Merge) -> dict[str, int]:
 
 def test_a_plan_is_two_matrix_products_and_a_loop() -> None:
     block = block_of("unet")
-    plan = plan_apart(graph_of(block, "lead"))
-    counts = kernels(plan, contiguous_inputs("unet"), **scope_kwargs(block, PlanScope()))
+    graph = plan_apart(graph_of(block, "lead"))
+    assert graph is not None
+    plan = fx.GraphModule(block, graph)
+    counts = kernels(plan, contiguous_inputs("unet"), **scope_kwargs(block, CallScope()))
     # Similarities of all pairs, and of tokens and destinations.
     assert counts == {"bmm": 2, "fused": 4}

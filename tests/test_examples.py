@@ -1,6 +1,7 @@
 """Each example runs at a small size, and its picture is one."""
 
 import importlib.util
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 from PIL import Image
 
 import toma_fx
-from examples import benchmark, flux, lora_controlnet, sdxl
+from examples import benchmark, export, flux, lora_controlnet, run_exported, sdxl
+from tests.pipelines import tiny_flux_pipeline, tiny_sdxl_pipeline
+from toma_fx import MergeConfig, Schedule
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SMALL = EXAMPLES / "small_models"
@@ -56,6 +59,43 @@ def test_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     assert "untouched" in said
     assert "ratio 0.5" in said
+
+
+VARIANTS = {
+    "merge_below": (MergeConfig(merge_below=0.6), ["--merge-below", "0.6"]),
+    "schedule": (
+        MergeConfig(schedule=Schedule(select_every=3, weigh_every=2)),
+        ["--select-every", "3", "--weigh-every", "2"],
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("build", "what"),
+    [
+        (tiny_flux_pipeline, "schedule"),
+        pytest.param(tiny_flux_pipeline, "merge_below", marks=pytest.mark.slow),
+        pytest.param(tiny_sdxl_pipeline, "schedule", marks=pytest.mark.slow),
+        pytest.param(tiny_sdxl_pipeline, "merge_below", marks=pytest.mark.slow),
+    ],
+)
+def test_exported_variants_draw_what_the_pipeline_draws(
+    build: Any, what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, options = VARIANTS[what]
+    pipe = build()
+    pipe.save_pretrained(tmp_path / "pipeline")
+    folder = str(tmp_path / "exported")
+    asked = ["--prompt", "abc", "--size", "128", "--steps", "4", *options]
+    export.main(["--model", str(tmp_path / "pipeline"), "--output", folder, *asked])
+    latents = run_exported.main([folder])
+    said = capsys.readouterr().out
+    assert len(set(re.findall(r"step \d, (\w+)", said))) > 1
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    toma_fx.transform(pipe, config)
+    call = {"num_inference_steps": 4, "guidance_scale": 3.5, "height": 128, "width": 128}
+    expected = pipe("abc", **call, latents=noise, output_type="latent").images
+    assert (latents - expected).norm() < 1e-4 * expected.norm()
 
 
 def comfyui() -> Any:

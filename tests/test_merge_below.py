@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import toma_fx
-from tests.tiny import flux_inputs, tiny_flux, tiny_sdxl_unet, unet_inputs
+from tests.tiny import flux_inputs, smallest_flux, smallest_unet, unet_inputs
 from toma_fx.config import MergeConfig, Schedule
 from toma_fx.errors import ConfigError, ModelError
 
@@ -23,7 +23,7 @@ class Case:
     def __init__(self, family: str) -> None:
         self.family = family
         unet = family == "sdxl"
-        self.original: Any = tiny_sdxl_unet() if unet else tiny_flux()
+        self.original: Any = smallest_unet() if unet else smallest_flux()
         self.inputs = unet_inputs(self.original) if unet else flux_inputs(self.original)
 
     def inputs_at(self, noise: float) -> dict[str, Any]:
@@ -112,19 +112,25 @@ def test_copies_and_pickles_keep_the_level(case: Case) -> None:
 
 def test_one_graph_cannot_hold_both_and_says_what_to_do(case: Case) -> None:
     model = case.transformed()
-    with pytest.raises(ModelError, match=r"merge_below=0\.6 .* model\.compile\(\)"):
+    with pytest.raises(ModelError, match=r"merge_below=0\.6 .* model\.compile\(\).*toma_fx.export"):
         torch.export.export(model, (), case.inputs_at(LOW), strict=False)
     program = torch.export.export(case.original, (), case.inputs_at(LOW), strict=False)
-    with pytest.raises(ModelError, match="choose between the two programs"):
+    with pytest.raises(ModelError, match=r"merge_below=0.6 takes several graphs.*toma_fx.export"):
         toma_fx.transform(program, merge_below=0.6)
 
 
-def test_a_trace_and_a_report_are_of_a_step_that_merges(case: Case) -> None:
-    model = case.transformed()
-    graph = toma_fx.trace(model, case.inputs_at(HIGH)).graph
+def test_a_trace_is_of_a_step_that_merges(case: Case) -> None:
+    graph = toma_fx.trace(case.transformed(), case.inputs_at(HIGH)).graph
     assert graph.find_nodes(op="call_function", target=torch.ops.toma.merge.default)
-    assert toma_fx.report(model).saved == toma_fx.report(case.transformed(merge_below=1.0)).saved
-    assert "below a noise level of 0.6" in str(toma_fx.report(model))
+
+
+def test_a_report_counts_the_steps_that_merge(case: Case) -> None:
+    report = toma_fx.report(case.transformed(), height=128, steps=20)
+    always = toma_fx.report(case.transformed(merge_below=1.0), height=128, steps=20)
+    merging = round(report.shares["merged"] * 20)
+    assert 0 < merging < 20
+    assert report.saved == pytest.approx(always.saved * merging / 20, rel=1e-6)
+    assert f"below a noise level of 0.6: {merging} of 20 steps" in str(report)
 
 
 @pytest.mark.parametrize("value", [0, -0.1, 1.5, True, "0.6", float("nan")])

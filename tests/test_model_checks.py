@@ -125,11 +125,6 @@ class TestFlux(AllChecks):
 
 
 class TestCompiledUNet(Compiling):
-    sizes: ClassVar = [
-        {"batch": 2, "height": 16, "width": 48},  # no two dimensions equal
-        {"batch": 3, "height": 32, "width": 48},
-    ]
-
     def untouched(self) -> Any:
         return smallest_unet()
 
@@ -138,11 +133,6 @@ class TestCompiledUNet(Compiling):
 
 
 class TestCompiledFlux(Compiling):
-    sizes: ClassVar = [
-        {"batch": 2, "height": 16, "width": 48},
-        {"batch": 3, "height": 32, "width": 48},
-    ]
-
     def untouched(self) -> Any:
         return smallest_flux()
 

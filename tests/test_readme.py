@@ -1,5 +1,6 @@
 """What the README shows is what the code does."""
 
+import operator
 import re
 from pathlib import Path
 
@@ -7,9 +8,9 @@ import pytest
 
 import toma_fx
 from tests.tiny import tiny_sdxl_unet
+from toma_fx.build import block_graphs
 from toma_fx.config import PRESETS, MergeConfig
 from toma_fx.passes.readable import readable
-from toma_fx.transform import block_graphs
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -21,14 +22,17 @@ def test_printed_block_is_the_generated_one() -> None:
 
 
 def test_three_lines_run(capsys: pytest.CaptureFixture[str]) -> None:
-    class Pipe:
-        unet = tiny_sdxl_unet()
-
     (snippet,) = re.findall(r"```python\n(import toma_fx.*?)```", README, re.DOTALL)
+
+    class Pipe:
+        def __init__(self) -> None:
+            self.unet = tiny_sdxl_unet()
+
     pipe = Pipe()
     original = pipe.unet
     exec(snippet, {"pipe": pipe})
-    assert pipe.unet is original
+    assert type(pipe.unet) is type(original)
+    assert all(map(operator.is_, pipe.unet.parameters(), original.parameters()))
     assert "whole model" in capsys.readouterr().out
 
 

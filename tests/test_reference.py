@@ -48,7 +48,7 @@ class Choices(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func is torch.ops.toma.select.default:
-            regions = result.shape[1]
+            regions = result.shape[1]  # which divide the tokens here
             x_GnD = args[0].unflatten(1, (regions, -1)).flatten(0, 1)
             self.made += zip(x_GnD, result.flatten(0, 1) % x_GnD.shape[1], strict=True)
         return result

@@ -7,13 +7,21 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from accelerate.hooks import CpuOffload, add_hook_to_module
-from diffusers import FirstBlockCacheConfig, FluxTransformer2DModel, UNet2DConditionModel
+from diffusers import FirstBlockCacheConfig
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import toma_fx
-from tests.tiny import flux_inputs, tiny_flux, tiny_sdxl_unet
+from tests.tiny import (
+    flux_inputs,
+    smallest_flux,
+    smallest_unet,
+    tiny_flux,
+    tiny_sdxl_unet,
+    unet_inputs,
+)
 from toma_fx import MergeConfig, Schedule
-from toma_fx.checkpoints import FLUX, SDXL
+from toma_fx.checkpoints import architecture
 from toma_fx.errors import ModelError
 from toma_fx.inputs import random_inputs, weightless
 from toma_fx.report import tokens_after
@@ -21,14 +29,8 @@ from toma_fx.report import tokens_after
 MERGE = torch.ops.toma.merge.default
 
 
-def full_size(cls: type, config: dict[str, object]) -> torch.nn.Module:
-    with torch.device("meta"):
-        return cls(**config)  # type: ignore[no-any-return]
-
-
 def test_full_size_flux_matches_the_published_arithmetic() -> None:
-    model = full_size(FluxTransformer2DModel, FLUX)
-    report = toma_fx.report(toma_fx.transform(model, ratio=0.5))
+    report = toma_fx.report(toma_fx.transform(architecture("flux"), ratio=0.5))
     # 74.4 TFLOP a forward at 4096 + 512 tokens, and a third less when blocks 5-18 and 24-56 run
     # on half of the image tokens in attention and MLP; a whole block saves its other layers too.
     assert report.flops_before == pytest.approx(74.4e12, rel=0.01)
@@ -45,14 +47,14 @@ def test_full_size_flux_matches_the_published_arithmetic() -> None:
 
 
 def test_full_size_sdxl_has_70_blocks_in_11_groups() -> None:
-    report = toma_fx.report(toma_fx.transform(full_size(UNet2DConditionModel, SDXL)))
+    report = toma_fx.report(toma_fx.transform(architecture("sdxl")))
     assert sum(last - first + 1 for first, last in (g.blocks for g in report.groups)) == 70
     assert len(report.groups) == 11
     assert {(g.tokens_before, g.tokens_after) for g in report.groups} == {(4096, 2048), (1024, 512)}
 
 
-@pytest.mark.parametrize("options", [{}, {"schedule": Schedule(select_every=10)}, {"ratio": 0}])
-def test_counts_are_those_of_a_real_run(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("options", [{}, {"ratio": 0}])
+def test_counts_are_those_of_a_real_call(options: dict[str, Any]) -> None:
     model = toma_fx.transform(tiny_flux(), skip=(), **options)
     report = toma_fx.report(model, height=256)
     skeleton = weightless(model)
@@ -60,6 +62,47 @@ def test_counts_are_those_of_a_real_run(options: dict[str, Any]) -> None:
         skeleton(**random_inputs(skeleton, height=256))
     assert report.flops_after == counter.get_total_flops() > 0
     assert (report.saved > 0) == (options.get("ratio") != 0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"schedule": Schedule(select_every=4, weigh_every=2)}, {"merge_below": 0.5}],
+    ids=str,
+)
+@pytest.mark.parametrize("family", ["unet", "flux"])
+def test_counts_of_a_run_are_averages_of_its_calls(family: str, options: dict[str, Any]) -> None:
+    steps = 10
+    model: Any = smallest_unet() if family == "unet" else smallest_flux()
+    model = toma_fx.transform(model, skip=(), **options)
+    call = (unet_inputs if family == "unet" else flux_inputs)(model, height=16, width=16)
+    counted = 0
+    # The CPU's fused attention is an operator that the counter does not know.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        for level in model.toma_recipe.family.run_levels(None, steps, call):
+            call["timestep"] = torch.full((2,), level * (1000 if family == "unet" else 1))
+            with FlopCounterMode(display=False) as counter:
+                model(**call)
+            counted += counter.get_total_flops()
+    report = toma_fx.report(model, steps=steps)
+    assert report.flops_after == pytest.approx(counted / steps, rel=1e-9, abs=1)
+    assert len(report.shares) == (3 if "schedule" in options else 2)
+    assert sum(report.shares.values()) == pytest.approx(1)
+
+
+def test_a_report_speaks_of_the_last_call_unless_told_otherwise() -> None:
+    model = toma_fx.transform(smallest_flux())
+    assert "1 x 4096 x 16" in str(toma_fx.report(model))
+    call = flux_inputs(model, batch=3, height=8, width=24)
+    with torch.no_grad():
+        model(**call)
+    last = toma_fx.report(model)
+    assert "3 x 192 x 16" in str(last)
+    assert {group.tokens_before for group in last.groups} == {192}
+    assert "1 x 256 x 16" in str(toma_fx.report(model, height=256))
+    other = toma_fx.report(model, inputs=flux_inputs(model, batch=1, height=8, width=8))
+    assert "1 x 64 x 16" in str(other)
+    assert "3 x 192 x 16" in str(toma_fx.report(model))
+    assert other.flops_before < last.flops_before
 
 
 def cast(model: Any) -> None:
@@ -99,11 +142,12 @@ def test_every_block_is_named_once() -> None:
     assert "nothing: skip='mid_block.*'" in text
     assert "self_attention, cross_attention, mlp" in text
     assert f"{report.saved:.1%}" in text
-    rewrite = model._toma
-    assert not rewrite.merged.keys() & rewrite.skipped.keys()
-    assert sum(last - first + 1 for first, last in (g.blocks for g in report.groups)) == len(
-        rewrite.merged
-    ) + len(rewrite.skipped)
+    named = [
+        f"{group.path}.{index}"
+        for group in report.groups
+        for index in range(group.blocks[0], group.blocks[1] + 1)
+    ]
+    assert named == [block.path for block in model.toma_recipe.blocks]
 
 
 def test_impossible_size_and_untransformed_model_are_refused() -> None:

@@ -7,6 +7,8 @@ import torch
 from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
 
+from toma_fx import MergeConfig
+
 TEXT_WIDTH = 32
 TEXT_TOKENS = 7
 
@@ -110,6 +112,17 @@ def smallest_unet() -> UNet2DConditionModel:
 def smallest_flux() -> FluxTransformer2DModel:
     """One double-stream block, and two single-stream blocks that share a plan."""
     return tiny_flux(num_layers=1, num_single_layers=2)
+
+
+def lossless(preset: str = "default", **options: Any) -> MergeConfig:
+    """Options with which every token is kept and stands for itself alone.
+
+    Merging then only moves tokens about, and whatever belongs to a token has to move with it. Users
+    cannot ask for this: a ratio that merges nothing is refused.
+    """
+    config = MergeConfig.preset(preset, **{"temperature": 1e-6, **options})
+    object.__setattr__(config, "ratio", 1e-3)
+    return config
 
 
 def smooth_images(shape: tuple[int, int, int, int], generator: torch.Generator) -> Tensor:

@@ -1,25 +1,64 @@
-"""Token Merge with Attention as a torch.fx graph transformation of diffusers models."""
+"""Token Merge with Attention as a torch.fx graph transformation of diffusers models.
 
-from toma_fx.backend import backend
-from toma_fx.calibrate import Calibration, calibrate
-from toma_fx.config import MergeConfig, Schedule
-from toma_fx.errors import TomaError
-from toma_fx.export import export
-from toma_fx.report import report
-from toma_fx.tracing import trace
-from toma_fx.transform import restore, transform
+Public names are imported when they are first asked for, so that this costs little more than Python.
+"""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from toma_fx.backend import backend as backend
+    from toma_fx.calibrate import Calibration as Calibration
+    from toma_fx.calibrate import calibrate as calibrate
+    from toma_fx.config import MergeConfig as MergeConfig
+    from toma_fx.config import Schedule as Schedule
+    from toma_fx.errors import TomaError as TomaError
+    from toma_fx.errors import TomaWarning as TomaWarning
+    from toma_fx.export import export as export
+    from toma_fx.report import report as report
+    from toma_fx.runtime.current_order import token_order as token_order
+    from toma_fx.tracing import trace as trace
+    from toma_fx.transform import restore as restore
+    from toma_fx.transform import transform as transform
 
 __version__ = "0.1.0"
-__all__ = [
-    "Calibration",
-    "MergeConfig",
-    "Schedule",
-    "TomaError",
-    "backend",
-    "calibrate",
-    "export",
-    "report",
-    "restore",
-    "trace",
-    "transform",
-]
+
+_MODULES = {
+    "Calibration": "toma_fx.calibrate",
+    "MergeConfig": "toma_fx.config",
+    "Schedule": "toma_fx.config",
+    "TomaError": "toma_fx.errors",
+    "TomaWarning": "toma_fx.errors",
+    "backend": "toma_fx.backend",
+    "calibrate": "toma_fx.calibrate",
+    "export": "toma_fx.export",
+    "report": "toma_fx.report",
+    "restore": "toma_fx.transform",
+    "token_order": "toma_fx.runtime.current_order",
+    "trace": "toma_fx.tracing",
+    "transform": "toma_fx.transform",
+}
+
+
+class _Package(ModuleType):
+    def __setattr__(self, name: str, value: object) -> None:
+        # Importing toma_fx.report sets toma_fx.report to that module; the function stays.
+        if name not in _MODULES or not isinstance(value, ModuleType):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+if not TYPE_CHECKING:  # a checker would take any name for one that __getattr__ has
+    __all__ = list(_MODULES)
+
+    def __getattr__(name):
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(import_module(_MODULES[name]), name)
+        return value
+
+    def __dir__():
+        return sorted({*globals(), *_MODULES})

@@ -1,6 +1,6 @@
 """How much a denoising model computes for one call, as the pipeline makes it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from toma_fx.inputs import weightless
+from toma_fx.build import take_off
+from toma_fx.calls import LastCall, forced
+from toma_fx.errors import TomaError
+from toma_fx.inputs import unfit, weightless
+from toma_fx.policy import Decision, policy_of
+from toma_fx.recipe import Recipe
+from toma_fx.runtime.plan import MERGED, REUSE
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,99 @@ def count(model: nn.Module, call: Call, *, data: bool = False) -> int:
             `toma_fx.report` does, which takes no time but cannot follow a model that looks at
             values.
     """
-    return _counted(model, call, data).get_total_flops()  # type: ignore[no-any-return]
+    if not data:
+        model = weightless(model)
+        call = Call(*tree_map(_without_data, (call.args, call.kwargs)))
+    return _counted(model, call).get_total_flops()  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class RunOperations:
+    """Floating-point operations of a call, averaged over a denoising run.
+
+    Attributes:
+        before: of the untouched model, by the path of a block; ``""`` is the whole model.
+        after: of the model that merges.
+        shares: how often each variant runs.
+        tokens: image tokens that go into each block.
+    """
+
+    before: Mapping[str, int]
+    after: Mapping[str, int]
+    shares: Mapping[str, float]
+    tokens: Mapping[str, int]
+
+
+def run_operations(
+    model: nn.Module, recipe: Recipe, call: LastCall, steps: int, scheduler: Any = None
+) -> RunOperations:
+    """What a transformed model computes in a run, and what it would compute untouched.
+
+    Args:
+        model: transformed.
+        recipe: what was done to it.
+        call: one of its calls.
+        steps: of the run.
+        scheduler: which makes the run's timesteps; None for the family's usual ones.
+
+    Raises:
+        ModelError: when the call does not fit the model.
+    """
+    merged, untouched = weightless(model), weightless(model)
+    take_off(untouched)
+    paths = {block.path: block.module for block in recipe.blocks}
+    tokens = _note_tokens(untouched, paths)
+    levels = recipe.family.run_levels(scheduler, steps, call.arguments)
+    shares = policy_of(recipe.config).shares(levels)
+    arguments = Call((), call.arguments)
+    modules = ["", *paths.values()]
+    try:
+        before = _parts(untouched, arguments, modules)
+        each = _count_variants(merged, arguments, modules, shares, call.grids)
+    except TomaError:
+        raise
+    except Exception as error:
+        raise unfit(model, error) from error
+    names = {"": "", **paths}
+    after = {
+        path: round(sum(share * each[variant][module] for variant, share in shares.items()))
+        for path, module in names.items()
+    }
+    return RunOperations(
+        {path: before[module] for path, module in names.items()}, after, shares, tokens
+    )
+
+
+def _count_variants(
+    model: nn.Module,
+    call: Call,
+    modules: Sequence[str],
+    shares: Mapping[str, float],
+    grids: tuple[int, ...] | None,
+) -> dict[str, dict[str, int]]:
+    """The operations of modules in each variant that runs."""
+    counts, kept = {}, None
+    for variant in [MERGED, *(v for v in shares if v != MERGED)]:
+        keeps = REUSE in shares
+        with forced(Decision(variant, kept, None, grids, keeps)) as now:
+            counts[variant] = _parts(model, call, modules)
+        kept = now.made or kept
+    return counts
+
+
+def _note_tokens(model: nn.Module, paths: Mapping[str, str]) -> dict[str, int]:
+    """Image tokens of each block, by its path: filled by the next call of the model."""
+    tokens: dict[str, int] = {}
+
+    def note(path: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            tokens[path] = (args[0] if args else kwargs["hidden_states"]).shape[1]
+
+        return hook
+
+    for path, module in paths.items():
+        model.get_submodule(module).register_forward_pre_hook(note(path), with_kwargs=True)
+    return tokens
 
 
 def count_parts(model: nn.Module, call: Call, paths: Sequence[str]) -> dict[str, int]:
@@ -72,16 +170,18 @@ def count_parts(model: nn.Module, call: Call, paths: Sequence[str]) -> dict[str,
         call: of `first_call`.
         paths: of the modules; ``""`` is the whole model.
     """
-    counts = _counted(model, call, data=False).get_flop_counts()
+    call = Call(*tree_map(_without_data, (call.args, call.kwargs)))
+    return _parts(weightless(model), call, paths)
+
+
+def _parts(model: nn.Module, call: Call, paths: Sequence[str]) -> dict[str, int]:
+    counts = _counted(model, call).get_flop_counts()
     root = type(model).__name__
     names = {path: f"{root}.{path}" if path else root for path in paths}
     return {path: sum(counts[name].values()) for path, name in names.items()}
 
 
-def _counted(model: nn.Module, call: Call, data: bool) -> Any:
-    if not data:
-        model = weightless(model)
-        call = Call(*tree_map(_without_data, (call.args, call.kwargs)))
+def _counted(model: nn.Module, call: Call) -> Any:
     # The CPU's fused attention is an operator that the counter does not know.
     plain = sdpa_kernel(SDPBackend.MATH)
     with plain, torch.no_grad(), FlopCounterMode(display=False) as counter:

@@ -9,7 +9,6 @@ The prediction is deliberately simple: the squared error of an image is the sum 
 each adds alone, times a factor for the ratio.
 """
 
-import fnmatch
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -22,10 +21,11 @@ import numpy.typing as npt
 from torch import nn
 
 from toma_fx.arithmetic import count_parts, first_call
-from toma_fx.config import MergeConfig, Schedule
+from toma_fx.build import merged_copy, recipe_of_transformed
+from toma_fx.config import MergeConfig, matches
 from toma_fx.errors import ConfigError, ModelError
 from toma_fx.inputs import weightless
-from toma_fx.transform import model_of, restore, rewrite_of, rewritten, transform
+from toma_fx.transform import model_of, pipeline_models, transform
 
 RATIOS = (0.25, 0.5, 0.75, 0.9)
 """What a part may get, and 0."""
@@ -130,12 +130,11 @@ class Calibration:
         """
         try:
             content = json.loads(Path(file).read_text(encoding="utf-8"))
-            base = content.pop("base")
-            base["schedule"] = Schedule(**base["schedule"])
+            base = MergeConfig(**content.pop("base"))
             parts = {name: tuple(patterns) for name, patterns in content.pop("parts").items()}
             errors, savings = content.pop("errors"), content.pop("savings")
             return cls(
-                base=MergeConfig(**base),
+                base=base,
                 parts=parts,
                 errors={name: float(errors[name]) for name in parts},
                 savings={name: _by_number(savings[name]) for name in parts},
@@ -184,7 +183,10 @@ def calibrate(
     _check_options(pipeline, config)
     model = model_of(pipeline)
     base = replace(config, ratio=0, skip=config.skip or ())
-    paths = list(rewrite_of(transform(model, replace(base, ratio=PROBE))).merged)
+    merged_blocks = recipe_of_transformed(transform(model, replace(base, ratio=PROBE))).merged
+    paths = [block.path for block in merged_blocks]
+    modules = {block.path: block.module for block in merged_blocks}
+    untouched_parts = pipeline_models(pipeline)
     parts = _parts(paths)
     total = 2 + len(parts) + len(RATIOS)
     done = 0
@@ -204,7 +206,8 @@ def calibrate(
         try:
             return _error(images(what), untouched)
         finally:
-            restore(pipeline)
+            for name, part in untouched_parts.items():
+                setattr(pipeline, name, part)
 
     alone = {name: merged(f"{name} alone", [name], PROBE) for name in parts}
     # Of the better half alone: with all parts merged an image may become another one, which no
@@ -215,7 +218,8 @@ def calibrate(
     skeleton = weightless(model)
 
     def counted(options: MergeConfig) -> dict[str, int]:
-        return count_parts(rewritten(skeleton, options), call, ["", *paths])
+        counts = count_parts(merged_copy(skeleton, options), call, ["", *modules.values()])
+        return {path: counts[module] for path, module in {"": "", **modules}.items()}
 
     def merged_at(ratio: float) -> MergeConfig:
         # A plan for each part, as parts of a list have when they differ in their ratio.
@@ -268,7 +272,7 @@ def _parts(paths: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
 
 def _fits(path: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
+    return any(matches(path, pattern) for pattern in patterns)
 
 
 def _check_same(again: npt.NDArray[np.float64], first: npt.NDArray[np.float64]) -> None:

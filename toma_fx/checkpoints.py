@@ -4,40 +4,31 @@ Time does not depend on the weights, so random ones will do where no checkpoint 
 """
 
 import os
+from importlib import import_module
 from typing import Any
 
-import diffusers
 import torch
 from torch import nn
 
 from toma_fx.errors import ModelError
-from toma_fx.transform import PIPELINE_PARTS
+from toma_fx.families import ARCHITECTURES, MODELS, load_family
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 """By the names that the command line takes."""
 
-SDXL: dict[str, Any] = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-    "use_linear_projection": True,
-}
-"""The configuration of stable-diffusion-xl-base-1.0's UNet."""
+RANDOM = tuple(ARCHITECTURES)
+"""Names of published models whose architecture is known, for random weights."""
 
-FLUX: dict[str, Any] = {"guidance_embeds": True}
-"""The configuration of FLUX.1-dev's transformer, where it differs from diffusers' defaults."""
 
-RANDOM = {
-    "sdxl": (diffusers.UNet2DConditionModel, SDXL),
-    "flux": (diffusers.FluxTransformer2DModel, FLUX),
-}
+def model_class(name: str) -> tuple[Any, dict[str, Any]]:
+    """The class of a published model, and its configuration.
+
+    Args:
+        name: one of `RANDOM`.
+    """
+    family = load_family(ARCHITECTURES[name])
+    module, _, cls = family.cls.rpartition(".")
+    return getattr(import_module(module), cls), dict(family.architectures[name])
 
 
 def load_model(
@@ -55,12 +46,14 @@ def load_model(
     Raises:
         ModelError: when there is neither a pipeline nor a model under that name.
     """
+    import diffusers  # which takes seconds
+
     if name in RANDOM:
-        cls, config = RANDOM[name]
+        cls, config = model_class(name)
         return random_weights(cls, {**config, **changes}, dtype, device)
     try:
         index = diffusers.DiffusionPipeline.load_config(name)
-        part = {"subfolder": next(part for part in PIPELINE_PARTS if part in index)}
+        part = {"subfolder": next(part for part, cls in index.items() if _is_known(cls))}
     except (OSError, StopIteration):
         part = {}
     try:
@@ -73,13 +66,19 @@ def load_model(
     return model.to(device).eval().requires_grad_(False)
 
 
+def _is_known(entry: Any) -> bool:
+    """Whether a part of a pipeline's index, library and class, is a model of a known family."""
+    known = {name.rpartition(".")[2] for name in MODELS}
+    return isinstance(entry, list | tuple) and len(entry) == 2 and entry[1] in known
+
+
 def architecture(name: str) -> nn.Module:
     """A model without weights, on the meta device: enough to transform and to report on.
 
     Args:
         name: ``"sdxl"`` or ``"flux"``.
     """
-    cls, config = RANDOM[name]
+    cls, config = model_class(name)
     with torch.device("meta"):
         model: nn.Module = cls(**config)
     return model

@@ -1,23 +1,22 @@
-"""The command line, ``toma-fx``."""
+"""The command line, ``toma-fx``.
+
+A command imports what it runs when it runs, so that help takes no seconds.
+"""
 
 import argparse
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
-
-import diffusers
-import transformers
+from typing import get_args
 
 import toma_fx
 from toma_fx.bench.cli import add_bench
-from toma_fx.bench.image import PROMPT
-from toma_fx.checkpoints import DTYPES, RANDOM, architecture, load_model
+from toma_fx.choices import DTYPE_NAMES, PROMPT
 from toma_fx.config import PRESETS, Component, MergeConfig, Placement, Region
-from toma_fx.demo import demo
 from toma_fx.errors import TomaError
 from toma_fx.lab.cli import add_commands
+from toma_fx.quiet import hush_libraries
 
 MODEL = "sdxl or flux (random weights, real size), or a folder or hub name that diffusers can load"
 
@@ -27,7 +26,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     given = sys.argv[1:] if arguments is None else arguments
     options.command = shlex.join(["toma-fx", *given])
-    _hush()
     try:
         options.run(options)
     except TomaError as error:
@@ -36,23 +34,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _hush() -> None:
-    """Leave out the progress of loading, and what transformers says of packages it does without."""
-    for library in (diffusers, transformers):
-        log: Any = library.utils.logging
-        log.disable_progress_bar()
-    log.set_verbosity_error()
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="toma-fx", description="Token merging for SDXL and Flux: look at it, time it."
+        prog="toma-fx",
+        description="Merge tokens in SDXL and Flux: see where, time it, and measure the images.",
     )
     parser.add_argument("--version", action="version", version=toma_fx.__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     report = commands.add_parser(
-        "report", help="what would be merged in a model, and what it saves"
+        "report", help="Show where a model would merge tokens and how much arithmetic that saves."
     )
     report.add_argument("model", help=MODEL)
     report.add_argument(
@@ -65,7 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     add_bench(commands, MODEL)
 
     show = commands.add_parser(
-        "demo", help="images side by side; SDXL and Flux at their real sizes: report, graphs, times"
+        "demo",
+        help="Draw images side by side, then show the report, graphs and times of SDXL and Flux at "
+        "their real sizes.",
     )
     show.add_argument("--model", help=f"only this model: {MODEL}")
     show.add_argument("--ratio", type=float, default=0.5, help="share of tokens merged away (0.5)")
@@ -85,7 +78,7 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--region", choices=get_args(Region))
     parser.add_argument("--region-tokens", type=int, metavar="N", help="tokens of a region")
     parser.add_argument("--skip", nargs="*", metavar="PATTERN", help="blocks to leave unmerged")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16")
+    parser.add_argument("--dtype", choices=DTYPE_NAMES, default="bfloat16")
 
 
 def _add_size(parser: argparse.ArgumentParser) -> None:
@@ -100,12 +93,18 @@ def _config(options: argparse.Namespace, ratio: float) -> MergeConfig:
 
 
 def _demo(options: argparse.Namespace) -> None:
+    from toma_fx.demo import demo
+
+    hush_libraries()
     names = ("model", "ratio", "quick", "prompt", "steps", "output")
     demo(**{name: getattr(options, name) for name in names})
 
 
 def _report(options: argparse.Namespace) -> None:
     config = _config(options, options.ratio)  # before loading, which can take minutes
+    from toma_fx.checkpoints import DTYPES, RANDOM, architecture, load_model
+
+    hush_libraries()
     if options.model in RANDOM:
         model = architecture(options.model)
     else:

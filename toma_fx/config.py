@@ -6,11 +6,12 @@
 
 import fnmatch
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Self, get_args
 
 from toma_fx.errors import ConfigError
+from toma_fx.option_values import check_merging, choice, count, listed, number, plain_ratio
 
 Component = Literal["self_attention", "cross_attention", "mlp"]
 Placement = Literal["component", "block"]
@@ -22,39 +23,27 @@ Unmerge = Literal["transpose", "pinv"]
 Share = Literal["group", "block"]
 
 
-def _check_choice(name: str, value: object, choices: tuple[Any, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(
-            f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}"
-        )
+def matches(path: str, pattern: str) -> bool:
+    """Whether a module path fits a pattern of ``skip`` or ``block_ratios``.
 
+    ``*``, ``?`` and ``[...]`` are those of `fnmatch`. Case counts on every system, as it does in
+    the paths of modules.
 
-def _number(value: object) -> float:
-    return value if isinstance(value, int | float) else math.nan
-
-
-def _check_ratio(given: str, ratio: object) -> None:
-    if isinstance(ratio, bool) or not 0 <= _number(ratio) < 1:
-        raise ConfigError(
-            f"{given} must be a number in [0, 1): the share of tokens merged away, such as 0.5"
-        )
-
-
-def _check_count(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{name}={value!r} must be a whole number of at least 1")
+    >>> matches("up_blocks.1.attentions.0", "up_blocks.*"), matches("Up", "up")
+    (True, False)
+    """
+    return fnmatch.fnmatchcase(path, pattern)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Schedule:
     """How many denoising steps pass between two computations of a plan (section 4.3.2, Table 7).
 
-    A step is a change of timestep; a timestep that rises starts a new image. ``Schedule()``, one
-    plan at every step, is stateless: nothing is kept from one call of the model to the next. Any
-    other schedule keeps the plan in the model, which then serves one denoising run at a time, of
-    one call a step: where guidance calls the model once for each prompt, as Flux's
-    ``true_cfg_scale`` and modular guiders do, each call is taken for a new image and makes its own
-    plan, so that nothing is saved. SDXL's pipelines put both prompts into one call.
+    ``Schedule()`` makes a new plan at every step and keeps nothing from one call of the model to
+    the next. Any other schedule keeps the plans of a run in a bounded store outside the model's
+    graphs. Calls are told apart by their prompt tensor, so guidance in two calls a step (Flux's
+    ``true_cfg_scale``, modular guiders) has a plan for each of them. Any number of threads may run
+    one model. The plans are dropped when the pipeline ends the image.
 
     Raises:
         ConfigError: when a field is not a whole number of at least 1.
@@ -64,22 +53,26 @@ class Schedule:
     """Steps between two selections of destinations. The paper uses 10; every step has the better
     MSE in its Table 7."""
     weigh_every: int = 1
-    """Steps between two computations of the merge weights. The paper uses 5. The weights are also
-    computed whenever the destinations are."""
+    """Steps between two computations of the merge weights. The paper uses 5. A new selection of
+    destinations brings new weights with it."""
 
     def __post_init__(self) -> None:
-        _check_count("select_every", self.select_every)
-        _check_count("weigh_every", self.weigh_every)
+        for name, paper in (("select_every", 10), ("weigh_every", 5)):
+            object.__setattr__(self, name, count(name, getattr(self, name), paper))
 
     @property
     def stateless(self) -> bool:
-        """Whether a new plan is made at every step, so that no state is kept."""
+        """Whether every step makes a new plan, so that no state is kept."""
         return self.select_every == 1 and self.weigh_every == 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MergeConfig:
-    """What `toma_fx.transform` does to a model. ``MergeConfig()`` is the preset ``"default"``.
+    """The options of `toma_fx.transform`. ``MergeConfig()`` is the preset ``"default"``.
+
+    Every field also takes what JSON makes of it, so that
+    ``MergeConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config``. Numbers of
+    numpy and torch are stored as Python's. A config prints only what differs from the default.
 
     Raises:
         ConfigError: when a field holds a value it cannot take; the message names the value, what
@@ -87,103 +80,114 @@ class MergeConfig:
 
     >>> MergeConfig.preset("toma_stripe", ratio=0.75).region
     'stripe'
+    >>> MergeConfig(block_ratios={"mid_block.*": 0})
+    MergeConfig(ratio=0.5, block_ratios=(('mid_block.*', 0.0),))
     """
 
     ratio: float = 0.5
-    """Share of the tokens of a region that is merged away, in [0, 1). 0 leaves the model as it
-    is, bit for bit. 0.25 to 0.5 is where images stay close; at 0.75 the paper's FID doubles
-    (Table 8)."""
+    """Share of a region's tokens that are merged away, in [0, 1). 0 leaves the model as it is, bit
+    for bit. Images stay close at 0.25 to 0.5; at 0.75 the paper's FID doubles (Table 8). A ratio
+    above 0 that is too small to merge one token of ``region_tokens`` is refused: it would cost
+    time and change nothing."""
     block_ratios: tuple[tuple[str, float], ...] = ()
     """Blocks with a ratio of their own, 0 for none: ``{"up_blocks.1.*": 0.25}``, a dictionary from
-    `fnmatch` patterns on their module paths, of which the first that fits counts. A block that it
-    names is not spared by default; ``skip`` goes first. Blocks of one list share a plan with those
-    of their own ratio. `toma_fx.calibrate` finds the ratios that change images least at the
-    arithmetic of a uniform one."""
+    `fnmatch` patterns on their module paths, or a list of such pairs. The first pattern that fits
+    a block counts. A block named here merges even where the model family spares it by default, but
+    ``skip`` goes first. Blocks of one list share a plan with those of the same ratio.
+    `toma_fx.calibrate` finds the ratios that change images least at the arithmetic of a uniform
+    one."""
     components: tuple[Component, ...] = get_args(Component)
     """The parts of a block that run on merged tokens. The paper merges all three (section 4);
-    self-attention alone is only about 15 % of SDXL's transformer arithmetic. With
-    ``placement="block"`` the whole block is merged, so all three must be named. Flux has no
-    cross-attention; its joint attention is the self-attention here."""
+    self-attention alone is only about 15 % of SDXL's transformer arithmetic.
+    ``placement="block"`` merges the whole block and needs all three. Flux has no cross-attention;
+    its joint attention counts as self-attention here."""
     placement: Placement = "block"
-    """``"component"`` merges and unmerges around each component (ToMA); ``"block"`` once around
-    the block (ToMA_once in Tables 1 and 8), which is faster, and with the residual kept also
-    closer to the untouched image (own measurement)."""
+    """``"component"`` merges and unmerges around each component (ToMA). ``"block"`` does so once
+    around the block (ToMA_once in Tables 1 and 8), which is faster, and with the residual kept
+    also closer to the untouched image (own measurement)."""
     residual: Residual = "keep"
-    """With ``placement="block"``: ``"keep"`` adds only the block's update to the residual stream,
-    ``h + unmerge(block(merge(h)) - merge(h))`` (own measurement: 32.4 dB against 30.7);
-    ``"replace"`` returns ``unmerge(block(merge(h)))``, as the paper's ToMA_once does."""
+    """The residual stream with ``placement="block"``. ``"keep"`` adds only the block's update to
+    it, ``h + unmerge(block(merge(h)) - merge(h))``; ``"replace"`` returns
+    ``unmerge(block(merge(h)))``, as the paper's ToMA_once does. PSNR, higher is closer: 32.4 dB
+    with ``"keep"``, 30.7 with ``"replace"`` (own measurement)."""
     region: Region = "tile"
-    """Where tokens are grouped (section 4.3.1): ``"tile"``, neighbours in both directions;
-    ``"stripe"``, a run in raster order; ``"image"``, all tokens at once, at a cost that grows
-    with the square of the token count. Tiles are the closest to the untouched image (Table 8)."""
+    """The tokens that form a group (section 4.3.1). ``"tile"`` groups neighbours in both
+    directions, ``"stripe"`` a run in raster order. ``"image"`` groups all tokens at once, at a
+    cost that grows with the square of the token count. Tiles stay closest to the untouched image
+    (Table 8)."""
     region_tokens: int = 64
-    """Tokens of a region, when a divisor of the token count makes that possible; otherwise the
-    divisor that is nearest. 16 is the paper's default (4x4 tiles), 64 has its best DINO and MSE
-    (Table 3) and the best PSNR of our own measurement. Not used by ``region="image"``."""
+    """Tokens of a region. Where they do not divide the tokens of a grid, some regions of a large
+    grid have one token less, and a small grid is cut into regions of nearly this length. 16 is the
+    paper's default (4x4 tiles). 64 has its best DINO and MSE (Table 3) and the best PSNR of our own
+    measurement. ``region="image"`` does not use it."""
     merge_over: MergeOver = "region"
-    """Destinations that a token's weight is spread over: those of its own region, or those of the
-    whole image (the paper's plain ToMA, section 5.1)."""
+    """The destinations that a token's weight is spread over: those of its own ``"region"``, or
+    those of the whole ``"image"`` (the paper's plain ToMA, section 5.1)."""
     selector: Selector = "facility_location"
-    """How destinations are chosen. ``"facility_location"``: greedy maximisation of Eq. 5, Alg. 2.
-    ``"random"``: a fixed pseudo-random choice, and ``"grid"``: evenly spaced tokens, are the
-    plain choices to compare it with (Table 2). ``"fixed"``: grid destinations and random weights
-    that never look at a token, the lower bound of time (LTB in Table 8); its images are noise."""
+    """The choice of destinations. ``"facility_location"`` maximises Eq. 5 greedily (Alg. 2).
+    ``"random"`` takes a fixed pseudo-random choice and ``"grid"`` evenly spaced tokens; both are
+    plain choices to compare with (Table 2). ``"fixed"`` takes the grid's destinations and random
+    weights that never look at a token. It is the lower bound of time (LTB in Table 8), and its
+    images are noise."""
     unmerge: Unmerge = "transpose"
     """``"transpose"`` spreads by ``A^T``; ``"pinv"`` by the pseudo-inverse of the merge (Eq. 7).
-    Equal in quality in Table 6 and in our own measurement, at twice the time."""
+    Both are equal in quality in Table 6 and in our own measurement; ``"pinv"`` takes twice the
+    time."""
     temperature: float = 0.001
     """Temperature tau of the weights (Eq. 6), applied to cosine similarities. The authors' code
-    uses 1/tau = 1000; own measurement: 32.1 dB at 0.001, 31.6 at 0.01, 23.4 at 0.1."""
+    uses 1/tau = 1000. PSNR, higher is closer: 32.1 dB at 0.001, 31.6 at 0.01, 23.4 at 0.1 (own
+    measurement)."""
     share: Share = "group"
-    """Who uses one plan: ``"group"``, all consecutive blocks of a stage (section 4.3.2);
-    ``"block"``, each block makes its own, which costs more and gained nothing when measured."""
+    """The blocks that use one plan. ``"group"`` shares it among all consecutive blocks of a stage
+    (section 4.3.2). With ``"block"`` each block makes its own, which costs more and gained nothing
+    when measured."""
     schedule: Schedule = Schedule()
-    """When a plan is computed again. Every step by default; the paper's is
+    """The steps at which a plan is computed again: every step by default. The paper uses
     ``Schedule(select_every=10, weigh_every=5)``."""
     merge_below: float = 1.0
-    """Noise level from which on a denoising run merges: the timestep over the 1000 of training, 1
-    for pure noise, 0 for the image. Early steps decide what the image shows, and merging disturbs
-    them most: 0.6 is 10 dB closer at the same ratio, and 5 dB at the same arithmetic (own
-    measurement). 1 merges at every step, and can be captured as one graph, hence the default. A
-    model that merges at some steps is stateless all the same."""
+    """Noise level below which a denoising run merges tokens: 1 is pure noise, 0 the finished
+    image. Each model family reads the level of a call from its timestep, by its scheduler.
+    Early steps decide what the image shows, and merging disturbs them most. 0.6 raises the PSNR by
+    10 dB at the same ratio, and by 5 dB at the same arithmetic (own measurement). 1 merges at every
+    step. No level keeps state between calls."""
     skip: tuple[str, ...] | None = None
     """Blocks to leave unmerged, as `fnmatch` patterns on their module paths, such as
     ``("mid_block.*", "transformer_blocks.0")``. ``None`` takes the model family's own list: none
     on the UNet, the paper's first 5 double-stream and first 5 single-stream blocks on Flux."""
 
     def __post_init__(self) -> None:
-        _check_ratio(f"ratio={self.ratio!r}", self.ratio)
-        self._check_block_ratios()
-        if not isinstance(self.components, tuple | list | set | frozenset) or not self.components:
-            raise ConfigError(
-                f"components={self.components!r} must be a tuple with at least one of "
-                f"{', '.join(map(repr, get_args(Component)))}"
-            )
-        # A list or a set reads naturally at the call; the stored form is hashable and ordered.
-        ordered = tuple(c for c in get_args(Component) if c in self.components)
-        for component in self.components:
-            _check_choice("components", component, get_args(Component))
-        object.__setattr__(self, "components", ordered)
-        for name, choices in _CHOICES.items():
-            _check_choice(name, getattr(self, name), choices)
-        _check_count("region_tokens", self.region_tokens)
-        if isinstance(self.temperature, bool) or not 0 < _number(self.temperature) < math.inf:
+        checked: dict[str, Any] = {
+            "ratio": plain_ratio(f"ratio={self.ratio!r}", self.ratio),
+            "block_ratios": self._checked_block_ratios(),
+            "components": self._checked_components(),
+            **{name: choice(name, getattr(self, name), each) for name, each in _CHOICES.items()},
+            "region_tokens": count("region_tokens", self.region_tokens, 64),
+            "temperature": number(self.temperature),
+            "schedule": self._checked_schedule(),
+            "merge_below": number(self.merge_below),
+            "skip": self._checked_skip(),
+        }
+        if not 0 < checked["temperature"] < math.inf:
             raise ConfigError(
                 f"temperature={self.temperature!r} must be a number above 0, such as 0.001"
             )
-        if isinstance(self.merge_below, bool) or not 0 < _number(self.merge_below) <= 1:
+        if not 0 < checked["merge_below"] <= 1:
             raise ConfigError(
-                f"merge_below={self.merge_below!r} must be a number in (0, 1]: the noise level, "
-                "timestep over 1000, from which on tokens are merged, such as 0.6"
+                f"merge_below={self.merge_below!r} must be a number in (0, 1]: the noise level "
+                "below which tokens are merged, 1 for pure noise, such as 0.6"
             )
-        if not isinstance(self.schedule, Schedule):
-            raise ConfigError(
-                f"schedule={self.schedule!r} must be a Schedule, such as "
-                "Schedule(select_every=10, weigh_every=5)"
-            )
-        if self.skip is not None:
-            self._check_skip()
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
         self._check_combinations()
+
+    def __repr__(self) -> str:
+        """The ratio, and the fields that differ from their defaults; evaluates to the config."""
+        shown = (
+            f"{field.name}={getattr(self, field.name)!r}"
+            for field in fields(self)
+            if field.name == "ratio" or getattr(self, field.name) != field.default
+        )
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     @property
     def merges(self) -> bool:
@@ -197,33 +201,75 @@ class MergeConfig:
 
     def pattern_of(self, path: str) -> str | None:
         """The pattern of ``block_ratios`` that names a block; the first that fits."""
-        names = (pattern for pattern, _ in self.block_ratios if fnmatch.fnmatchcase(path, pattern))
-        return next(names, None)
+        return next((each for each, _ in self.block_ratios if matches(path, each)), None)
 
-    def _check_block_ratios(self) -> None:
-        given = self.block_ratios
-        try:
-            pairs = tuple((str(p), r) for p, r in dict(given).items())
-        except (TypeError, ValueError) as error:
+    def _checked_block_ratios(self) -> tuple[tuple[str, float], ...]:
+        given: object = self.block_ratios
+        # A set has no first pattern that could count.
+        members = None if isinstance(given, set | frozenset) else listed(given)
+        pairs = tuple(given.items()) if isinstance(given, Mapping) else members
+        if pairs is None or not all(isinstance(p, tuple | list) and len(p) == 2 for p in pairs):
             raise ConfigError(
                 f"block_ratios={given!r} must be a dictionary from patterns of block paths to "
                 'ratios, such as {"up_blocks.1.*": 0.25}'
-            ) from error
+            )
+        checked: dict[str, float] = {}
         for pattern, ratio in pairs:
-            _check_ratio(f"block_ratios[{pattern!r}]={ratio!r}", ratio)
-        object.__setattr__(self, "block_ratios", pairs)
+            if not isinstance(pattern, str):
+                raise ConfigError(
+                    f"block_ratios={given!r} names blocks by {pattern!r}, which must be a "
+                    'pattern of their paths, such as "up_blocks.1.*"'
+                )
+            if pattern in checked:
+                raise ConfigError(
+                    f"block_ratios={given!r} names {pattern!r} twice, and only the first would "
+                    "count; leave one of them out"
+                )
+            checked[str(pattern)] = plain_ratio(f"block_ratios[{pattern!r}]={ratio!r}", ratio)
+        return tuple(checked.items())
 
-    def _check_skip(self) -> None:
-        given = self.skip
-        patterns = (
-            tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else ()
-        )
-        if not all(isinstance(each, str) for each in patterns) or (given and not patterns):
+    def _checked_components(self) -> tuple[Component, ...]:
+        given: object = self.components
+        if not isinstance(given, tuple | list | set | frozenset) or not given:
+            raise ConfigError(
+                f"components={given!r} must be a tuple with at least one of "
+                f"{', '.join(map(repr, get_args(Component)))}, and with all of them where "
+                "placement='block'"
+            )
+        # A list or a set reads naturally at the call; the stored form is hashable and ordered.
+        named = [choice("components", each, get_args(Component)) for each in given]
+        return tuple(each for each in get_args(Component) if each in named)
+
+    def _checked_schedule(self) -> Schedule:
+        given: object = self.schedule
+        if isinstance(given, Schedule):
+            return given
+        if not isinstance(given, Mapping):
+            raise ConfigError(
+                f"schedule={given!r} must be a Schedule, such as "
+                "Schedule(select_every=10, weigh_every=5)"
+            )
+        names = [field.name for field in fields(Schedule)]
+        if unknown := [key for key in given if key not in names]:
+            raise ConfigError(
+                f"schedule={given!r} holds {', '.join(map(repr, unknown))}, which a Schedule does "
+                f"not have; choose from {', '.join(map(repr, names))}"
+            )
+        return Schedule(**given)
+
+    def _checked_skip(self) -> tuple[str, ...] | None:
+        given: object = self.skip
+        if given is None:
+            return None
+        patterns = listed(given)
+        if patterns is None or not all(isinstance(each, str) for each in patterns):
             example = (given,) if isinstance(given, str) else ("mid_block.*",)
             raise ConfigError(
                 f"skip={given!r} must be a tuple of patterns, such as skip={example!r}"
             )
-        object.__setattr__(self, "skip", patterns)
+        plain = map(str, patterns)
+        # The order of a set differs from one process to the next.
+        return tuple(sorted(plain) if isinstance(given, set | frozenset) else plain)
 
     def _check_combinations(self) -> None:
         if self.placement == "block" and self.components != get_args(Component):
@@ -246,6 +292,12 @@ class MergeConfig:
                 "selector='fixed' has no weights to invert or to spread over the image; use "
                 "unmerge='transpose' and merge_over='region'"
             )
+        if self.region != "image":  # whose size only the model's input tells
+            for given, ratio in (
+                (f"ratio={self.ratio}", self.ratio),
+                *((f"block_ratios[{name!r}]={ratio}", ratio) for name, ratio in self.block_ratios),
+            ):
+                check_merging(given, ratio, self.region_tokens)
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Self:
@@ -262,8 +314,8 @@ class MergeConfig:
         Raises:
             ConfigError: when the preset or a field is unknown.
         """
-        _check_choice("preset", name, tuple(PRESETS))
-        config: Self = build_config(cls, **{**PRESETS[name], **changes})
+        fields_of = PRESETS[choice("preset", name, tuple(PRESETS))]
+        config: Self = build_config(cls, **{**fields_of, **changes})
         return config
 
 

@@ -8,13 +8,14 @@ from tabulate import tabulate
 from torch import nn
 
 import toma_fx
-from toma_fx.bench import machine, side_by_side, table
+from toma_fx.bench.compare import side_by_side, table
 from toma_fx.bench.contenders import Setting
-from toma_fx.bench.image import PROMPT
+from toma_fx.bench.record import machine
+from toma_fx.build import block_graphs
 from toma_fx.checkpoints import RANDOM, available_memory, load_model
+from toma_fx.choices import PROMPT
 from toma_fx.config import MergeConfig
 from toma_fx.passes.readable import readable
-from toma_fx.transform import block_graphs
 
 FLUX_BLOCK_BYTES = 1.24 * 2**30
 """One double-stream and two single-stream blocks in bfloat16."""

@@ -19,3 +19,7 @@ class CaptureError(TomaError):
 
 class InputError(TomaError):
     """A transformed model was called with something that merged tokens cannot carry."""
+
+
+class TomaWarning(UserWarning):
+    """Something in a model may take merged tokens for what they are not."""

@@ -1,4 +1,4 @@
-"""A transformed model as a file that needs neither toma_fx nor diffusers to run."""
+"""A transformed model as files that need neither toma_fx nor diffusers to run."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -7,13 +7,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from toma_fx.calls import forced, to_meta
 from toma_fx.inputs import random_inputs, weightless
-from toma_fx.runtime.schedule import PlanMemory, make_slots, slot_name
+from toma_fx.model_border import grids_in
+from toma_fx.policy import Always, Decision, policy_of
+from toma_fx.recipe import Group, Recipe
+from toma_fx.runtime.plan import MERGED, REUSE, WEIGH, Plans
 from toma_fx.transform import model_of
 
-State = dict[str, Tensor]
+Plan = dict[str, list[Tensor]]
+"""What a program hands to later steps: the tensors of each plan, by the path of the list of blocks
+that share it, such as ``"transformer_blocks"``."""
 
 
 def export(
@@ -22,83 +29,130 @@ def export(
     *,
     path: str | Path | None = None,
     dynamic_shapes: Mapping[str, Any] | None = None,
-) -> torch.export.ExportedProgram:
+) -> Any:
     """Export a model with `torch.export`; nodes are named ``torch.ops.toma`` until decomposed.
 
-    A stateless model becomes a program that takes the model's keyword arguments and returns a tuple
-    with the output tensor. A model with a schedule becomes a pure one: it takes its plans as one
-    more argument, ``state``, and returns ``(output, state)``. Each request keeps its own state, so
-    that requests can take turns. A new request starts with a copy of `initial_state`, which is also
-    the ``state`` among the program's ``example_inputs``.
+    A model that does the same in every call becomes one program, which takes the model's keyword
+    arguments and returns a tuple with the output tensor. A model whose policy chooses between
+    variants becomes a program for each, and the caller chooses:
+
+    * ``merge_below``: ``"merged"`` below the noise level, ``"untouched"`` above it;
+    * a schedule: ``"merged"`` makes a plan and returns ``(output, plan)``; ``"weigh"`` takes
+      ``plan`` as one more argument, keeps its destinations and returns ``(output, plan)``;
+      ``"reuse"`` takes it and returns ``(output,)``. A request keeps its own plan, so that requests
+      can take turns.
 
     Args:
         model: a diffusers model, transformed or not, or a pipeline that holds one.
         inputs: keyword arguments of a call of it; those of the native image size when left out.
-        path: where to save the program, with only ATen operators and control flow in it.
+        path: where to save the program, with only ATen operators and control flow in it. With
+            several, the name of the variant goes before the suffix: ``unet.pt2`` becomes
+            ``unet.merged.pt2``.
         dynamic_shapes: as `torch.export.export` takes it, for the names in ``inputs``. Batch and
-            image size can be dynamic as long as every token count stays a multiple of
-            ``region_tokens``, such as ``64 * Dim("regions")``; with a schedule they cannot, since
-            kept plans have a shape.
+            image size can be dynamic. A program serves token counts of the kind that ``inputs``
+            have: multiples of ``region_tokens``, as ``64 * Dim("regions", min=2)``; or, from 17
+            times ``region_tokens`` on, those that are none, as ``Dim.AUTO``.
 
     Returns:
-        The program, before decomposition.
+        The program, before decomposition; or a dictionary of programs by the names of the variants.
 
     Raises:
-        ModelError: when ``model`` is neither a module nor a known pipeline.
+        ModelError: when ``model`` is neither a module nor a known pipeline, or no call that fits it
+            can be made up; then it asks for ``inputs``.
     """
     model = model_of(model)
     inputs = dict(random_inputs(model) if inputs is None else inputs)
-    scheduled = any(isinstance(module, PlanMemory) for module in model.modules())
-    if scheduled:
-        inputs = {"state": initial_state(model, inputs), **inputs}
-    program = _Program(model, _stateful if scheduled else _stateless, list(inputs))
+    recipe = getattr(model, "toma_recipe", None)
+    if recipe is None or not recipe.merged or isinstance(policy_of(recipe.config), Always):
+        program = _export(model, inputs, MERGED, None, dynamic_shapes)
+        _save(program, path)
+        return program
+    variants = policy_of(recipe.config).variants
+    kept = _example_plans(model, inputs) if REUSE in variants else None
+    programs = {}
+    for variant in variants:
+        programs[variant] = _export(model, inputs, variant, kept, dynamic_shapes)
+        _save(programs[variant], path, variant)
+    return programs
+
+
+def _export(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    variant: str,
+    kept: Plans | None,
+    dynamic_shapes: Mapping[str, Any] | None,
+) -> ExportedProgram:
+    grids = grids_in(model, inputs)
+    takes_plan = variant in (WEIGH, REUSE)
+    keeps = kept is not None
+    recipe: Any = getattr(model, "toma_recipe", None)
+
+    def call(model: nn.Module, **arguments: Any) -> Any:
+        given = _to_plans(arguments.pop("plan"), recipe) if takes_plan else None
+        with forced(Decision(variant, given, None, grids, keeps)) as now:
+            (output,) = model(**arguments, return_dict=False)
+        if keeps and variant != REUSE:
+            return output, _from_plans(now.made, recipe)
+        return (output,)
+
+    if takes_plan and kept is not None:
+        inputs = {"plan": _from_plans(kept, recipe), **inputs}
     if dynamic_shapes is not None:
-        dynamic_shapes = {**pytree.tree_map(lambda _: None, inputs), **dynamic_shapes}
+        dynamic_shapes = {**pytree.tree_map(lambda _: None, dict(inputs)), **dynamic_shapes}
+    program = _Program(model, call, list(inputs))
     with torch.no_grad():
-        exported = torch.export.export(
-            program, (), inputs, dynamic_shapes=dynamic_shapes, strict=False
+        return torch.export.export(
+            program, (), dict(inputs), dynamic_shapes=dynamic_shapes, strict=False
         )
-    if path is not None:
-        torch.export.save(exported.run_decompositions(), path)
-    return exported
 
 
-def initial_state(model: nn.Module, inputs: Mapping[str, Any]) -> State:
-    """The state of a model with a schedule before its first step; it holds no plan yet.
+def _save(program: ExportedProgram, path: str | Path | None, variant: str = "") -> None:
+    if path is None:
+        return
+    path = Path(path)
+    if variant:
+        path = path.with_suffix(f".{variant}{path.suffix}")
+    torch.export.save(program.run_decompositions(), path)
 
-    Args:
-        model: a transformed model.
-        inputs: keyword arguments of a call, whose shapes the plans will have.
-    """
+
+def _example_plans(model: nn.Module, inputs: Mapping[str, Any]) -> Plans:
+    """Plans with the shapes that a call of the model makes."""
     skeleton = weightless(model)
-    shapes = {}
-
-    def note(path: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            shapes[path] = (args[0].shape, args[0].dtype)
-
-        return hook
-
-    memories = {p: m for p, m in model.named_modules() if isinstance(m, PlanMemory)}
-    for path in memories:
-        skeleton.get_submodule(path).register_forward_pre_hook(note(path))
-    with torch.no_grad():
-        skeleton(**pytree.tree_map_only(Tensor, lambda t: t.to("meta"), dict(inputs)))
+    with (
+        torch.no_grad(),
+        forced(Decision(MERGED, None, None, grids_in(model, inputs), True)) as now,
+    ):
+        skeleton(**to_meta(inputs))
     device = next(model.parameters()).device
-    kept = [CLOCK]
-    for path, (shape, dtype) in shapes.items():
-        tokens = torch.empty(shape, dtype=dtype, device=device)
-        make_slots(memories[path], tokens)
-        kept.append(f"{path}.slots.{slot_name(tokens)}.")
-    buffers = model.named_buffers()
-    state = {name: torch.zeros_like(b) for name, b in buffers if name.startswith(tuple(kept))}
-    for name, value in state.items():
-        if name.endswith(".run"):
-            value.fill_(0 if name.startswith(CLOCK) else -1)
-    return state
+    made: Plans = pytree.tree_map_only(
+        Tensor, lambda t: torch.zeros(t.shape, dtype=t.dtype, device=device), now.made
+    )
+    return made
 
 
-CLOCK = "toma_clock."
+def _from_plans(plans: Plans, recipe: Recipe) -> Plan:
+    return {
+        _path(group): list(plans[group.stage][group.name])
+        for group in _groups(recipe)
+        if group.name in plans.get(group.stage, {})
+    }
+
+
+def _to_plans(plan: Plan, recipe: Recipe) -> Plans:
+    plans: dict[str, dict[str, tuple[Tensor, ...]]] = {}
+    for group in _groups(recipe):
+        if _path(group) in plan:
+            plans.setdefault(group.stage, {})[group.name] = tuple(plan[_path(group)])
+    return plans
+
+
+def _groups(recipe: Recipe) -> list[Group]:
+    return list(dict.fromkeys(block.group for block in recipe.merged))
+
+
+def _path(group: Group) -> str:
+    return f"{group.stage}.{group.name}" if group.stage else group.name
 
 
 class _Program(nn.Module):
@@ -114,16 +168,3 @@ class _Program(nn.Module):
         parameters = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in names]
         forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         self.forward = forward
-
-
-def _stateless(model: nn.Module, **inputs: Any) -> tuple[Tensor]:
-    (output,) = model(**inputs, return_dict=False)
-    return (output,)
-
-
-def _stateful(model: nn.Module, state: State, **inputs: Any) -> tuple[Tensor, State]:
-    # The model writes its plans into its buffers; here its buffers are copies of the state.
-    state = {name: value.clone() for name, value in state.items()}
-    inputs["return_dict"] = False
-    (output,) = torch.func.functional_call(model, state, (), inputs)
-    return output, state

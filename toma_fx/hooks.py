@@ -6,12 +6,12 @@ would say so. Hooks are therefore taken off the copy and put on again when its b
 """
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+import functools
+from collections.abc import Iterator, Mapping
+from types import MethodType
 from typing import Any
 
-from diffusers.hooks import HookRegistry
-from diffusers.hooks.layerwise_casting import LayerwiseCastingHook
-from torch import nn
+from torch import Tensor, nn
 
 from toma_fx.errors import ModelError
 
@@ -42,7 +42,7 @@ def check_hooks(model: nn.Module) -> None:
                 "model; transform first, then offload: pipe.remove_all_hooks(), "
                 "toma_fx.transform(pipe), pipe.enable_model_cpu_offload()"
             )
-        for _, hook in _hooks(module):
+        for _, hook in hooks_of(module):
             held = _HELD.get(type(hook).__module__)
             if held is not None:
                 raise ModelError(
@@ -57,28 +57,76 @@ def copied_with_hooks(model: nn.Module) -> tuple[nn.Module, list[Attached]]:
     Returns:
         the copy; and copies of the hooks, for `attach_hooks`, in the order of attachment.
     """
-    shared: list[Any] = [*model.parameters(), *model.buffers()]
+    shared: list[Any] = [*model.parameters(), *model.buffers(), *_shared(model)]
     # A cache asks its pipeline for the timestep; the pipeline must not be copied along.
     cache = getattr(model, "_cache_config", None)
     shared += [] if cache is None else [cache, *filter(callable, vars(cache).values())]
     copied = copy.deepcopy(model, {id(each): each for each in shared})
     attached = []
     for module in copied.modules():
-        hooks = list(_hooks(module))
+        hooks = list(hooks_of(module))
         attached += [(module, name, hook) for name, hook in hooks]
         _take_off(module)
     return copied, attached
 
 
+def _shared(model: nn.Module) -> Iterator[Any]:
+    """What modules hold that a copy must not copy.
+
+    Hooks of users, since the copy of a bound method would write into a copy of the user's object;
+    but those that are bound to a module of the model follow it. And tensors that are no parameters,
+    as pruning leaves them, since torch refuses to copy them.
+    """
+    inside = set(map(id, model.modules()))
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor):
+                yield value
+            elif name.endswith("_hooks") and isinstance(value, dict):
+                yield from (hook for hook in value.values() if not _bound_to(hook, inside))
+
+
+def _bound_to(hook: Any, modules: set[int]) -> bool:
+    """Whether a hook is a method of one of these modules, or is given one of them to begin with."""
+    if isinstance(hook, functools.partial):
+        parts = (hook.func, *hook.args, *hook.keywords.values())
+        return any(id(part) in modules or _bound_to(part, modules) for part in parts)
+    return isinstance(hook, MethodType) and id(hook.__self__) in modules
+
+
+def follow_class(module: nn.Module, before: type[nn.Module]) -> None:
+    """Let hooks on a module run the forward of its class, which was another before.
+
+    Hooks of diffusers and accelerate hold the bound method that was the forward when they came.
+    """
+    new = MethodType(type(module).forward, module)
+
+    def is_old(value: Any) -> bool:
+        return isinstance(value, MethodType) and value.__func__ is before.forward
+
+    for name in ("forward", "_old_forward"):
+        if is_old(vars(module).get(name)):
+            vars(module)[name] = new
+    registry = vars(module).get("_diffusers_hook")
+    for reference in [] if registry is None else registry._fn_refs:
+        for name in ("forward", "original_forward"):
+            if is_old(getattr(reference, name)):
+                setattr(reference, name, new)
+
+
 def copied_without_hooks(model: nn.Module, memo: Mapping[int, Any]) -> nn.Module:
-    """A deep copy without the hooks of diffusers and accelerate, whatever those hold.
+    """A deep copy without hooks of any kind, whatever those hold.
 
     Args:
         model: may be offloaded or parallel.
         memo: as `copy.deepcopy` takes it.
     """
     hooks = [vars(m)[mark] for m in model.modules() for mark in _MARKS if mark in vars(m)]
-    copied = copy.deepcopy(model, {**memo, **dict.fromkeys(map(id, hooks))})
+    none: dict[int, Any] = dict.fromkeys(map(id, hooks))
+    for module in model.modules():
+        held = [v for k, v in vars(module).items() if k.endswith("_hooks") and isinstance(v, dict)]
+        none |= {id(each): type(each)() for each in held}
+    copied = copy.deepcopy(model, {**memo, **none})
     for module in copied.modules():
         _take_off(module)
     return copied
@@ -91,54 +139,22 @@ def _take_off(module: nn.Module) -> None:
             vars(module).pop(name, None)
 
 
-def check_forwards(modules: Iterable[tuple[str, nn.Module]]) -> None:
-    """Refuse modules to be rewritten that run something else than their class's ``forward``.
-
-    Raises:
-        ModelError: when there is one.
-    """
-    for path, module in modules:
-        if "forward" in vars(module):
-            raise ModelError(
-                f"{path or 'the model'} has a forward of its own, {vars(module)['forward']!r:.80}, "
-                "which would run in place of the merged one; take it off: del module.forward"
-            )
-
-
 def attach_hooks(attached: list[Attached]) -> None:
     """Put hooks on modules again."""
+    from diffusers.hooks import HookRegistry  # no user of toma_fx without such a hook needs it
+
     for module, name, hook in attached:
         HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, name)
 
 
-def check_caches(model: nn.Module) -> None:
-    """Refuse a cache of what merged tokens are inside a block, where the next step's are others.
-
-    Raises:
-        ModelError: when a module within a merged block keeps its output for later steps, while
-            every step chooses its own destinations.
-    """
-    rewrite: Any = model._toma
-    if rewrite.config.selector != "facility_location":
-        return
-    for block in rewrite.merged:
-        for path, module in model.get_submodule(block).named_modules(prefix=block):
-            kept = [type(hook).__name__ for _, hook in _hooks(module) if hook._is_stateful]
-            if kept and path != block:
-                raise ModelError(
-                    f"{kept[0]} keeps the output of {path} for later steps, which merge into "
-                    "other tokens; transform with selector='grid', which keeps its tokens, or "
-                    "cache whole blocks: FirstBlockCacheConfig or MagCacheConfig"
-                )
-
-
 def is_cast(model: nn.Module) -> bool:
     """Whether a layer stores its weights in another dtype than it computes in."""
-    hooks = (hook for module in model.modules() for _, hook in _hooks(module))
-    return any(isinstance(hook, LayerwiseCastingHook) for hook in hooks)
+    hooks = (hook for module in model.modules() for _, hook in hooks_of(module))
+    return any(type(hook).__name__ == "LayerwiseCastingHook" for hook in hooks)
 
 
-def _hooks(module: nn.Module) -> Iterator[tuple[str, Any]]:
+def hooks_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The hooks of diffusers on a module, with their names."""
     registry = vars(module).get("_diffusers_hook")
     if registry is not None:
         yield from ((name, registry.hooks[name]) for name in registry._hook_order)

@@ -1,26 +1,17 @@
-"""Inputs of a whole model at a given image size, for reports, traces and benchmarks.
+"""Calls of a whole model, for reports, traces, exports and benchmarks: made up, or had before.
 
-Their values mean nothing; their shapes are those that diffusers' pipelines pass to SDXL base and
-Flux. Other models get inputs that fit them.
+The values of made-up arguments mean nothing; their shapes are those that diffusers' pipelines pass
+to the model.
 """
 
 from typing import Any
 
 import torch
-
-# What a model computes in, which is not the dtype of weights that are cast or quantised.
-from diffusers.models.modeling_utils import get_parameter_dtype
 from torch import Tensor, nn
 
-from toma_fx.errors import ModelError
+from toma_fx.errors import ModelError, TomaError
+from toma_fx.families import family_of
 from toma_fx.hooks import copied_without_hooks, is_cast
-
-VAE_SCALE = 8
-"""Pixels per latent along a side, in every model that toma_fx knows."""
-FLUX_PATCH = 2
-"""Latents per token along a side, in Flux."""
-CLIP_TOKENS = 77
-FLUX_TEXT_TOKENS = 512
 
 
 def random_inputs(
@@ -29,78 +20,35 @@ def random_inputs(
     """Keyword arguments for a call of ``model``, on its device and in its dtype.
 
     Args:
-        model: a UNet or a Flux transformer.
+        model: of a known family.
         height: of the image, in pixels; the model's native size when left out.
         width: of the image, in pixels; like ``height`` when left out.
         batch: images.
 
     Raises:
-        ModelError: when the size is no multiple of what a token covers.
+        ModelError: when the size is no multiple of what a token covers, or none can be made up.
     """
+    # What a model computes in, which is not the dtype of weights that are cast or quantised.
+    from diffusers.models.modeling_utils import get_parameter_dtype
+
     device = next(model.parameters()).device
     like = torch.empty(0, device=device, dtype=get_parameter_dtype(model))
-    flux = hasattr(model, "single_transformer_blocks")
-    config: Any = model.config
-    native = 1024 if flux else _square(config.sample_size) * VAE_SCALE
-    height = native if height is None else height
     width = height if width is None else width
-    step = VAE_SCALE * (FLUX_PATCH if flux else 1)
-    if height % step or width % step or height < step or width < step:
-        raise ModelError(
-            f"an image of {height} x {width} pixels must be a multiple of {step} pixels along each "
-            f"side, such as {max(1, height // step) * step} x {max(1, width // step) * step}"
-        )
-    make = _flux_inputs if flux else _unet_inputs
-    return make(config, like, batch, height // step, width // step)
+    try:
+        return family_of(model).example_call(model, like, batch=batch, height=height, width=width)
+    except TomaError:
+        raise
+    except Exception as error:
+        raise unfit(model, error) from error
 
 
-def _square(sample_size: Any) -> int:
-    return int(sample_size if isinstance(sample_size, int) else max(sample_size))
-
-
-def _random(like: Tensor, *shape: int) -> Tensor:
-    # A generator of its own: the global random state is the user's.
-    if like.device.type == "meta":
-        return like.new_empty(shape)
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    return values.to(like)
-
-
-def _unet_inputs(config: Any, like: Tensor, batch: int, rows: int, columns: int) -> dict[str, Any]:
-    width = config.cross_attention_dim
-    inputs: dict[str, Any] = {
-        "sample": _random(like, batch, config.in_channels, rows, columns),
-        "timestep": torch.tensor(500.0, device=like.device),
-        "encoder_hidden_states": _random(
-            like, batch, CLIP_TOKENS, width if isinstance(width, int) else width[0]
-        ),
-    }
-    if config.addition_embed_type == "text_time":
-        ids = 6
-        pooled = config.projection_class_embeddings_input_dim - ids * config.addition_time_embed_dim
-        inputs["added_cond_kwargs"] = {
-            "text_embeds": _random(like, batch, pooled),
-            "time_ids": _random(like, batch, ids),
-        }
-    return inputs
-
-
-def _flux_inputs(config: Any, like: Tensor, batch: int, rows: int, columns: int) -> dict[str, Any]:
-    device = like.device
-    row = torch.arange(rows, device=device)[:, None].expand(rows, columns)
-    column = torch.arange(columns, device=device).expand(rows, columns)
-    ids = torch.stack([torch.zeros_like(row), row, column], dim=-1).flatten(0, 1)
-    inputs = {
-        "hidden_states": _random(like, batch, rows * columns, config.in_channels),
-        "encoder_hidden_states": _random(like, batch, FLUX_TEXT_TOKENS, config.joint_attention_dim),
-        "pooled_projections": _random(like, batch, config.pooled_projection_dim),
-        "timestep": torch.full((batch,), 0.5, device=device, dtype=like.dtype),
-        "img_ids": ids.to(like.dtype),
-        "txt_ids": torch.zeros(FLUX_TEXT_TOKENS, 3, device=device, dtype=like.dtype),
-    }
-    if config.guidance_embeds:
-        inputs["guidance"] = torch.full((batch,), 3.5, device=device, dtype=torch.float32)
-    return inputs
+def unfit(model: nn.Module, error: Exception) -> ModelError:
+    """Says that a made-up call does not fit a model."""
+    return ModelError(
+        f"the arguments that toma_fx makes up do not fit this {type(model).__name__} "
+        f"({type(error).__name__}: {error}); give those of a call of yours: inputs={{...}}, a "
+        "dictionary of its keyword arguments"
+    )
 
 
 def weightless(model: nn.Module) -> nn.Module:
@@ -108,11 +56,17 @@ def weightless(model: nn.Module) -> nn.Module:
 
     Weights under layerwise casting have the dtype that they are computed in.
     """
-    computed = get_parameter_dtype(model) if is_cast(model) else None
+    computed = None
+    if is_cast(model):
+        from diffusers.models.modeling_utils import get_parameter_dtype
+
+        computed = get_parameter_dtype(model)
 
     def empty(tensor: Tensor) -> Tensor:
         return tensor.to("meta", computed if tensor.is_floating_point() else None)
 
     memo: dict[int, Tensor] = {id(buffer): empty(buffer) for buffer in model.buffers()}
+    held = (value for module in model.modules() for value in vars(module).values())
+    memo |= {id(value): empty(value) for value in held if isinstance(value, Tensor)}
     memo |= {id(p): nn.Parameter(empty(p), requires_grad=False) for p in model.parameters()}
     return copied_without_hooks(model, memo)

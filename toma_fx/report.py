@@ -1,20 +1,24 @@
-"""What was rewritten, what it saves, and what was left alone and why."""
+"""What was rewritten, what it saves, and what stays unmerged and why."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 from tabulate import tabulate
-from torch import nn
 
-from toma_fx.arithmetic import Call, count_parts
+from toma_fx.arithmetic import run_operations
+from toma_fx.build import recipe_of_transformed
+from toma_fx.calls import LastCall, to_meta
 from toma_fx.config import MergeConfig
 from toma_fx.inputs import random_inputs, weightless
-from toma_fx.models import Rewrite
-from toma_fx.runtime.regions import kept_tokens, region_size
-from toma_fx.transform import model_of, rewrite_of
-from toma_fx.treatment import Treatment, plan_options
+from toma_fx.recipe import BlockRecipe, Recipe, plan_options
+from toma_fx.runtime import regions
+from toma_fx.runtime.plan import MERGED
+from toma_fx.transform import model_of
+
+STEPS = 25
+"""Of the denoising run that a report speaks of, unless it is told otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +44,17 @@ class Report:
     """What `transform` did to a model; ``print`` it.
 
     Arithmetic is counted by running both models on tensors without data: floating-point operations
-    of matrix products, convolutions and attention, merging and planning included.
+    of matrix products, convolutions and attention, merging and planning included. It is that of a
+    call, averaged over a denoising run, in which some calls may not merge or not plan.
     """
 
     model: str
     image: str
     config: MergeConfig
+    steps: int
+    """Of the denoising run."""
+    shares: Mapping[str, float]
+    """How often each variant of the blocks runs in it."""
     groups: tuple[GroupReport, ...]
     flops_before: int
     flops_after: int
@@ -84,7 +93,17 @@ class Report:
         return (
             f"{self.model}, {self.image}, {ratio}\n"
             f"{tabulate(rows, headers, disable_numparse=True)}\n"
-            f"plan: {_plan(self.config)}" + self._prediction()
+            f"plan: {_plan(self.config)}" + self._when() + self._prediction()
+        )
+
+    def _when(self) -> str:
+        below = self.config.merge_below
+        if below == 1:
+            return ""
+        merging = round(self.shares[MERGED] * self.steps)
+        return (
+            f"\nmerges below a noise level of {below:g}: {merging} of {self.steps} steps; "
+            "arithmetic and savings are averages of a run"
         )
 
     def _prediction(self) -> str:
@@ -97,88 +116,92 @@ class Report:
 
 
 def report(
-    model: Any, *, height: int | None = None, width: int | None = None, batch: int = 1
+    model: Any,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    batch: int = 1,
+    steps: int = STEPS,
+    inputs: Mapping[str, Any] | None = None,
 ) -> Report:
-    """What `transform` did to a model and what it saves at an image size.
+    """What `transform` did to a model and what it saves.
+
+    The call that it speaks of is the one whose ``inputs`` are given; or one of the given size; or
+    the last one that the model really had; or one at the model's native size.
 
     Args:
-        model: a transformed model, or a pipeline that holds one.
-        height: of the image, in pixels; the model's native size when left out.
+        model: a transformed model, or a pipeline that holds one; compiled or wrapped as may be.
+        height: of the image, in pixels.
         width: of the image, in pixels; like ``height`` when left out.
         batch: images (with guidance, a UNet sees two for each).
+        steps: of the denoising run, over which arithmetic is averaged.
+        inputs: keyword arguments of a call.
 
     Raises:
-        ModelError: when the model was not transformed, or the size is impossible.
+        ModelError: when the model was not transformed, the size is impossible, or no call that fits
+            the model can be made up; then it asks for ``inputs``.
     """
     model = model_of(model)
-    rewrite = rewrite_of(model)
-    paths = list(rewrite.treatments)
-    untouched = weightless(rewrite.original)
-    inputs = random_inputs(untouched, height=height, width=width, batch=batch)
-    image = inputs["sample"] if "sample" in inputs else inputs["hidden_states"]
-    call = Call((), inputs)
-    tokens = _note_tokens(untouched, paths)
-    before = count_parts(untouched, call, ["", *paths])
-    after = count_parts(model, call, ["", *paths])
+    recipe = recipe_of_transformed(model)
+    last = getattr(model, "toma_last_call", None)
+    sized = height is not None or width is not None or batch != 1
+    if inputs is not None:
+        call = LastCall(to_meta(inputs), None)
+    elif last is not None and not sized:
+        call = last
+    else:
+        made = random_inputs(weightless(model), height=height, width=width, batch=batch)
+        call = LastCall(made, None)
+    scheduler = getattr(getattr(model, "toma_reader", None), "scheduler", None)
+    counted = run_operations(model, recipe, call, steps, scheduler)
+    image = recipe.family.image(call.arguments)
     groups = []
-    for parent, treatment, members in _alike(model, rewrite):
-        given = tokens[members[0]]
+    for parent, members in _alike(recipe):
+        block = members[0]
+        given = counted.tokens[block.path]
+        left = tokens_after(given, recipe.config, block.ratio, call.grids)
         groups.append(
             GroupReport(
                 path=parent,
-                blocks=(int(members[0].rpartition(".")[2]), int(members[-1].rpartition(".")[2])),
-                merged=treatment.components,
-                skipped=treatment.skipped,
+                blocks=tuple(int(m.path.rpartition(".")[2]) for m in (block, members[-1])),  # type: ignore[arg-type]
+                merged=block.components,
+                skipped=block.unmerged_because,
                 tokens_before=given,
-                tokens_after=tokens_after(given, rewrite.config, treatment.ratio)
-                if treatment.role
-                else given,
-                flops_before=sum(before[path] for path in members),
-                flops_after=sum(after[path] for path in members),
+                tokens_after=left if block.role else given,
+                flops_before=sum(counted.before[m.path] for m in members),
+                flops_after=sum(counted.after[m.path] for m in members),
             )
         )
     return Report(
         model=type(model).__name__,
         image=f"latents {' x '.join(map(str, image.shape))}",
-        config=rewrite.config,
+        config=recipe.config,
+        steps=steps,
+        shares=counted.shares,
         groups=tuple(groups),
-        flops_before=before[""],
-        flops_after=after[""],
-        asked=rewrite.speedup,
+        flops_before=counted.before[""],
+        flops_after=counted.after[""],
+        asked=recipe.speedup,
     )
 
 
-def tokens_after(tokens: int, config: MergeConfig, ratio: float) -> int:
+def tokens_after(
+    tokens: int, config: MergeConfig, ratio: float, grids: tuple[int, ...] | None = None
+) -> int:
     """Image tokens that are left of ``tokens`` in a block that merges with a ratio."""
-    size = region_size(tokens, plan_options(config, ratio).region_tokens)
-    return tokens // size * kept_tokens(size, ratio)
+    known = grids if grids is not None and sum(grids) == tokens else (tokens,)
+    return regions.kept(regions.layout(known, plan_options(config, ratio).region_tokens, ratio))
 
 
-def _alike(model: nn.Module, rewrite: Rewrite) -> Iterator[tuple[str, Treatment, list[str]]]:
-    """Consecutive blocks of a list that were treated alike, and the list's path."""
+def _alike(recipe: Recipe) -> Iterator[tuple[str, list[BlockRecipe]]]:
+    """Consecutive blocks of a list to which the same happens, and the list's path."""
 
-    def treatment(path: str) -> tuple[str, Treatment]:
-        return path.rpartition(".")[0], replace(rewrite.treatments[path], role=None)
+    def kind(block: BlockRecipe) -> tuple[object, ...]:
+        parent = block.path.rpartition(".")[0]
+        return parent, block.ratio, block.components, block.unmerged_because
 
-    in_order = [path for path, _ in model.named_modules() if path in rewrite.treatments]
-    for (parent, _), members in groupby(in_order, treatment):
-        paths = list(members)
-        yield parent, rewrite.treatments[paths[0]], paths
-
-
-def _note_tokens(model: nn.Module, paths: list[str]) -> dict[str, int]:
-    """Image tokens of each block, by its path: filled by the next call of the model."""
-    tokens: dict[str, int] = {}
-
-    def note(path: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            tokens[path] = (args[0] if args else kwargs["hidden_states"]).shape[1]
-
-        return hook
-
-    for path in paths:
-        model.get_submodule(path).register_forward_pre_hook(note(path), with_kwargs=True)
-    return tokens
+    for (parent, *_), members in groupby(recipe.blocks, kind):
+        yield str(parent), list(members)
 
 
 def _plan(config: MergeConfig) -> str:
@@ -190,13 +213,7 @@ def _plan(config: MergeConfig) -> str:
         f"{config.selector} in each {where}, weights over the {config.merge_over} at temperature "
         f"{config.temperature:g}, unmerge by {config.unmerge}, one for each {config.share}, "
         f"selected every {_steps(times.select_every)} and weighed every {_steps(times.weigh_every)}"
-        f"{_when(config)}"
     )
-
-
-def _when(config: MergeConfig) -> str:
-    below = config.merge_below
-    return "" if below == 1 else f"\nmerges below a noise level of {below:g}, timestep over 1000"
 
 
 def _merged(group: GroupReport) -> str:

@@ -6,16 +6,18 @@ follows it only as far as a machine is bound by arithmetic: see the README for w
 
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
-import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from toma_fx.arithmetic import run_operations
+from toma_fx.build import merged_copy, recipe_of_transformed
+from toma_fx.calls import LastCall, to_meta
 from toma_fx.config import MergeConfig
 from toma_fx.errors import ConfigError, ModelError
 from toma_fx.inputs import random_inputs, weightless
-from toma_fx.transform import rewritten
 
 logger = logging.getLogger(__name__)
 
@@ -23,28 +25,46 @@ CLOSE = 0.5
 """The ratio up to which images stay close (`MergeConfig.ratio`)."""
 
 
-def for_speedup(model: nn.Module, config: MergeConfig, speedup: float) -> MergeConfig:
+STEPS = 25
+"""Of the denoising run over which arithmetic is averaged."""
+
+
+def for_speedup(
+    model: nn.Module,
+    config: MergeConfig,
+    speedup: float,
+    inputs: Mapping[str, Any] | None = None,
+    scheduler: Any = None,
+) -> MergeConfig:
     """The configuration with the smallest ratio whose predicted arithmetic is small enough.
 
-    Ratios are tried in steps of one token of a region. The image is of the model's native size.
+    Ratios are tried in steps of one token of a region.
 
     Args:
-        model: a ``UNet2DConditionModel`` or ``FluxTransformer2DModel``.
+        model: of a known family.
         config: all options but the ratio.
-        speedup: wanted arithmetic of the untouched model over that of the merged one, at least 1.
+        speedup: wanted arithmetic of the untouched model over that of the merged one, at least 1,
+            averaged over a run.
+        inputs: keyword arguments of a call; those of the model's native size when left out.
+        scheduler: of the pipeline, which makes the run's timesteps; None for the usual ones.
 
     Raises:
         ConfigError: when ``speedup`` is no number of at least 1.
-        ModelError: when no ratio reaches it.
+        ModelError: when no ratio reaches it, or no call that fits the model can be made up; then
+            it asks for ``inputs``.
     """
     number = isinstance(speedup, int | float) and not isinstance(speedup, bool)
     if not number or not 1 <= speedup < math.inf:
         raise ConfigError(f"speedup={speedup!r} must be a number of at least 1, such as 1.3")
-    skeleton = weightless(model)
-    untouched, steps = _operations(skeleton), config.region_tokens
+    if speedup == 1:
+        return replace(config, ratio=0)
+    skeleton, steps = weightless(model), config.region_tokens
+    call = LastCall(random_inputs(skeleton) if inputs is None else to_meta(inputs), None)
 
     def reached(step: int) -> float:
-        return untouched / _operations(rewritten(skeleton, replace(config, ratio=step / steps)))
+        merged = merged_copy(skeleton, replace(config, ratio=step / steps))
+        counted = run_operations(merged, recipe_of_transformed(merged), call, STEPS, scheduler)
+        return counted.before[""] / counted.after[""]
 
     low, high = 0, steps - 1  # the answer is in (low, high], or 0
     most = reached(high)
@@ -54,8 +74,6 @@ def for_speedup(model: nn.Module, config: MergeConfig, speedup: float) -> MergeC
             f"ratio={high / steps:.3g} the arithmetic of a call is only {most:.2f} times less; "
             "ask for less" + (", or merge every block: skip=()" if config.skip is None else "")
         )
-    if speedup == 1:
-        return replace(config, ratio=0)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if reached(middle) >= speedup else (middle, high)
@@ -65,10 +83,3 @@ def for_speedup(model: nn.Module, config: MergeConfig, speedup: float) -> MergeC
             "speedup=%g takes ratio=%.3g; above %g images change visibly", speedup, ratio, CLOSE
         )
     return replace(config, ratio=ratio)
-
-
-def _operations(skeleton: nn.Module) -> int:
-    """Floating-point operations of a call at the native size, of a model without data."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        skeleton(**random_inputs(skeleton))
-    return int(counter.get_total_flops())

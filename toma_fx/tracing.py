@@ -12,10 +12,12 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from toma_fx.calls import forced
 from toma_fx.inputs import random_inputs, weightless
+from toma_fx.model_border import grids_in
 from toma_fx.passes.capture import ValueTracer
-from toma_fx.passes.pipeline import LEAF_VALUE
-from toma_fx.runtime.schedule import DenoisingClock, PlanMemory
+from toma_fx.passes.pipeline import recompile
+from toma_fx.policy import Decision
 from toma_fx.transform import model_of
 
 
@@ -39,28 +41,23 @@ def trace(model: Any, inputs: Mapping[str, Any] | None = None) -> fx.GraphModule
     model = model_of(model)
     skeleton = weightless(model)
     inputs = random_inputs(skeleton) if inputs is None else inputs
+    decision = Decision(grids=grids_in(model, inputs))
     inputs = pytree.tree_map_only(torch.Tensor, lambda t: t.to("meta"), dict(inputs))
-    tracer = _ModelTracer({**inputs, "return_dict": False})
-    graph = tracer.trace(skeleton)
-    gm = fx.GraphModule(model, graph, class_name=type(model).__name__)
-    gm.meta[LEAF_VALUE] = _leaf_value
-    graph.eliminate_dead_code()
-    graph.lint()
-    gm.recompile()
+    with forced(decision):
+        gm = _ModelTracer({**inputs, "return_dict": False}).capture(skeleton, over=model)
+    gm.graph.eliminate_dead_code()
+    gm.graph.lint()
+    recompile(gm)
     return gm
 
 
 def _is_leaf(module: nn.Module) -> bool:
     if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
         return False
-    return type(module).__module__.startswith("torch.nn") or isinstance(
-        module, DenoisingClock | PlanMemory
-    )
+    return type(module).__module__.startswith("torch.nn")
 
 
 def _leaf_value(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if isinstance(module, PlanMemory):
-        return module.blank(args[0])
     return module(*args, **kwargs)
 
 
@@ -69,10 +66,8 @@ class _ModelTracer(ValueTracer):
         super().__init__(_is_leaf, _leaf_value)
         self._inputs = inputs
 
-    def create_args_for_root(
-        self, root_fn: Any, is_module: bool, concrete_args: Any = None
-    ) -> tuple[Any, list[Any]]:
-        order = list(inspect.signature(root_fn).parameters)
+    def run(self, module: Any) -> Any:
+        order = list(inspect.signature(type(module).forward).parameters)
         inputs = dict(sorted(self._inputs.items(), key=lambda pair: order.index(pair[0])))
 
         def argument(path: Any, value: Any) -> Any:
@@ -84,4 +79,4 @@ class _ModelTracer(ValueTracer):
             return proxy
 
         inputs = pytree.tree_map_with_path(argument, inputs)
-        return lambda root: root_fn(root, **inputs)[0], [self.root]
+        return type(module).forward(module, **inputs)[0]

@@ -1,44 +1,31 @@
-"""``transform`` and ``restore``: the whole story in one file.
+"""``transform`` and ``restore``: the whole story, from a model to a model that merges.
 
-A copy of the model shares every tensor with the original. The graph of each transformer block is
-captured, rewritten by passes, and installed as the block's forward.
+A copy of the model shares every tensor with the one that was given. Its family and the options make
+a recipe; the recipe makes graphs, which become the forward of the blocks; and classes stand in at
+the model's borders. ``restore`` takes all that off again.
 """
 
+import contextlib
 import logging
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
-import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from toma_fx.captured import transform_captured
+from toma_fx.build import merged_copy, recipe_of_transformed, take_off
 from toma_fx.config import MergeConfig, build_config
 from toma_fx.errors import ConfigError, ModelError
-from toma_fx.families import Block, Family, example_inputs, family_of, leaf_value
-from toma_fx.hooks import attach_hooks, check_caches, check_forwards, check_hooks, copied_with_hooks
-from toma_fx.models import Rewrite
-from toma_fx.passes.capture import capture_block
-from toma_fx.passes.cleanup import Cleanup
-from toma_fx.passes.guard_inputs import GuardInputs
-from toma_fx.passes.install import install
-from toma_fx.passes.merge_components import MergeComponents
-from toma_fx.passes.merge_once import MergeOnce
-from toma_fx.passes.pipeline import Pass, run_passes
-from toma_fx.passes.plan_nodes import TokenFlow
-from toma_fx.passes.share_plan import SharePlan
-from toma_fx.passes.sites import SITES, FindSites
-from toma_fx.runtime.schedule import DenoisingClock, PlanMemory
-from toma_fx.treatment import Treatment, plan_options, treatments
+from toma_fx.families import MODELS, family_of, knows
+from toma_fx.families.rows import qualified_name
+from toma_fx.hooks import check_hooks
+from toma_fx.recipe import Recipe
+from toma_fx.speedup import for_speedup
 
 Model = TypeVar("Model")
 
 logger = logging.getLogger(__name__)
-
-PIPELINE_PARTS = ("unet", "transformer")
-"""Names under which a pipeline holds its denoising model."""
 
 
 def transform(
@@ -46,23 +33,26 @@ def transform(
     config: MergeConfig | None = None,
     *,
     speedup: float | None = None,
+    inputs: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Model:
     """Merge tokens in a diffusers model; returns a new model, or the same pipeline with one.
 
-    A model is copied, but every tensor is shared with the original, which stays as it was. A
-    pipeline is changed in place, so that everything that refers to it sees the faster model;
-    `restore` puts the original back.
+    A model is copied, but every tensor is shared with the given one, which stays as it was and may
+    be transformed again. A pipeline is changed in place: it holds the copy afterwards, so that
+    everything that refers to the pipeline sees the faster model. `restore` undoes either.
 
     Args:
-        model: a ``UNet2DConditionModel`` or ``FluxTransformer2DModel``, or a pipeline with one.
-            Transform before ``torch.compile``. Or one that was captured already: what
-            `torch.export.export` returned, or a `torch.fx.GraphModule` from `toma_fx.trace`,
-            from Dynamo, or from the ``module()`` of an exported program.
+        model: a diffusers model of a known family, or a pipeline with one. Transform before
+            ``torch.compile``. Or one that was captured already: what `torch.export.export`
+            returned, or a `torch.fx.GraphModule` from `toma_fx.trace`, from Dynamo, or from the
+            ``module()`` of an exported program.
         config: what to do; `MergeConfig` with its defaults when left out.
         speedup: in place of a ratio: take the smallest whose predicted arithmetic, at the model's
-            native size, is this many times less than the untouched model's. That is no promise of
-            time; `report` says what was chosen.
+            native size and averaged over a run, is this many times less than the untouched model's.
+            That is no promise of time; `report` says what was chosen.
+        inputs: with ``speedup``, keyword arguments of a call that counts in place of one at the
+            model's native size.
         **options: fields of `MergeConfig`, in place of ``config``: ``transform(unet, ratio=0.4)``.
 
     Returns:
@@ -72,8 +62,8 @@ def transform(
         ConfigError: when an option is unknown or holds a value it cannot take, when it is given
             beside a config, or when both a ratio and a speed-up are given.
         ModelError: when the model is unknown, compiled, offloaded or transformed already, when no
-            block would be merged, when a cache keeps what merging changes at every step, or when
-            no ratio reaches the speed-up.
+            block would be merged, when something in it holds the very model that was given, when a
+            cache keeps what merging changes at every step, or when no ratio reaches the speed-up.
         CaptureError: when a captured model holds something that merged tokens cannot go through.
     """
     if config is not None and options:
@@ -102,112 +92,111 @@ def transform(
             raise ModelError(
                 f"speedup={speedup!r} is for diffusers models; give a captured graph a ratio"
             )
-        return transform_captured(model, config)  # type: ignore[no-any-return]
+        from toma_fx.flat import transform_flat  # most users never hold a graph
+
+        return transform_flat(model, config)  # type: ignore[no-any-return]
     if isinstance(model, nn.Module):
-        return _transform_model(model, config, speedup)  # type: ignore[return-value]
-    part = _pipeline_part(model)
-    setattr(model, part, _transform_model(getattr(model, part), config, speedup))
+        return _transform_model(model, config, speedup, inputs)  # type: ignore[return-value]
+    made = {
+        name: _transform_model(part, config, speedup, inputs, model)
+        for name, part in pipeline_models(model).items()
+    }
+    for name, part in made.items():
+        setattr(model, name, part)
     return model
 
 
 def restore(model: Model) -> Model:
-    """Undo `transform`.
+    """Undo what `transform` did, to the very model that is given.
+
+    What was done to the model since stays: adapters that were loaded, fused or unloaded, weights
+    that were quantised, cast, moved or loaded. Only the merging goes, and with it what was compiled
+    of it: compile the model again, or transform it again.
 
     Args:
         model: a transformed model, or a pipeline that holds one.
 
     Returns:
-        The original model; or the given pipeline, with the original model in place.
+        The same model or pipeline. Where a pipeline holds what `torch.compile` made of a
+        transformed model, it holds the model itself afterwards.
 
     Raises:
-        ModelError: when nothing was transformed.
+        ModelError: when nothing was transformed, or something else put a class or a forward of its
+            own over what `transform` installed.
     """
     if isinstance(model, nn.Module):
-        return rewrite_of(model).original  # type: ignore[return-value]
-    part = _pipeline_part(model)
-    setattr(model, part, rewrite_of(getattr(model, part)).original)
+        return _restore_model(model)  # type: ignore[return-value]
+    for name, part in pipeline_models(model).items():
+        setattr(model, name, _restore_model(part))
     return model
 
 
-def rewrite_of(model: nn.Module) -> Rewrite:
-    """What `transform` did to a model.
+def model_of(model: Any) -> nn.Module:
+    """The denoising model: the given one, or that of the given pipeline, without wrappers.
 
     Raises:
-        ModelError: when it was not transformed.
+        ModelError: when there is none.
     """
-    rewrite = getattr(model, "_toma", None)
-    if not isinstance(rewrite, Rewrite):
+    if isinstance(model, nn.Module):
+        return unwrapped(model)
+    return unwrapped(next(iter(pipeline_models(model).values())))
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model of a known family in what torch.compile, peft or a parallel wrapper made of it."""
+    if knows(model):
+        return model
+    inside = [module for module in model.modules() if knows(module)]
+    return inside[0] if len(inside) == 1 else model
+
+
+def pipeline_models(pipeline: object) -> dict[str, nn.Module]:
+    """The denoising models of a pipeline, by the names under which it holds them.
+
+    Raises:
+        ModelError: when it holds none of a known family.
+    """
+    held = {name: value for name, value in _parts(pipeline) if isinstance(value, nn.Module)}
+    found = {name: value for name, value in held.items() if knows(unwrapped(value))}
+    if not found:
+        known = ", ".join(name.rpartition(".")[2] for name in MODELS)
         raise ModelError(
-            f"this {type(model).__name__} was not transformed; call toma_fx.transform first"
+            f"{type(pipeline).__name__} is neither a torch module nor a pipeline that holds a "
+            f"model that toma_fx knows ({known}); pass the model itself"
         )
-    return rewrite
+    return found
 
 
-def model_of(model: Any) -> nn.Module:
-    """The denoising model: the given one, or that of the given pipeline."""
-    return model if isinstance(model, nn.Module) else getattr(model, _pipeline_part(model))
-
-
-def _pipeline_part(pipeline: object) -> str:
-    for part in PIPELINE_PARTS:
-        if isinstance(getattr(pipeline, part, None), nn.Module):
-            return part
-    raise ModelError(
-        f"{type(pipeline).__name__} is neither a torch module nor a pipeline with a module named "
-        f"{' or '.join(PIPELINE_PARTS)}; pass the model itself"
-    )
+def _parts(pipeline: object) -> Iterator[tuple[str, object]]:
+    components = getattr(pipeline, "components", None)
+    names = [*components] if isinstance(components, dict) else []
+    of_class = [name for name in dir(type(pipeline)) if not name.startswith("__")]
+    for name in dict.fromkeys([*names, *getattr(pipeline, "__dict__", {}), *of_class]):
+        with contextlib.suppress(Exception):  # whatever a property of someone's class raises
+            yield name, getattr(pipeline, name, None)
 
 
 def _transform_model(
-    model: nn.Module, config: MergeConfig, speedup: float | None = None
+    model: nn.Module,
+    config: MergeConfig,
+    speedup: float | None,
+    inputs: Mapping[str, Any] | None,
+    pipeline: Any = None,
 ) -> nn.Module:
     _check_model(model)
-    family_of(model)
     if speedup is not None:
-        from toma_fx.speedup import for_speedup  # which transforms, to count
-
-        config = for_speedup(model, config, speedup)
-    copied = rewritten(model, config, speedup)
-    _log(rewrite_of(copied))
+        scheduler = getattr(pipeline, "scheduler", None)
+        config = for_speedup(model, config, speedup, inputs, scheduler)
+    copied = merged_copy(model, config, speedup, pipeline)
+    _log(recipe_of_transformed(copied), type(copied).__name__)
     return copied
 
 
-def rewritten(model: nn.Module, config: MergeConfig, speedup: float | None = None) -> nn.Module:
-    """`transform` of a model that can be transformed, without a word to the log."""
-    family = family_of(model)
-    copied, hooks = copied_with_hooks(model)
-    blocks = {path: (block, row) for path, block, row in _blocks(copied, family)}
-    check_forwards([("", copied), *((path, block) for path, (block, _) in blocks.items())])
-    treated = treatments(list(blocks), config, family.spared, type(model).__name__)
-    graphs: dict[Any, fx.GraphModule] = {}
-
-    def graph(block: nn.Module, row: Block, treatment: Treatment | None) -> fx.GraphModule:
-        done = treatment and (treatment.role, treatment.ratio)
-        key = _structure(block), done
-        if key not in graphs:
-            graphs[key] = rewritten_graph(block, row, config, treatment)
-        return graphs[key]
-
-    for path, treatment in treated.items():
-        block, row = blocks[path]
-        if treatment.role is None:
-            install(block, graph(block, row, None), attention_kwargs=row.attention_kwargs)
-            continue
-        gm = graph(block, row, treatment)
-        follows = replace(treatment, role="follow")
-        install(
-            block,
-            gm,
-            follower=graph(block, row, follows) if treatment.role == "lead" else None,
-            untouched=graph(block, row, None) if config.merge_below < 1 else None,
-            attention_kwargs=row.attention_kwargs,
-        )
-        treated[path] = replace(treatment, components=_components(gm, config))
-    rewrite = Rewrite(config, model, treated, speedup)
-    _install_borders(copied, family, rewrite)
-    attach_hooks(hooks)
-    check_caches(copied)
-    return copied
+def _restore_model(model: nn.Module) -> nn.Module:
+    model = unwrapped(model)
+    take_off(model)
+    logger.info("restored %s: no block merges tokens", type(model).__name__)
+    return model
 
 
 _ROLES = {
@@ -217,99 +206,33 @@ _ROLES = {
 }
 
 
-def _log(rewrite: Rewrite) -> None:
-    merged, skipped = rewrite.merged, rewrite.skipped
+def _log(recipe: Recipe, model: str) -> None:
     logger.info(
         "transformed %s: %d of %d blocks merge tokens, in %d groups; %s",
-        type(rewrite.original).__name__,
-        len(merged),
-        len(rewrite.treatments),
-        len({treatment.group for treatment in merged.values()}),
-        rewrite.config,
+        model,
+        len(recipe.merged),
+        len(recipe.blocks),
+        len({block.group for block in recipe.merged}),
+        recipe.config,
     )
-    for reason, count in Counter(treatment.skipped for treatment in skipped.values()).items():
+    for reason, count in Counter(block.unmerged_because for block in recipe.unmerged).items():
         logger.info("left %d blocks unmerged: %s", count, reason)
-    for path, treatment in merged.items():
-        around, role = ", ".join(treatment.components), _ROLES[treatment.role or ""]
-        logger.debug("%s merges around %s and %s", path, around, role)
-    for path, treatment in skipped.items():
-        logger.debug("%s is left unmerged: %s", path, treatment.skipped)
-
-
-def rewritten_graph(
-    block: nn.Module, row: Block, config: MergeConfig, treatment: Treatment | None
-) -> fx.GraphModule:
-    """The graph of a block: as captured, or with merge and unmerge nodes as its treatment says."""
-    gm = capture_block(block, example_inputs(row, block), row.attention_kwargs, leaf_value)
-    return gm if treatment is None else run_passes(gm, passes_for(row, config, treatment))
-
-
-def block_graphs(
-    model: nn.Module, config: MergeConfig
-) -> Iterator[tuple[str, fx.GraphModule, fx.GraphModule]]:
-    """Path of each block to be merged, its graph as captured, and as rewritten; for looking at."""
-    family = family_of(model)
-    blocks = {path: (block, row) for path, block, row in _blocks(model, family)}
-    treated = treatments(list(blocks), config, family.spared, type(model).__name__)
-    for path, treatment in treated.items():
-        if treatment.role is not None:
-            block, row = blocks[path]
-            yield (
-                path,
-                rewritten_graph(block, row, config, None),
-                rewritten_graph(block, row, config, treatment),
-            )
-
-
-def passes_for(row: Block, config: MergeConfig, treatment: Treatment) -> tuple[Pass, ...]:
-    """The passes that turn the captured graph of a block into its merged one.
-
-    Args:
-        row: the block's row in the table of block structures.
-        config: the options.
-        treatment: its ratio, and whether it makes its group's plan, follows it, or makes one for
-            itself alone.
-    """
-    plan = plan_options(config, treatment.ratio)
-    flow = TokenFlow(output=row.output, text=row.text, text_first=row.text_first, rotary=row.rotary)
-    memory = None
-    if treatment.role == "lead" and not config.schedule.stateless and config.selector != "fixed":
-        memory = PlanMemory(
-            **asdict(plan),
-            select_every=config.schedule.select_every,
-            weigh_every=config.schedule.weigh_every,
-        )
-    find = FindSites(sites=row.sites, components=config.components)
-    merge: tuple[Pass, ...] = (MergeOnce(options=plan, flow=flow, residual=config.residual),)
-    if config.placement == "component":
-        merge = (find, MergeComponents(options=plan, flow=flow))
-    return (
-        *merge,
-        GuardInputs(components=config.components, masks=row.masks),
-        SharePlan(
-            attention_kwargs=row.attention_kwargs,
-            blocks=_plan_name(row, config, treatment),
-            role=treatment.role or "alone",
-            memory=memory,
-        ),
-        Cleanup(),
-    )
-
-
-def _plan_name(row: Block, config: MergeConfig, treatment: Treatment) -> str:
-    """Under which the blocks of a group find their plan: blocks of a class, and of a ratio."""
-    name = row.cls.__name__
-    return f"{name}, ratio {treatment.ratio!r}" if config.block_ratios else name
+    for block in recipe.merged:
+        around, role = ", ".join(block.components), _ROLES[block.role or ""]
+        logger.debug("%s merges around %s and %s", block.path, around, role)
+    for block in recipe.unmerged:
+        logger.debug("%s is left unmerged: %s", block.path, block.unmerged_because)
 
 
 def _check_model(model: nn.Module) -> None:
-    if hasattr(model, "_toma"):
+    recipe = getattr(unwrapped(model), "toma_recipe", None)
+    if recipe is not None:
         raise ModelError(
-            f"this {type(model).__name__} is already transformed with {rewrite_of(model).config}; "
-            "transform the original: toma_fx.restore(model)"
+            f"this {type(model).__name__} is already transformed with {recipe.config}; "
+            "restore it first: toma_fx.restore(model)"
         )
-    if isinstance(model, torch._dynamo.OptimizedModule) or any(
-        module._compiled_call_impl is not None for module in model.modules()
+    if any(module._compiled_call_impl is not None for module in model.modules()) or (
+        unwrapped(model) is not model and hasattr(model, "_orig_mod")
     ):
         raise ModelError(
             f"this {type(model).__name__} is compiled, and compiled code cannot be rewritten; "
@@ -317,43 +240,9 @@ def _check_model(model: nn.Module) -> None:
         )
     check_hooks(model)
     family = family_of(model)
-    if type(model) not in family.borders:
+    if qualified_name(type(model)) != family.cls:
+        known = family.cls.rpartition(".")[2]
         raise ModelError(
-            f"{type(model).__name__} is a subclass of diffusers' {family.cls.__name__}, whose "
-            "forward may run the blocks in a way of its own; transform a model of that class itself"
+            f"{type(model).__name__} is a subclass of diffusers' {known}, whose forward may run "
+            "the blocks in a way of its own; transform a model of that class itself"
         )
-
-
-def _blocks(model: nn.Module, family: Family) -> Iterator[tuple[str, nn.Module, Block]]:
-    for path, module in model.named_modules():
-        for row in family.blocks:
-            if isinstance(module, row.cls):
-                yield path, module, row
-
-
-def _structure(block: nn.Module) -> Any:
-    """What decides the graph of a block: the classes in it and its plain attributes."""
-    plain = str | int | float | bool | None
-    attributes = {k: v for k, v in vars(block).items() if isinstance(v, plain) and k != "training"}
-    classes = [
-        (name, type(m), type(getattr(m, "processor", None))) for name, m in block.named_modules()
-    ]
-    return type(block), tuple(attributes.items()), tuple(classes)
-
-
-def _components(gm: fx.GraphModule, config: MergeConfig) -> tuple[str, ...]:
-    if config.placement == "block":
-        return ("block",)
-    return tuple(c for found in gm.meta[SITES] for c in found.site.components)
-
-
-def _install_borders(model: nn.Module, family: Family, rewrite: Rewrite) -> None:
-    model._toma = rewrite  # type: ignore[assignment]
-    if not rewrite.merged:
-        return
-    for module in model.modules():
-        if type(module) in family.borders:
-            module.__class__ = family.borders[type(module)]
-            module._toma = rewrite  # type: ignore[assignment]
-    if not rewrite.config.schedule.stateless:
-        model.toma_clock = DenoisingClock()

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from tests.tiny import tiny_flux, tiny_sdxl_unet
-from toma_fx.bench.compare import compare, planned_shapes, rows_of
+from toma_fx.bench.compare import compare, planned, rows_of
 from toma_fx.bench.contenders import COMPILED, EAGER, LOWER_BOUND, Setting, twin
 from toma_fx.bench.levels import blocks, models, stages
 from toma_fx.bench.timing import Contender, Timing
+from toma_fx.config import MergeConfig
 from toma_fx.lab.rivals import tomesd
 from toma_fx.lab.variants import Preset
 from toma_fx.transform import transform
@@ -99,11 +100,18 @@ def test_plans_are_counted_once_for_each_group() -> None:
     unet = tiny_sdxl_unet()
     config = VARIANTS[1].config(0.5)
     setting = Setting(height=256, batch=2, dtype=torch.float32)
-    shapes = planned_shapes(transform(unet, config), setting)
+    plans = planned(transform(unet, config), setting)
     # 256 pixels are 32 latents; two levels of the UNet halve that once and twice.
-    assert set(shapes) == {(2, 256, 32), (2, 64, 32)}
+    assert set(plans) == {((2, 256, 32), 0.5), ((2, 64, 32), 0.5)}
     groups = [m for m in unet.modules() if type(m).__name__ == "Transformer2DModel"]
-    assert shapes.total() == len(groups)
+    assert plans.total() == len(groups)
+
+
+def test_plans_of_blocks_with_their_own_ratio_are_timed_at_it() -> None:
+    config = MergeConfig(ratio=0, block_ratios={"mid_block.*": 0.75})  # type: ignore[arg-type]
+    setting = Setting(height=256, dtype=torch.float32)
+    plans = planned(transform(tiny_sdxl_unet(), config), setting)
+    assert plans == {((1, 64, 32), 0.75): 1}
 
 
 @BUILDERS

@@ -10,21 +10,25 @@ from toma_fx.bench.roofline import Needs, Peaks, measure_peaks
 
 @pytest.mark.parametrize("ratio", [0.25, 0.5])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_matrix_products_and_bytes_are_those_of_the_operators(ratio: float, batch: int) -> None:
-    shape = Shape(tokens=128, width=24, batch=batch, ratio=ratio, region_tokens=16)
-    tokens = torch.randn(batch, 128, 24).to(shape.dtype)
-    destinations = torch.ops.toma.select(tokens, 16, ratio, "facility_location")
-    weights = torch.ops.toma.weigh(tokens, destinations, 0.001, "region", "transpose")
+@pytest.mark.parametrize("count", [128, 541])  # in regions of 16, and of 16 places
+def test_matrix_products_and_bytes_are_those_of_the_operators(
+    count: int, batch: int, ratio: float
+) -> None:
+    shape = Shape(tokens=count, width=24, batch=batch, ratio=ratio, region_tokens=16)
+    keep, size, _, regions = cut = shape.layout
+    tokens = torch.randn(batch, count, 24).to(shape.dtype)
+    destinations = torch.ops.toma.select(tokens, cut, "facility_location")
+    weights = torch.ops.toma.weigh(tokens, destinations, cut, 0.001, "region", "transpose")
     with FlopCounterMode(display=False) as merging:
-        merged = torch.ops.toma.merge(tokens, weights[0])
+        merged = torch.ops.toma.merge(tokens, weights[0], cut)
     with FlopCounterMode(display=False) as unmerging:
-        torch.ops.toma.unmerge(merged, weights[1])
+        torch.ops.toma.unmerge(merged, weights[1], cut)
     needs, dtype = shape.needs("merge")
     assert dtype == shape.dtype
     assert needs.matmul == merging.get_total_flops() == unmerging.get_total_flops()
     assert needs.bytes == tokens.nbytes + merged.nbytes + weights[0].nbytes
     with FlopCounterMode(display=False) as selecting:
-        torch.ops.toma.select(tokens, 16, ratio, "facility_location")
+        torch.ops.toma.select(tokens, cut, "facility_location")
     needs, dtype = shape.needs("select")
     assert dtype == torch.float32
     assert needs.matmul == selecting.get_total_flops()
@@ -32,8 +36,8 @@ def test_matrix_products_and_bytes_are_those_of_the_operators(ratio: float, batc
     needs, _ = shape.needs("weigh")
     expected = tokens.nbytes + destinations.nbytes + sum(weight.nbytes for weight in weights)
     assert needs.bytes == expected
-    assert needs.matmul == 2 * batch * 128 * shape.keep * 24
-    order = torch.ops.toma.tile_order(tokens, 8, 16)
+    assert needs.matmul == 2 * batch * regions * size * keep * 24
+    order = torch.arange(count)
     reordered = torch.ops.toma.reorder(tokens, order)
     needs, _ = shape.needs("reorder")
     assert needs.bytes == tokens.nbytes + order.nbytes + reordered.nbytes

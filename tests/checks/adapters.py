@@ -106,7 +106,7 @@ class Adapters(Base):
         without = self.run(model, **{self.attention_kwargs: {"scale": 0.0}})
         self.same(self.merged(), without)
 
-    @pytest.mark.parametrize("ranks", [(4, 4), (4, 8), (8, 4)], ids=str)
+    @pytest.mark.parametrize("ranks", [(4, 8), (8, 4)], ids=str)
     def test_exchange_without_recompiling(self, tmp_path: Path, ranks: tuple[int, int]) -> None:
         outputs = []
         for seed, rank in enumerate(ranks):

@@ -19,6 +19,8 @@ class AttentionLayers(Base):
         class Own(self.processor):  # type: ignore[misc, name-defined]
             """Another class, which computes the same."""
 
+            any_tokens = True
+
         model = self.merged()
         output = self.run(model)
         assert {type(each) for each in model.attn_processors.values()} == {self.processor}

@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -128,10 +127,6 @@ class Saving(Base):
         for low_memory in (True, False):
             loaded = self.reload(model, tmp_path, torch_dtype=dtype, low_cpu_mem_usage=low_memory)
             assert loaded.dtype == self.merged(loaded).dtype == dtype
-
-    def test_pickle(self) -> None:
-        model = self.merged()
-        self.same(pickle.loads(pickle.dumps(model)), self.run(model))
 
     def test_state_dict_goes_both_ways(self) -> None:
         model, other = self.merged(), self.untouched()

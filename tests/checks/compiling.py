@@ -2,49 +2,21 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounter
 
 from tests.checks.base import Base
 
 
 class Compiling(Base):
-    """No graph break, no recompilation, the numbers of the uncompiled model."""
-
-    sizes: ClassVar[list[dict[str, int]]]
-    """Sizes of images that one dynamic graph serves."""
+    """The numbers of the uncompiled model; graphs are counted in ``test_compile``."""
 
     @pytest.fixture(autouse=True)
     def _fresh(self) -> Iterator[None]:
         torch.compiler.reset()
         yield
         torch.compiler.reset()
-
-    def test_whole_model(self) -> None:
-        model, output = self.merged(), self.run(self.merged())
-        model.compile(fullgraph=True, backend="aot_eager")
-        with torch._dynamo.config.patch(error_on_recompile=True):
-            self.same(model, output)
-            self.same(model, output)
-
-    def test_repeated_blocks(self) -> None:
-        model, output = self.merged(), self.run(self.merged())
-        model.compile_repeated_blocks(fullgraph=True, backend="aot_eager", dynamic=False)
-        self.same(model, output)
-        with torch._dynamo.config.patch(error_on_recompile=True):
-            self.same(model, output)
-
-    @torch.no_grad()
-    def test_sizes(self) -> None:
-        frames, model = CompileCounter(), self.merged()
-        compiled: Any = torch.compile(model, fullgraph=True, dynamic=True, backend=frames)
-        for size in self.sizes:
-            inputs = self.inputs(**size)
-            torch.testing.assert_close(compiled(**inputs).sample, model(**inputs).sample)
-        assert frames.frame_count == 1
 
     @torch.no_grad()
     def test_compiled_group_offload(self) -> None:

@@ -6,6 +6,7 @@ import toma_fx
 from tests.pipelines import tiny_flux_pipeline, tiny_sdxl_pipeline
 from tests.tiny import flux_inputs, tiny_flux
 from toma_fx.arithmetic import Call, count, first_call
+from toma_fx.inputs import random_inputs
 from toma_fx.lab.draw import Task, draw
 from toma_fx.lab.prompts import Prompt
 
@@ -26,7 +27,7 @@ def test_the_first_call_has_the_pipelines_own_shapes() -> None:
 
 def test_counts_agree_with_the_report() -> None:
     model = tiny_flux()
-    inputs = toma_fx.inputs.random_inputs(model, height=256)
+    inputs = random_inputs(model, height=256)
     transformed = toma_fx.transform(model, ratio=0.5, skip=())
     report = toma_fx.report(transformed, height=256)
     call = Call((), inputs)

@@ -16,12 +16,13 @@ import toma_fx
 from tests.pipelines import tiny_flux_pipeline, tiny_sdxl_pipeline
 from toma_fx import Calibration, MergeConfig
 from toma_fx.arithmetic import count, first_call
+from toma_fx.build import recipe_of_transformed
 from toma_fx.calibrate import RATIOS, UNIFORM, _error, _parts
 from toma_fx.cli import main
 from toma_fx.errors import ConfigError, ModelError
 from toma_fx.lab.rivals import named_variant
 from toma_fx.lab.variants import Merging
-from toma_fx.transform import model_of, rewrite_of
+from toma_fx.transform import model_of
 
 PIPELINES = {"sdxl": tiny_sdxl_pipeline, "flux": tiny_flux_pipeline}
 
@@ -49,7 +50,7 @@ def calibrated(request: pytest.FixtureRequest) -> Calibrated:
 
 def test_the_pipeline_is_as_before(calibrated: Calibrated) -> None:
     pipe, found, said = calibrated
-    assert not hasattr(model_of(pipe), "_toma")
+    assert not hasattr(model_of(pipe), "toma_recipe")
     assert not model_of(pipe)._forward_pre_hooks
     assert len(said) == 2 + len(found.parts) + len(RATIOS)
 
@@ -60,9 +61,9 @@ def test_every_block_is_in_one_part(calibrated: Calibrated) -> None:
     for patterns in found.parts.values():
         ratios = tuple((pattern, 0.5) for pattern in patterns)
         model = toma_fx.transform(model_of(pipe), ratio=0, block_ratios=ratios, skip=())
-        merged += list(rewrite_of(model).merged)
-    blocks = rewrite_of(model).treatments
-    assert sorted(merged) == sorted(blocks) != []
+        recipe = recipe_of_transformed(model)
+        merged += [block.path for block in recipe.merged]
+    assert sorted(merged) == sorted(block.path for block in recipe.blocks) != []
 
 
 def test_errors_are_those_of_the_images(calibrated: Calibrated) -> None:
@@ -118,9 +119,19 @@ def test_what_is_saved_is_loaded(calibrated: Calibrated, tmp_path: Path) -> None
     assert pickle.loads(pickle.dumps(found)) == found
 
 
+def test_every_option_of_the_base_is_loaded(tmp_path: Path) -> None:
+    base = MergeConfig.preset("toma_stripe", skip=("mid_block.*",), temperature=0.01)
+    found = made_up({"a": 1.0}, {"a": 100}, base=base)
+    found.save(tmp_path / "a.json")
+    assert Calibration.load(tmp_path / "a.json") == found
+
+
 @pytest.mark.parametrize(
     "change",
-    [{"parts": None}, {"errors": {}}, {"by_ratio": {"half": 1}}, {"more": {}}, {"base": {}}],
+    [
+        *({"parts": None}, {"errors": {}}, {"by_ratio": {"half": 1}}, {"more": {}}),
+        *({"base": None}, {"base": {"rato": 0.5}}, {"base": {"schedule": {"every": 10}}}),
+    ],
 )
 def test_other_files_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     file = tmp_path / "other.json"

@@ -78,8 +78,8 @@ def test_the_first_layers_destinations_are_the_transformed_models(
     picks: list[Tensor] = []
     real = selector.facility_location
 
-    def note(similarity: Tensor, keep: int, *sized: Tensor) -> Tensor:
-        chosen = real(similarity, keep)
+    def note(similarity: Tensor, keep: int, *sized: Tensor, **padding: Any) -> Tensor:
+        chosen = real(similarity, keep, **padding)
         if not similarity.is_meta:  # while it is captured
             picks.append(chosen)
         return chosen

@@ -1,7 +1,5 @@
 """The commands, from the words of a command line to files."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +7,6 @@ import pytest
 from toma_fx.cli import main
 from toma_fx.lab import cli
 
-ROOT = Path(__file__).parents[2]
 DRAWING = ["--steps", "2", "--height", "128", "--width", "128"]
 
 
@@ -66,14 +63,3 @@ def test_missing_packages_are_named(
     monkeypatch.setattr(cli, "PACKAGES", ("matplotlib", "no_such_package"))
     assert main(["plot", str(tmp_path)]) == 2
     assert "needs no_such_package: pip install 'toma-fx[lab]'" in capsys.readouterr().err
-
-
-def test_importing_stays_light() -> None:
-    program = (
-        "import sys, toma_fx, toma_fx.cli\n"
-        "print([m for m in ('matplotlib', 'torchmetrics', 'tomesd') if m in sys.modules])\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True
-    )
-    assert done.stdout.strip() == "[]"

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 import toma_fx
+import toma_fx.families
 import toma_fx.passes
 import toma_fx.runtime
 from tests.pipelines import tiny_flux_pipeline, tiny_sdxl_pipeline
@@ -64,6 +66,20 @@ def test_arithmetic_is_relative_to_untouched() -> None:
     assert (given.steps, given.arithmetic) == (5, 0.25)
 
 
+@pytest.mark.parametrize("build", [tiny_sdxl_pipeline, tiny_flux_pipeline])
+def test_arithmetic_is_that_of_the_steps_that_merge(build: Any) -> None:
+    pipeline = build()
+    if build is tiny_flux_pipeline:
+        pipeline.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    names = ("default", "default:merge_below=0.5", "default:schedule=10/5")
+    _, every, below, scheduled = find(pipeline, [*map(parse_variant, names)], [0.5])
+    timesteps = pipeline.scheduler.timesteps.tolist()
+    share = sum(timestep <= 500 for timestep in timesteps) / len(timesteps)
+    assert 0.2 < share < 0.6
+    assert 1 - below.arithmetic == pytest.approx(share * (1 - every.arithmetic))
+    assert scheduled.arithmetic < every.arithmetic  # which plans at every step
+
+
 def test_steps_alone_pay_for_the_default() -> None:
     pipeline = tiny_flux_pipeline()
     _, merged, after = find(pipeline, [parse_variant("default"), parse_variant("steps")], [0.5])
@@ -76,8 +92,8 @@ def test_a_change_lasts_as_long_as_its_context() -> None:
     original = pipeline.unet
     _, merged, todo = find(pipeline, [parse_variant("default"), load_rival(TODO)], [0.5])
     with merged.changed():
-        assert hasattr(pipeline.unet, "_toma")
-    assert pipeline.unet is original and not hasattr(original, "_toma")
+        assert hasattr(pipeline.unet, "toma_recipe")
+    assert pipeline.unet is original and not hasattr(original, "toma_recipe")
     with pytest.raises(KeyboardInterrupt), merged.changed():
         raise KeyboardInterrupt
     assert pipeline.unet is original
@@ -95,7 +111,7 @@ def test_identity_tells_what_decides_the_images() -> None:
     assert f"torch {torch.__version__}" in a.identity
 
 
-@pytest.mark.parametrize("package", [toma_fx.passes, toma_fx.runtime])
+@pytest.mark.parametrize("package", [toma_fx.families, toma_fx.passes, toma_fx.runtime])
 def test_images_of_other_code_are_others(
     package: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from tests.lab.tiny_networks import WIDTH
-from toma_fx.lab.measures import Unavailable, cosine
+from toma_fx.lab.distances import cosine
+from toma_fx.lab.measures import Unavailable
 from toma_fx.lab.networks import (
     BATCH,
     Encoder,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from toma_fx.lab import measures
+from toma_fx.lab import distances
 from toma_fx.lab.measures import MEASURES, Unavailable
 from toma_fx.lab.networks import Networks, load_clip, load_vision, pixels, read_image
 from toma_fx.lab.score import load_instruments, look_at_reference, score
@@ -48,19 +48,23 @@ def test_every_measure_is_what_its_function_says(
     scores = score(instruments, merged, TEXTS, reference)
     assert list(scores) == list(MEASURES)
     first = [pixels(read_image(files[0])) for files in (merged, untouched)]
-    for name, function in (("mse", measures.mse), ("psnr", measures.psnr), ("ssim", measures.ssim)):
+    for name, function in (
+        ("mse", distances.mse),
+        ("psnr", distances.psnr),
+        ("ssim", distances.ssim),
+    ):
         values = scores[name]
         assert isinstance(values, list) and len(values) == len(TEXTS)
         assert values[0] == function(*first)
     clip, dino = load_clip(networks.clip), load_vision(networks.dino)
     assert not isinstance(clip, Unavailable) and not isinstance(dino, Unavailable)
     features = [clip.images(files) for files in (merged, untouched)]
-    assert scores["clip_image"] == measures.cosine(*features).tolist()
-    by_text = 100 * measures.cosine(features[0], clip.texts(TEXTS))
+    assert scores["clip_image"] == distances.cosine(*features).tolist()
+    by_text = 100 * distances.cosine(features[0], clip.texts(TEXTS))
     assert scores["clip"] == by_text.clamp(min=0).tolist()
     tokens = [dino.images(files) for files in (merged, untouched)]
-    assert scores["dino"] == (1 - measures.cosine(*tokens)).tolist()
-    assert scores["fid"] == [measures.frechet_distance(*tokens)]
+    assert scores["dino"] == (1 - distances.cosine(*tokens)).tolist()
+    assert scores["fid"] == [distances.frechet_distance(*tokens)]
 
 
 def test_equal_images_are_equal(untouched: list[Path], networks: Networks) -> None:

@@ -15,7 +15,9 @@ from diffusers import (
     StableDiffusionXLPAGPipeline,
     T2IAdapter,
 )
+from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.controlnets.controlnet_flux import FluxMultiControlNetModel
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor
@@ -33,8 +35,8 @@ from tests.matrix.pictures import (
     pipeline,
 )
 from tests.tiny import TEXT_WIDTH, liven, tiny_sdxl_unet, unet_inputs
-from toma_fx import transform
-from toma_fx.errors import InputError
+from toma_fx import restore, transform
+from toma_fx.errors import InputError, TomaWarning
 
 # diffusers' Euler scheduler hands a tensor to NumPy in a way that NumPy 2 is about to change.
 pytestmark = [
@@ -117,7 +119,7 @@ def test_lora(cell: Cell, when: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")  # a second LoRA is meant
-@row("Several LoRAs, each with its weight (`set_adapters`)", section=SECTION)
+@row("Several LoRAs, each with its weight (`set_adapters`)", section=SECTION, quick=())
 def test_several_loras(cell: Cell) -> None:
     pipe = transform(pipeline(cell.family))
     for name, seed in (("a", 1), ("b", 2)):
@@ -131,7 +133,7 @@ def test_several_loras(cell: Cell) -> None:
     assert difference(DRAW(pipe, 0), DRAW(fused(cell.family, (2, 1.0)), 0)) < 1e-4
 
 
-@row("LoRA scale in the attention kwargs", section=SECTION)
+@row("LoRA scale in the attention kwargs", section=SECTION, quick=())
 def test_lora_scale(cell: Cell) -> None:
     pipe = transform(pipeline(cell.family))
     bare = DRAW(pipe, 0)
@@ -144,7 +146,9 @@ def test_lora_scale(cell: Cell) -> None:
 
 
 @ORDER
-@row("LoRA loaded {when} `transform`: fused, unfused, disabled, unloaded", section=SECTION)
+@row(
+    "LoRA loaded {when} `transform`: fused, unfused, disabled, unloaded", section=SECTION, quick=()
+)
 def test_lora_fused_and_unloaded(cell: Cell, when: str) -> None:
     bare = DRAW(transform(pipeline(cell.family)), 0)
     pipe = with_lora(cell, when)
@@ -161,7 +165,24 @@ def test_lora_fused_and_unloaded(cell: Cell, when: str) -> None:
         assert difference(DRAW(pipe, 0), expected) < 1e-4, change
 
 
-@row("LoRA hot-swapped (`enable_lora_hotswap`)", section=SECTION, quick=("eager", "regional"))
+@row("LoRA fused into the transformed model, then `restore`", section=SECTION)
+def test_lora_fused_and_restored(cell: Cell) -> None:
+    pipe, untouched = pipeline(cell.family), pipeline(cell.family)
+    for each in (transform(pipe), untouched):
+        each.load_lora_weights(lora(untouched, seed=1))
+        each.fuse_lora()
+        each.unload_lora_weights()
+    cell.apply(model_of(pipe))
+    merged = DRAW(pipe, 0)
+    model = model_of(pipe)
+    assert model_of(restore(pipe)) is model
+    expected = DRAW(untouched, 0)
+    assert difference(merged, expected) > 1e-2
+    cell.agree(DRAW(pipe, 0), expected)
+    assert difference(expected, DRAW(pipeline(cell.family), 0)) > 1e-2
+
+
+@row("LoRA hot-swapped (`enable_lora_hotswap`)", section=SECTION)
 def test_lora_hotswap(cell: Cell) -> None:
     pipe = transform(pipeline(cell.family))
     pipe.enable_lora_hotswap(target_rank=4)
@@ -225,12 +246,12 @@ def test_controlnet(cell: Cell) -> None:
     check_controlnets(cell, controlnets(cell.family, 1), lists=0)
 
 
-@row("Several ControlNets", section=SECTION)
+@row("Several ControlNets", section=SECTION, quick=())
 def test_several_controlnets(cell: Cell) -> None:
     check_controlnets(cell, controlnets(cell.family, 2), lists=2)
 
 
-@row("ControlNet with modes (union)", section=SECTION, families=("flux",))
+@row("ControlNet with modes (union)", section=SECTION, families=("flux",), quick=())
 def test_union_controlnet(cell: Cell) -> None:
     pipe = controlnets(cell.family, 1, modes=3)
     check_controlnets(cell, pipe, lists=2, control_mode=[0, 2])
@@ -361,6 +382,29 @@ def test_pag(cell: Cell) -> None:
     pipe = converted(StableDiffusionXLPAGPipeline, cell.family, pag_applied_layers="mid")
     check(cell, pipe, drawing(pag_scale=3.0))
     acts(pipe, drawing(pag_scale=3.0), drawing(pag_scale=0.0))
+
+
+@row(
+    "An attention processor of one's own",
+    section=SECTION,
+    note="a warning says that it sees merged tokens; `any_tokens = True` on its class silences it",
+)
+def test_own_processor(cell: Cell) -> None:
+    base: Any = AttnProcessor2_0 if cell.family == "sdxl" else FluxAttnProcessor
+
+    class Own(base):  # type: ignore[misc]
+        """It computes the same."""
+
+    expected = DRAW(transform(pipeline(cell.family)), 0)
+    pipe = pipeline(cell.family)
+    model_of(pipe).set_attn_processor(Own())
+    with pytest.warns(TomaWarning, match="Own.*any_tokens = True"):
+        transform(pipe)
+    Own.any_tokens = True
+    cell.apply(model_of(pipe))
+    cell.agree(DRAW(pipe, 0), expected)
+    with cell.steady():
+        cell.agree(DRAW(pipe, 0), expected)
 
 
 @row("GLIGEN", section=SECTION, families=("sdxl",), modes=("eager",))

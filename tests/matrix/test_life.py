@@ -5,7 +5,6 @@ import os
 import pickle
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from tests.matrix.frame import Cell, difference, row
 from tests.matrix.pictures import (
+    BELOW,
     SCHEDULED,
     STATELESS,
     drawing,
@@ -26,8 +26,7 @@ from tests.matrix.pictures import (
     pipeline,
 )
 from tests.tiny import flux_inputs, tiny_flux, tiny_sdxl_unet, unet_inputs
-from toma_fx import MergeConfig, restore, transform
-from toma_fx.errors import InputError
+from toma_fx import MergeConfig, export, restore, transform
 
 # diffusers' Euler scheduler hands a tensor to NumPy in a way that NumPy 2 is about to change.
 pytestmark = [
@@ -81,11 +80,11 @@ def test_cast(cell: Cell, dtype: torch.dtype, config: MergeConfig) -> None:
     assert got.dtype == dtype
     if cell.mode == "eager":
         cell.agree(got, expected)
-        assert restore(model).dtype == dtype
     else:  # rounding to 8 or 11 bits, in another order
         assert difference(got, expected) < {torch.float64: 1e-6}.get(dtype, 0.1)
     with cell.steady():
         cell.agree(output(model), got)
+    assert restore(model).dtype == dtype
 
 
 @row("`.to(device)`: away and back", section=SECTION, modes=("eager",))
@@ -109,7 +108,7 @@ def test_device(cell: Cell, config: MergeConfig) -> None:
     cell.agree(output(model), expected)
 
 
-@row("`save_pretrained` and reload: the folder is the untouched model's", section=SECTION)
+@row("`save_pretrained` and reload: the folder is the untouched model's", section=SECTION, quick=())
 def test_save(cell: Cell, tmp_path: Path) -> None:
     pipe, draw = pipeline(cell.family), drawing()
     original, expected = model_of(pipe), draw(pipe, 0)
@@ -135,12 +134,13 @@ def test_save(cell: Cell, tmp_path: Path) -> None:
 @row("`copy.deepcopy`", section=SECTION)
 @EITHER
 def test_copied(cell: Cell, config: MergeConfig) -> None:
-    model = transform(untouched(cell.family), config)
+    original = untouched(cell.family)
+    model = transform(original, config)
     expected = output(model)
     output(model, seed=1)
     twin = cell.apply(copy.deepcopy(model))
     cell.agree(output(twin), expected)
-    assert restore(twin) is restore(model)
+    assert torch.equal(output(restore(copy.deepcopy(model))), output(original))
     with torch.no_grad():
         for parameter in twin.parameters():
             parameter.zero_()
@@ -213,45 +213,62 @@ def test_inference_mode(cell: Cell, config: MergeConfig) -> None:
     cell.agree(output(model), expected)
 
 
-@row("Two pipelines in two threads on one model", section=SECTION)
+@row("Two pipelines in two threads on one model", section=SECTION, quick=())
 def test_threads(cell: Cell) -> None:
+    check_threads(cell, STATELESS)
+
+
+@row("Two pipelines in two threads on one model with a schedule", section=SECTION)
+def test_threads_with_a_schedule(cell: Cell) -> None:
+    check_threads(cell, SCHEDULED)
+
+
+def check_threads(cell: Cell, config: MergeConfig) -> None:
+    """Assert that each of two threads draws what it would draw alone."""
+    draw = drawing(num_inference_steps=6)
     pipes = [pipeline(cell.family), pipeline(cell.family)]
     original = model_of(pipes[0])
     seeds = [0, 1]
-    with holding(pipes[0], transform(original)):
-        expected = [drawing(num_inference_steps=6)(pipes[0], seed) for seed in seeds]
-    model = cell.apply(transform(original))
+    with holding(pipes[0], transform(original, config)):
+        expected = [draw(pipes[0], seed) for seed in seeds]
+    model = cell.apply(transform(original, config))
     with holding(pipes[0], model), holding(pipes[1], model):
         drawing()(pipes[0], 0)  # compile in one thread
         for _ in range(2):
             with ThreadPoolExecutor(2) as threads:
-                drawn = list(threads.map(drawing(num_inference_steps=6), pipes, seeds))
+                drawn = list(threads.map(draw, pipes, seeds))
             for got, wanted in zip(drawn, expected, strict=True):
                 cell.agree(got, wanted)
+    assert len(model.toma_state) == 0
 
 
-@row("Two threads on one model with a schedule", section=SECTION)
-def test_threads_with_a_schedule(cell: Cell) -> None:
-    model = cell.apply(transform(untouched(cell.family), SCHEDULED))
+EXPORTED = {
+    "at every step": (STATELESS, ("merged", "merged", "merged")),
+    "with `merge_below`": (BELOW, ("untouched", "merged", "merged")),
+    "with a schedule": (SCHEDULED, ("merged", "reuse", "weigh")),
+}
+
+
+@pytest.mark.parametrize("when", EXPORTED)
+@row(
+    "`toma_fx.export` of a model that merges {when}",
+    section=SECTION,
+    modes=("eager",),
+    quick=(),
+    note="a program for each variant, which the caller chooses",
+)
+def test_exported(cell: Cell, when: str) -> None:
+    config, variants = EXPORTED[when]
+    model = transform(untouched(cell.family), config)
     inputs = call(model)
-    expected = output(model)
-
-    barrier, over = threading.Barrier(2), threading.Event()
-    both = [copy.deepcopy(inputs), copy.deepcopy(inputs)]
-
-    def serve(call: dict[str, Any]) -> None:
-        barrier.wait()
-        try:
-            while not over.is_set():
-                with torch.no_grad():
-                    model(**call)
-        finally:
-            over.set()
-
-    with (
-        cell.refuses(InputError, match="transform once for each thread"),
-        ThreadPoolExecutor(2) as threads,
-    ):
-        list(threads.map(serve, both))
-    with torch.no_grad():
-        cell.agree(model(**inputs).sample, expected)
+    exported = export(model, inputs)
+    programs = exported if isinstance(exported, dict) else {"merged": exported}
+    plan: dict[str, Any] = {}
+    for level, variant in zip((0.9, 0.5, 0.1), variants, strict=True):
+        timestep = level if cell.family == "flux" else 1000 * level
+        now = {**inputs, "timestep": torch.full_like(inputs["timestep"], timestep)}
+        taken = plan if variant in ("weigh", "reuse") else {}
+        with torch.no_grad():
+            got, *made = programs[variant].module()(**now, **taken)
+            torch.testing.assert_close(got, model(**now).sample, rtol=1e-4, atol=1e-4)
+        plan = {"plan": made[0]} if made else plan

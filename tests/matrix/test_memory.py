@@ -52,6 +52,7 @@ def test_model_offload(cell: Cell) -> None:
     section=SECTION,
     modes=("eager",),
     note="after `transform`; tested by accelerate's `cpu_offload` of the model",
+    quick=(),
 )
 def test_sequential_offload(cell: Cell) -> None:
     pipe = transform(pipeline(cell.family))
@@ -75,6 +76,7 @@ def test_offload_before(cell: Cell) -> None:
     section=SECTION,
     modes=("eager",),
     note="after `transform`; no stream",
+    quick=(),
 )
 def test_group_offload(cell: Cell, kind: str) -> None:
     pipe = transform(pipeline(cell.family))
@@ -101,6 +103,7 @@ def test_group_offload_before(cell: Cell) -> None:
     section=SECTION,
     modes=("eager",),
     note="casts the original too, which shares the weights; its hooks break graphs, merged or not",
+    quick=(),
 )
 def test_layerwise_casting(cell: Cell, when: str) -> None:
     pipe, untouched = pipeline(cell.family), pipeline(cell.family)
@@ -190,7 +193,7 @@ def test_torchao_weights(cell: Cell) -> None:
     assert difference(DRAW(transform(pipe), 0), DRAW(transform(reference), 0)) < 1e-4
 
 
-@row("torchao `Int8DynamicActivationInt8WeightConfig`", section=SECTION)
+@row("torchao `Int8DynamicActivationInt8WeightConfig`", section=SECTION, quick=())
 def test_torchao_activations(cell: Cell) -> None:
     pipe = pipeline(cell.family)
     quantize(pipe, torchao.Int8DynamicActivationInt8WeightConfig())
@@ -270,7 +273,7 @@ def test_vae_tiling(cell: Cell) -> None:
 
 
 @ORDER
-@row("`fuse_qkv_projections` {when} `transform`", section=SECTION)
+@row("`fuse_qkv_projections` {when} `transform`", section=SECTION, quick=())
 def test_fused_projections(cell: Cell, when: str) -> None:
     pipe = pipeline(cell.family)
     expected = merged(cell.family)

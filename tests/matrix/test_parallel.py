@@ -70,6 +70,7 @@ def test_ulysses(cell: Cell, tmp_path: Path) -> None:
     section=SECTION,
     families=("flux",),
     modes=("eager",),
+    quick=(),
 )
 def test_split_before(cell: Cell, tmp_path: Path) -> None:
     message = on_ranks(split_before, tmp_path)

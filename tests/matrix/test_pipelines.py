@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
+    EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
     FluxControlPipeline,
     FluxFillPipeline,
@@ -21,10 +22,21 @@ from torch import Tensor
 from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
 
 from tests.matrix.frame import Cell, difference, row
-from tests.matrix.pictures import check, converted, drawing, picture, pipeline
+from tests.matrix.pictures import (
+    BELOW,
+    SCHEDULED,
+    check,
+    converted,
+    drawing,
+    holding,
+    model_of,
+    picture,
+    pipeline,
+)
 from tests.pipelines import seeded
 from tests.tiny import TEXT_WIDTH, tiny_flux, tiny_sdxl_unet
-from toma_fx import restore, transform
+from toma_fx import report, restore, transform
+from toma_fx.errors import InputError
 
 # diffusers' Euler scheduler hands a tensor to NumPy in a way that NumPy 2 is about to change.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -39,9 +51,47 @@ def hole() -> Tensor:
     return mask
 
 
-@row("Text-to-image", section=SECTION, quick=("eager", "regional"))
+@row("Text-to-image", section=SECTION)
 def test_text_to_image(cell: Cell) -> None:
-    check(cell, pipeline(cell.family), drawing(output_type="pt"))
+    pipe, draw = pipeline(cell.family), drawing(output_type="pt")
+    check(cell, pipe, draw)
+    if cell.mode == "eager":
+        untouched = draw(pipe, 0)
+        assert torch.equal(draw(transform(pipe, ratio=0), 0), untouched)
+        assert torch.equal(draw(restore(pipe), 0), untouched)
+
+
+POLICIES = {"`merge_below`": BELOW, "a schedule": SCHEDULED}
+
+
+@pytest.mark.parametrize("what", POLICIES)
+@row("Text-to-image with {what}", section=SECTION)
+def test_policies(cell: Cell, what: str) -> None:
+    pipe, draw, config = pipeline(cell.family), drawing(), POLICIES[what]
+    check(cell, pipe, draw, config)
+    if cell.mode == "eager":
+        drawn = draw(transform(pipe, config), 0)
+        assert difference(drawn, draw(transform(restore(pipe)), 0)) > 1e-3
+
+
+@row("EDM schedulers with `merge_below`", section=SECTION, families=("sdxl",))
+def test_edm(cell: Cell) -> None:
+    draw, images = drawing(), []
+    for options in ({"ratio": 0}, {}, {"merge_below": 0.6}):
+        pipe = pipeline("sdxl")
+        pipe.scheduler = EDMEulerScheduler()  # whose timesteps are logarithms of sigma
+        original = pipe.unet
+        cell.apply(model_of(transform(pipe, **options)))
+        images.append(draw(pipe, 0))
+        with cell.steady():
+            cell.agree(draw(pipe, 0), images[-1])
+    assert report(pipe, steps=4).shares == {"merged": 0.5, "untouched": 0.5}
+    assert difference(images[2], images[0]) > 1e-3
+    assert difference(images[1], images[0]) > difference(images[2], images[0])
+    # A UNet that was transformed by itself knows no scheduler.
+    alone = transform(original, merge_below=0.6)
+    with holding(pipe, alone), pytest.raises(InputError, match="transform the pipeline"):
+        draw(pipe, 0)
 
 
 @row("Image-to-image", section=SECTION)
@@ -129,12 +179,26 @@ def test_fill(cell: Cell) -> None:
     check(cell, pipe, drawing(image=picture(), mask_image=hole()))
 
 
+KONTEXT: dict[str, Any] = {"max_area": 128 * 128, "_auto_resize": False}
+
+
 @row("Flux Kontext", section=SECTION, families=("flux",))
 def test_kontext(cell: Cell) -> None:
     pipe = converted(FluxKontextPipeline, "flux")
     # A reference image of another shape, whose tokens are appended to those of the image.
-    reference = picture(96, 160)
-    check(cell, pipe, drawing(image=reference, max_area=128 * 128, _auto_resize=False))
+    check(cell, pipe, drawing(image=picture(64, 256), **KONTEXT))
+
+
+@row("Flux Kontext, with a reference that no tile divides", section=SECTION, families=("flux",))
+def test_kontext_with_an_odd_reference(cell: Cell) -> None:
+    pipe = converted(FluxKontextPipeline, "flux")
+    # 64 tokens and 77: regions are padded, so no ratio keeps them all.
+    draw = drawing(image=picture(112, 176), **KONTEXT)
+    check(cell, pipe, draw, keeping=False)
+    if cell.mode == "eager":
+        transform(pipe)
+        draw(pipe, 0)
+        assert "latents 1 x 141" in report(pipe).image
 
 
 @row("Flux Control (Canny, Depth)", section=SECTION, families=("flux",))

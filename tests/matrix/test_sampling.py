@@ -55,14 +55,14 @@ def test_sdxl_schedulers(cell: Cell, scheduler: str, config: MergeConfig) -> Non
     pipe = pipeline("sdxl")
     cls, options = SDXL_SCHEDULERS[scheduler]
     pipe.scheduler = cls.from_config(pipe.scheduler.config, **options)
-    check(cell, pipe, drawing(), config)
+    check(cell, pipe, drawing(), config, keeping=False)
 
 
 @row("Scheduler: flow-match Euler", section=SECTION, families=("flux",))
 def test_flow_match_euler(cell: Cell, config: MergeConfig) -> None:
     pipe = pipeline("flux")
     pipe.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    check(cell, pipe, drawing(num_inference_steps=5), config)
+    check(cell, pipe, drawing(num_inference_steps=5), config, keeping=False)
 
 
 @row(
@@ -98,7 +98,7 @@ def test_flow_match_heun(cell: Cell, config: MergeConfig) -> None:
         drawn: Tensor = latents
         return drawn
 
-    check(cell, pipeline("flux"), draw, config)
+    check(cell, pipeline("flux"), draw, config, keeping=False)
 
 
 @row("Callbacks that change the latents", section=SECTION)
@@ -108,7 +108,7 @@ def test_changed_latents(cell: Cell, config: MergeConfig) -> None:
 
     pipe = pipeline(cell.family)
     draw = drawing(callback_on_step_end=brighten)
-    check(cell, pipe, draw, config)
+    check(cell, pipe, draw, config, keeping=False)
     if cell.mode == "eager":
         transform(pipe, config)
         assert difference(draw(pipe, 0), drawing()(pipe, 0)) > 1e-2
@@ -124,7 +124,7 @@ def test_guidance_that_ends(cell: Cell, config: MergeConfig) -> None:
     drawing(**options)(pipe, 0)
     assert batches == [2, 2, 2, 1]
     pipe = pipeline("sdxl")
-    check(cell, pipe, drawing(**options), config)
+    check(cell, pipe, drawing(**options), config, keeping=False)
 
 
 @row("Callbacks that interrupt (`pipe._interrupt = True`, an exception)", section=SECTION)

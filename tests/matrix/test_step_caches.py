@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from diffusers.hooks import (
 from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS
 
 from tests.matrix.frame import Cell, difference, row
-from tests.matrix.pictures import LOSSLESS, drawing, holding, model_of, pipeline
+from tests.matrix.pictures import drawing, holding, lossless, model_of, pipeline
 from toma_fx import MergeConfig, transform
 from toma_fx.errors import ModelError
 
@@ -76,8 +75,7 @@ def check_cache(cell: Cell, config: CacheConfig, when: str, options: MergeConfig
     with holding(pipe, cached):
         expected = STEPS(pipe, 0)
     assert difference(expected, plain) > 1e-4
-    lossless = replace(LOSSLESS, selector=options.selector)
-    with holding(pipe, both(lossless)):
+    with holding(pipe, both(lossless(options))):
         assert difference(STEPS(pipe, 0), expected) < 1e-3 * difference(expected, plain)
     with holding(pipe, both(options)):
         drawn = STEPS(pipe, 0)

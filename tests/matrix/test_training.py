@@ -5,6 +5,9 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+)
 
 from tests.matrix.frame import TOLERANCE, Cell, difference, row
 from tests.tiny import flux_inputs, tiny_flux, tiny_sdxl_unet, unet_inputs
@@ -58,7 +61,7 @@ def trained(model: Any, family: str) -> list[torch.Tensor]:
     return [torch.stack(losses), *(weight.detach() for weight in weights)]
 
 
-@row("Training a LoRA", section=SECTION)
+@row("Training a LoRA", section=SECTION, quick=())
 def test_training(cell: Cell, config: MergeConfig) -> None:
     expected = trained(transform(with_lora(cell.family), config), cell.family)
     original = with_lora(cell.family)
@@ -71,7 +74,7 @@ def test_training(cell: Cell, config: MergeConfig) -> None:
     assert difference(untouched[0], expected[0]) > 1e-3
 
 
-@row("Training with gradient checkpointing", section=SECTION)
+@row("Training with gradient checkpointing", section=SECTION, quick=())
 def test_checkpointing(cell: Cell, config: MergeConfig) -> None:
     expected = trained(transform(with_lora(cell.family), config), cell.family)
     before = with_lora(cell.family)
@@ -87,3 +90,28 @@ def test_checkpointing(cell: Cell, config: MergeConfig) -> None:
     for model in (before, after) if cell.mode == "eager" else (after,):
         for one, other in zip(trained(cell.apply(model), cell.family), expected, strict=True):
             assert difference(one, other) < TOLERANCE
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@row(
+    "Training with `checkpoint_wrapper` around blocks, {when} `transform`",
+    section=SECTION,
+    modes=("eager", "regional"),
+)
+def test_wrapped_blocks(cell: Cell, config: MergeConfig, when: str) -> None:
+    expected = trained(transform(with_lora(cell.family), config), cell.family)
+    model = with_lora(cell.family)
+    if when == "before":
+        wrap(model)
+    model = transform(model, config)
+    if when == "after":
+        wrap(model)
+    assert any("_checkpoint_wrapped_module" in name for name, _ in model.named_modules())
+    for one, other in zip(trained(cell.apply(model), cell.family), expected, strict=True):
+        assert difference(one, other) < TOLERANCE
+
+
+def wrap(model: Any) -> None:
+    """Checkpoint every block, as FSDP's users do."""
+    names = model._repeated_blocks
+    apply_activation_checkpointing(model, check_fn=lambda m: type(m).__name__ in names)

@@ -9,41 +9,32 @@ from torch import Tensor, fx, nn
 from tests.passes.blocks import (
     COMPONENTS,
     NAMES,
-    OPTIONS,
     block_of,
     calls,
     capture,
-    expect_graph,
-    flow_of,
+    expect_change,
+    guard_pass,
     inputs_of,
     is_equal,
+    merge_pass,
     rewrite,
     row_of,
     run,
 )
 from toma_fx.errors import InputError
-from toma_fx.passes.guard_inputs import GuardInputs
-from toma_fx.passes.merge_components import MergeComponents
-from toma_fx.passes.sites import FindSites
 
 EVERY_BLOCK = pytest.mark.parametrize("name", NAMES)
 TEXT_MASK = torch.linspace(-1, 1, 14).reshape(2, 1, 7)
 IMAGE_MASK = torch.linspace(-1, 1, 128).reshape(2, 1, 64)
 
 
-def guard(block: nn.Module, components: tuple[str, ...] = COMPONENTS) -> GuardInputs:
-    return GuardInputs(components=components, masks=row_of(block).masks)
-
-
 def guarded(block: nn.Module, components: tuple[str, ...] = COMPONENTS) -> fx.GraphModule:
-    find = FindSites(sites=row_of(block).sites, components=components)
-    merge = MergeComponents(options=OPTIONS, flow=flow_of(block))
-    return rewrite(block, find, merge, guard(block, components))
+    merge = merge_pass(block, components=components)
+    return rewrite(block, merge, guard_pass(block, components))
 
 
 def unguarded(block: nn.Module, components: tuple[str, ...] = COMPONENTS) -> fx.GraphModule:
-    find = FindSites(sites=row_of(block).sites, components=components)
-    return rewrite(block, find, MergeComponents(options=OPTIONS, flow=flow_of(block)))
+    return rewrite(block, merge_pass(block, components=components))
 
 
 @EVERY_BLOCK
@@ -67,11 +58,11 @@ def test_what_is_changed(name: str, components: tuple[str, ...], masks: int) -> 
     block = block_of(name)
     gm = capture(block)
     before = calls(gm)
-    # The attention kwargs, unless attention sees every token, and the masks of merged components.
-    assert guard(block, components).apply(gm) == (components != ("mlp",)) + masks
+    # The attention kwargs, and the masks of merged components.
+    assert guard_pass(block, components).apply(gm) == 1 + masks
     gm.graph.lint()
     assert not before - calls(gm)
-    assert (calls(gm) - before).total() == calls(gm)["carry_mask"] == masks
+    assert (calls(gm) - before).total() == calls(gm)["pass_on_mask"] == masks
 
 
 @pytest.mark.parametrize("mask", [TEXT_MASK, TEXT_MASK[:, 0]], ids=["bias", "keys"])
@@ -106,14 +97,26 @@ def test_a_mask_of_image_tokens_is_refused(mask: dict[str, Tensor]) -> None:
         run(guarded(block_of("unet")), inputs_of("unet"), **mask)
 
 
-@EVERY_BLOCK
-@pytest.mark.parametrize("key", ["gligen", "ip_adapter_masks", "attention_mask"])
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("unet", "gligen"), *((n, k) for n in NAMES for k in ("ip_adapter_masks", "attention_mask"))],
+)
 def test_attention_kwargs_about_image_tokens_are_refused(name: str, key: str) -> None:
     block = block_of(name)
-    kwargs: dict[str, Any] = {row_of(block).attention_kwargs: {key: IMAGE_MASK}}
+    kwargs: dict[str, Any] = {row_of(block).flow.attention_kwargs: {key: IMAGE_MASK}}
     with pytest.raises(InputError, match=f"^the attention kwarg '{key}' refers to the full grid"):
         run(guarded(block), inputs_of(name), **kwargs)
 
 
+def test_attention_that_sees_every_token_takes_them() -> None:
+    block, inputs = block_of("flux_double"), inputs_of("flux_double")
+    gm = guarded(block, ("mlp",))
+    run(gm, inputs, joint_attention_kwargs={"ip_adapter_masks": IMAGE_MASK})
+    unet = guarded(block_of("unet"), ("mlp",))
+    with pytest.raises(InputError, match="'gligen'"):  # which changes the tokens themselves
+        run(unet, inputs_of("unet"), cross_attention_kwargs={"gligen": IMAGE_MASK})
+
+
 def test_graph() -> None:
-    expect_graph(rewrite(block_of("unet"), guard(block_of("unet"))), "guard_inputs.unet")
+    block = block_of("unet")
+    expect_change(capture(block), rewrite(block, guard_pass(block)), "guard_inputs.unet")

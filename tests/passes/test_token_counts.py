@@ -8,7 +8,7 @@ from torch import fx
 from torch._subclasses import FakeTensorMode
 
 from toma_fx.errors import CaptureError
-from toma_fx.passes.captured import CapturedGraph, TokenCounts
+from toma_fx.passes.flat_values import FlatValues, TokenCounts
 
 COUNTS = TokenCounts(batch=2, text=6, image=64, kept=32)
 JOINT = (2, 6 + 64, 4, 64)
@@ -22,7 +22,7 @@ def rerun(shape: tuple[int, ...], merged: tuple[int, ...], target: Any, *args: A
     with FakeTensorMode():
         before, tokens.meta["val"] = torch.empty(shape), torch.empty(merged)
         node.meta["val"] = target(before, *args)
-    CapturedGraph(fx.GraphModule({}, graph)).rerun(node, {tokens: before}, COUNTS)
+    FlatValues(fx.GraphModule({}, graph)).rerun(node, {tokens: before}, COUNTS)
     return node
 
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.runtime.tokens import random_tokens
+from tests.runtime.tokens import random_tokens, signs
 from toma_fx.runtime import kernels
 from toma_fx.runtime.selector import GAIN_STEPS, facility_location, facility_location_by_loop
 
@@ -30,25 +30,20 @@ pytestmark = [
 ]
 
 
-def picks_of_kernel(tokens_BND: Tensor, size: int, keep: int) -> Tensor:
+def picks_of_kernel(
+    tokens_BND: Tensor, size: int, keep: int, counts: Tensor | None = None
+) -> Tensor:
+    counts = counts if counts is None else counts.to(DEVICE)
     tokens = tokens_BND.to(DEVICE)
     if tokens.stride() != tokens_BND.stride():  # moving closes gaps between tokens
         tokens = torch.empty_strided(
             tokens_BND.shape, tokens_BND.stride(), dtype=tokens.dtype, device=DEVICE
         ).copy_(tokens_BND)
     if not INTERPRETED:
-        picks: Tensor = torch.ops.toma.facility_location(tokens, size, keep)
+        picks: Tensor = torch.ops.toma.facility_location(tokens, size, keep, counts)
         return picks.cpu()
     by_tokens, by_similarity = kernels._pick_by_tokens, kernels._pick_by_similarity
-    return kernels._launch(by_tokens, by_similarity, tokens, size, keep)
-
-
-def signs(batch: int, count: int, width: int, seed: int) -> Tensor:
-    """Tokens of 1 and -1. With a power of four of them, no product or sum of theirs is rounded.
-
-    So there is one right answer to which gains are equal, and most of them are.
-    """
-    return random_tokens(batch, count, width, seed=seed).sign()
+    return kernels._launch(by_tokens, by_similarity, tokens, size, keep, counts)
 
 
 def assert_greedy(tokens_nD: Tensor, picks: list[int]) -> None:
@@ -120,6 +115,46 @@ def test_picks_are_those_of_the_loop_at_every_size(batch: int, size: int, keep: 
     assert torch.equal(picks_of_kernel(tokens, size, keep), expected)
 
 
+@FEW
+@given(
+    batch=st.integers(1, 2),
+    size=st.integers(1, 40),
+    counts=st.lists(st.integers(1, 40), min_size=1, max_size=5),
+    share=st.floats(0, 1),
+    seed=st.integers(0, 1000),
+)
+def test_padding_is_picked_when_nothing_else_is_left_as_in_the_loop(
+    batch: int, size: int, counts: list[int], share: float, seed: int
+) -> None:
+    real = torch.tensor([min(count, size) for count in counts])
+    tokens = signs(batch, len(counts) * size, 16, seed)
+    keep = max(1, round(share * size))
+    expected = facility_location_by_loop(tokens, size, keep, real)
+    assert torch.equal(picks_of_kernel(tokens, size, keep, real), expected)
+
+
+@pytest.mark.parametrize(
+    ("size", "keep"), [(16, 16), (17, 4), (64, 32), (66, 33), (128, 16), (129, 5), (200, 3)]
+)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_padded_picks_are_those_of_the_loop_at_every_size(batch: int, size: int, keep: int) -> None:
+    tokens = signs(batch, 3 * size, 16, seed=size)
+    tokens[0, 3] = math.nan
+    tokens[:, size - 1] = math.nan  # padding
+    real = torch.tensor([size - 1, size, size // 2])
+    expected = facility_location_by_loop(tokens, size, keep, real)
+    assert torch.equal(picks_of_kernel(tokens, size, keep, real), expected)
+    assert (expected[:, 0] < size - 1).all() == (keep < size)
+
+
+def test_with_few_tokens_in_a_large_region_padding_comes_last() -> None:
+    tokens = signs(2, 2 * 160, 16, seed=0)
+    real = torch.tensor([2, 3])
+    expected = facility_location_by_loop(tokens, 160, 6, real)
+    assert torch.equal(picks_of_kernel(tokens, 160, 6, real), expected)
+    assert expected[:, 0, 2:].tolist() == [[2, 3, 4, 5]] * 2
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_gains_are_rounded_to_steps_as_in_the_loop(seed: int) -> None:
     """Gains of a few quarters of a step: no sum is rounded, and every second half goes down."""
@@ -128,7 +163,9 @@ def test_gains_are_rounded_to_steps_as_in_the_loop(seed: int) -> None:
     similarity = (quarters + quarters.mT) / (4 * GAIN_STEPS) - 1
     picks = torch.zeros(3, 20, dtype=torch.int64, device=DEVICE)
     launch = kernels._pick_by_similarity[(3,)]
-    launch(similarity.to(DEVICE), picks, 20, 20, BLOCK=128, ROWS=64, num_warps=16)
+    on_device = similarity.to(DEVICE)
+    sizes = {"BLOCK": 128, "ROWS": 64, "PADDED": False, "num_warps": 16}
+    launch(on_device, on_device, picks, 3, 20, 20, **sizes)
     assert torch.equal(picks.cpu(), facility_location(similarity, 20))
 
 

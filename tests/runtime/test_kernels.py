@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.backends.common import aot_autograd
 
-from tests.runtime.tokens import random_tokens
+from tests.runtime.tokens import cut, random_tokens, signs
 from toma_fx.runtime import selector
 from toma_fx.runtime.selector import KERNEL_TOKENS, facility_location_by_loop
 
@@ -99,6 +99,7 @@ def spilled_bytes(ptx: str, capability: int, folder: Path) -> int:
     return int(spilled)
 
 
+@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(
     ("size", "dtype"),
@@ -108,10 +109,12 @@ def spilled_bytes(ptx: str, capability: int, folder: Path) -> int:
     ],
 )
 def test_kernels_fit_on_chip(
-    size: int, dtype: torch.dtype, capability: int, tmp_path: Path
+    size: int, dtype: torch.dtype, capability: int, padded: bool, tmp_path: Path
 ) -> None:
     launches = Launch(kernels._pick_by_tokens), Launch(kernels._pick_by_similarity)
-    kernels._launch(*launches, torch.zeros(2, 2 * size, 640, dtype=dtype), size, size // 2)
+    tokens = torch.zeros(2, 2 * size, 640, dtype=dtype)
+    counts = torch.tensor([size, size - 1]) if padded else None
+    kernels._launch(*launches, tokens, size, size // 2, counts)
     (launch,) = [launch for launch in launches if launch.arguments]
     compiled = launch.compile(capability)
 
@@ -126,13 +129,14 @@ def test_kernels_fit_on_chip(
 # Where they are chosen.
 
 
-def test_the_operator_runs_the_loop_on_the_cpu() -> None:
-    tokens = random_tokens(2, 96, 12)
-    picks = torch.ops.toma.facility_location(tokens, 32, 7)
-    assert torch.equal(picks, facility_location_by_loop(tokens, 32, 7))
+@pytest.mark.parametrize("counts", [None, torch.tensor([32, 31, 5])])
+def test_the_operator_runs_the_loop_on_the_cpu(counts: Tensor | None) -> None:
+    tokens = signs(2, 96, 16, seed=0)
+    picks = torch.ops.toma.facility_location(tokens, 32, 7, counts)
+    assert torch.equal(picks, facility_location_by_loop(tokens, 32, 7, counts))
     torch.library.opcheck(
         torch.ops.toma.facility_location.default,
-        (tokens, 32, 7),
+        (tokens, 32, 7, counts),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
 
@@ -174,6 +178,17 @@ def traced(function: Any, tokens: Tensor, **options: Any) -> fx.GraphModule:
     return graph
 
 
+class Select(nn.Module):
+    """With a size that is a constant of its graph, as a model's is."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, tokens: Tensor) -> Any:
+        return torch.ops.toma.select(tokens, cut(tokens, self.size), "facility_location")
+
+
 LAUNCH = torch.ops.higher_order.triton_kernel_wrapper_functional
 LOOP = torch.ops.higher_order.while_loop
 
@@ -182,28 +197,48 @@ LOOP = torch.ops.higher_order.while_loop
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("size", [16, 64, KERNEL_TOKENS])
 def test_a_compiled_graph_holds_one_launch(size: int, dynamic: bool) -> None:
-    def select(tokens: Tensor) -> Any:
-        return torch.ops.toma.select(tokens, size, 0.5, "facility_location")
-
-    graph = traced(select, random_tokens(2, 2 * KERNEL_TOKENS, 24), dynamic=dynamic).graph
+    graph = traced(Select(size), random_tokens(2, 2 * KERNEL_TOKENS, 24), dynamic=dynamic).graph
     (launch,) = graph.find_nodes(op="call_function", target=LAUNCH)
     assert launch.kwargs["tensors_to_clone"] == ["picks"]  # the tokens are known to be only read
     assert not graph.find_nodes(op="call_function", target=LOOP)
 
 
 @pytest.mark.usefixtures("kernels_run_here")
-def test_larger_regions_keep_the_loop() -> None:
-    def select(tokens: Tensor) -> Any:
-        return torch.ops.toma.select(tokens, KERNEL_TOKENS + 1, 0.5, "facility_location")
+def test_one_launch_serves_many_sizes_that_regions_do_not_divide() -> None:
+    graph = traced(Select(64), random_tokens(2, 1357, 24), dynamic=True).graph
+    (launch,) = graph.find_nodes(op="call_function", target=LAUNCH)
+    assert launch.kwargs["tensors_to_clone"] == ["picks"]
+    into_places = torch.ops.aten.index_select.default
+    assert len(graph.find_nodes(op="call_function", target=into_places)) == 1
+    assert not graph.find_nodes(op="call_function", target=LOOP)
 
-    graph = traced(select, random_tokens(1, 2 * (KERNEL_TOKENS + 1), 24)).graph
+
+@pytest.mark.usefixtures("kernels_run_here")
+def test_larger_regions_keep_the_loop() -> None:
+    graph = traced(Select(KERNEL_TOKENS + 1), random_tokens(1, 2 * (KERNEL_TOKENS + 1), 24)).graph
     assert graph.find_nodes(op="call_function", target=LOOP)
     assert not graph.find_nodes(op="call_function", target=LAUNCH)
 
 
-class Select(nn.Module):
-    def forward(self, tokens: Tensor) -> Any:
-        return torch.ops.toma.select(tokens, 16, 0.5, "facility_location")
+FIRST_USE = """
+import sys
+import torch
+before = set(sys.modules)
+import toma_fx.runtime
+new = {name for name in set(sys.modules) - before if not name.startswith("toma_fx")}
+assert not new, new  # least of all triton and torch's compiler
+
+from toma_fx.runtime import selector
+selector._runs_kernels = lambda device: True
+tokens = torch.empty(2, 64, 24, device="meta")
+picks = torch.ops.toma.select(tokens, [8, 16, 64, 4], "facility_location")
+assert picks.shape == (2, 4, 8)
+assert "toma_fx.runtime.kernels" in sys.modules
+"""
+
+
+def test_the_kernels_are_imported_when_they_are_first_used() -> None:
+    subprocess.run([sys.executable, "-c", FIRST_USE], check=True, cwd=ROOT)
 
 
 PROGRAM = """
@@ -221,8 +256,8 @@ assert torch.equal(program.module()(tokens), expected)
 @pytest.mark.usefixtures("kernels_run_here")
 def test_an_exported_program_holds_the_loop_and_runs_without_us(tmp_path: Path) -> None:
     tokens = random_tokens(2, 64, 24)
-    program = torch.export.export(Select(), (tokens,), strict=False).run_decompositions()
+    program = torch.export.export(Select(16), (tokens,), strict=False).run_decompositions()
     torch.export.save(program, tmp_path / "program.pt2")
-    torch.save((tokens, Select()(tokens)), tmp_path / "case.pt")
+    torch.save((tokens, Select(16)(tokens)), tmp_path / "case.pt")
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     subprocess.run([sys.executable, "-c", PROGRAM], check=True, cwd=tmp_path, env=environment)

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests import reference
-from tests.runtime.tokens import random_tokens
+from tests.runtime.tokens import cut, random_tokens
 from toma_fx.errors import InputError
-from toma_fx.runtime.merging import fixed_weights, gather, merge, unmerge, weigh
+from toma_fx.runtime.merging import fixed_weights, gather, merge, rotary_rows, unmerge, weigh
+from toma_fx.runtime.regions import layout
 from toma_fx.runtime.selector import select
 
 WEIGHINGS = pytest.mark.parametrize(
@@ -31,6 +32,7 @@ WEIGHINGS = pytest.mark.parametrize(
         for temperature in temperatures
     ],
 )
+LAYOUT = layout([48], 16, 0.5)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 
 
@@ -38,8 +40,8 @@ def plan_of(
     tokens: Tensor, temperature: float, merge_over: str = "region", back: str = "transpose"
 ) -> tuple[Tensor, Tensor]:
     """Weights with half of the tokens kept, in regions of 16."""
-    destinations = select(tokens, 16, 0.5, "facility_location")
-    return weigh(tokens, destinations, temperature, merge_over, back)
+    destinations = select(tokens, cut(tokens), "facility_location")
+    return weigh(tokens, destinations, cut(tokens), temperature, merge_over, back)
 
 
 @WEIGHINGS
@@ -63,9 +65,9 @@ def test_autocast_leaves_the_plan_alone(how: Any) -> None:
     expected = plan_of(tokens, 0.001)
     with torch.autocast("cpu", torch.bfloat16):
         assert (tokens @ tokens.mT).dtype == torch.bfloat16
-        made = how(torch.ops.toma.select)(tokens, 16, 0.5, "facility_location")
-        weights = how(torch.ops.toma.weigh)(tokens, made, 0.001, "region", "transpose")
-    assert torch.equal(made, select(tokens, 16, 0.5, "facility_location"))
+        made = how(torch.ops.toma.select)(tokens, LAYOUT, "facility_location")
+        weights = how(torch.ops.toma.weigh)(tokens, made, LAYOUT, 0.001, "region", "transpose")
+    assert torch.equal(made, select(tokens, LAYOUT, "facility_location"))
     for weight, like in zip(weights, expected, strict=True):
         torch.testing.assert_close(weight, like)
 
@@ -109,10 +111,10 @@ def check_constant_field(weights: tuple[Tensor, Tensor], text_tokens: int) -> No
     field = random_tokens(2, 1, 9, seed=2).to(merging.dtype).expand(-1, 48, -1)
     tokens = torch.cat([text, field], dim=1)
 
-    merged = merge(tokens, merging)
+    merged = merge(tokens, merging, LAYOUT)
     assert merged.shape == (2, text_tokens + 24, 9)
     assert torch.equal(merged[:, :text_tokens], text)
-    returned = unmerge(merged, spreading)
+    returned = unmerge(merged, spreading, LAYOUT)
     assert torch.equal(returned[:, :text_tokens], text)
     torch.testing.assert_close(returned, tokens)
 
@@ -131,15 +133,16 @@ def test_the_pseudo_inverse_undoes_the_merge(temperature: float, merge_over: str
 
 def test_a_small_temperature_assigns_each_token_to_its_nearest_destination() -> None:
     tokens = random_tokens(2, 48, 6)
-    destinations = select(tokens, 16, 0.75, "facility_location")
-    merging, spreading = weigh(tokens, destinations, 1e-7, "region", "transpose")
+    layout = cut(tokens, ratio=0.75)
+    destinations = select(tokens, layout, "facility_location")
+    merging, spreading = weigh(tokens, destinations, layout, 1e-7, "region", "transpose")
 
     unit = F.normalize(tokens, dim=-1)
     kept = gather(unit, destinations).unflatten(1, (3, 4))
     nearest = (unit.unflatten(1, (3, 16)) @ kept.mT).argmax(dim=-1)
     assert torch.equal(spreading, F.one_hot(nearest, 4).float())
     # A destination is then the plain mean of its cluster, and every token takes its cluster's mean.
-    spread = unmerge(merge(tokens, merging), spreading).unflatten(1, (3, 16))
+    spread = unmerge(merge(tokens, merging, layout), spreading, layout).unflatten(1, (3, 16))
     for sample in range(2):
         for region in range(3):
             for cluster in range(4):
@@ -154,16 +157,17 @@ def test_a_large_temperature_gives_every_destination_the_mean_of_its_region() ->
     tokens = random_tokens(2, 48, 6)
     merging, _ = plan_of(tokens, 1e7)
     mean = tokens.unflatten(1, (3, 16)).mean(dim=2, keepdim=True).expand(-1, -1, 8, -1)
-    torch.testing.assert_close(merge(tokens, merging).unflatten(1, (3, 8)), mean)
+    torch.testing.assert_close(merge(tokens, merging, LAYOUT).unflatten(1, (3, 8)), mean)
 
 
 def test_with_every_token_kept_merge_and_unmerge_only_change_the_order() -> None:
     tokens = random_tokens(2, 48, 6)
-    destinations = select(tokens, 16, 0.0, "facility_location")
-    merging, spreading = weigh(tokens, destinations, 1e-7, "region", "transpose")
-    merged = merge(tokens, merging)
+    layout = cut(tokens, ratio=0.0)
+    destinations = select(tokens, layout, "facility_location")
+    merging, spreading = weigh(tokens, destinations, layout, 1e-7, "region", "transpose")
+    merged = merge(tokens, merging, layout)
     assert torch.equal(merged, gather(tokens, destinations))
-    assert torch.equal(unmerge(merged, spreading), tokens)
+    assert torch.equal(unmerge(merged, spreading, layout), tokens)
 
 
 @WEIGHINGS
@@ -182,15 +186,16 @@ def test_against_the_reference(
     plan = reference.make_plan(tokens, reference.split_regions(8, 8, options), options)
 
     destinations = plan.destinations_BM.unflatten(1, (-1, region_tokens // 2))
-    merging, spreading = weigh(tokens, destinations, temperature, merge_over, back)
+    layout = cut(tokens, region_tokens)
+    merging, spreading = weigh(tokens, destinations, layout, temperature, merge_over, back)
     # What it is used for: another width, and text tokens in front.
     values = random_tokens(2, 3 + 64, 10, seed=1)
-    merged = merge(values, merging)
+    merged = merge(values, merging, layout)
     # A logit is a cosine over the temperature, and so is its rounding error.
     close: dict[str, Any] = {"rtol": 1e-6 / temperature, "atol": 1e-6 / temperature}
     torch.testing.assert_close(merged, reference.merge(plan, values, text=3), **close)
     torch.testing.assert_close(
-        unmerge(merged, spreading), reference.unmerge(plan, merged, text=3), **close
+        unmerge(merged, spreading, layout), reference.unmerge(plan, merged, text=3), **close
     )
 
 
@@ -214,7 +219,7 @@ def test_gradients_go_through_merge_and_unmerge() -> None:
     weights = [weight.double() for weight in plan_of(random_tokens(2, 48, 6), 0.1)]
     tokens = random_tokens(2, 2 + 48, 3).double().requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda tokens: unmerge(merge(tokens, weights[0]), weights[1]), tokens
+        lambda tokens: unmerge(merge(tokens, weights[0], LAYOUT), weights[1], LAYOUT), tokens
     )
 
 
@@ -227,12 +232,13 @@ def test_gradients_go_through_merge_and_unmerge() -> None:
 )
 def test_any_size(regions: int, size: int, text_tokens: int, ratio: float, merge_over: str) -> None:
     tokens = random_tokens(2, regions * size, 4)
-    destinations = select(tokens, size, ratio, "facility_location")
-    merging, spreading = weigh(tokens, destinations, 0.01, merge_over, "transpose")
+    layout = cut(tokens, size, ratio)
+    destinations = select(tokens, layout, "facility_location")
+    merging, spreading = weigh(tokens, destinations, layout, 0.01, merge_over, "transpose")
     with_text = torch.cat([random_tokens(2, text_tokens, 4, seed=1), tokens], dim=1)
-    merged = merge(with_text, merging)
+    merged = merge(with_text, merging, layout)
     assert merged.shape == (2, text_tokens + destinations[0].numel(), 4)
-    assert unmerge(merged, spreading).shape == with_text.shape
+    assert unmerge(merged, spreading, layout).shape == with_text.shape
     # Merging makes means, and a mean lies between the least and the greatest.
     assert merged.min() >= with_text.min() - 1e-5
     assert merged.max() <= with_text.max() + 1e-5
@@ -259,18 +265,18 @@ def test_a_token_that_is_not_a_number_shows_in_its_own_region_only() -> None:
     tokens = random_tokens(1, 48, 6)
     tokens[0, 20] = math.nan
     merging, spreading = plan_of(tokens, 0.01)
-    result = unmerge(merge(tokens, merging), spreading)
+    result = unmerge(merge(tokens, merging, LAYOUT), spreading, LAYOUT)
     assert result[:, 20].isnan().all()
     assert result[:, :16].isfinite().all()
     assert result[:, 32:].isfinite().all()
 
 
 def test_fixed_weights_depend_on_nothing_but_shapes() -> None:
-    destinations = select(torch.zeros(2, 48, 6), 16, 0.5, "grid")
-    first = fixed_weights(random_tokens(2, 48, 6), destinations)
+    destinations = select(torch.zeros(2, 48, 6), LAYOUT, "grid")
+    first = fixed_weights(random_tokens(2, 48, 6), destinations, LAYOUT)
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    second = fixed_weights(random_tokens(2, 48, 6, seed=1), destinations.flip(1))
+    second = fixed_weights(random_tokens(2, 48, 6, seed=1), destinations.flip(1), LAYOUT)
     assert torch.equal(torch.get_rng_state(), before)
     for one, other in zip(first, second, strict=True):
         assert torch.equal(one, other)
@@ -279,9 +285,9 @@ def test_fixed_weights_depend_on_nothing_but_shapes() -> None:
 @DTYPES
 def test_fixed_weights_are_shares_like_those_of_weigh(dtype: torch.dtype) -> None:
     tokens = random_tokens(2, 48, 6).to(dtype)
-    destinations = select(tokens, 16, 0.5, "grid")
-    fixed = fixed_weights(tokens, destinations)
-    looked_up = weigh(tokens, destinations, 0.1, "region", "transpose")
+    destinations = select(tokens, LAYOUT, "grid")
+    fixed = fixed_weights(tokens, destinations, LAYOUT)
+    looked_up = weigh(tokens, destinations, LAYOUT, 0.1, "region", "transpose")
     for weight, like in zip(fixed, looked_up, strict=True):
         assert weight.shape == like.shape
         assert weight.dtype == dtype
@@ -295,7 +301,7 @@ def test_fixed_weights_are_shares_like_those_of_weigh(dtype: torch.dtype) -> Non
 
 def test_gather_takes_each_images_own_rows() -> None:
     tokens = random_tokens(2, 48, 6)
-    destinations = select(tokens, 16, 0.5, "facility_location")
+    destinations = select(tokens, LAYOUT, "facility_location")
     rows = gather(tokens, destinations)
     table = gather(tokens[0], destinations)
     for image in range(2):
@@ -304,28 +310,65 @@ def test_gather_takes_each_images_own_rows() -> None:
         assert torch.equal(table[image], tokens[0, index])
 
 
-@pytest.mark.parametrize("shape", [(3, 48, 6), (2, 47, 6)], ids=["batch", "tokens"])
-def test_destinations_of_other_tokens(shape: tuple[int, ...]) -> None:
-    destinations = select(random_tokens(2, 48, 6), 16, 0.5, "grid")
+def test_rotary_rows_are_the_texts_then_each_images_own() -> None:
+    table = random_tokens(5 + 48, 6)
+    destinations = select(random_tokens(2, 48, 6), LAYOUT, "facility_location")
+    rows = rotary_rows(table, destinations, 5)
+    assert rows.shape == (2, 5 + 24, 6)
+    for image in range(2):
+        assert torch.equal(rows[image, :5], table[:5])
+        assert torch.equal(rows[image, 5:], table[5 + destinations[image].flatten()])
+
+
+@pytest.mark.parametrize(
+    ("shape", "batch", "layout"),
+    [
+        pytest.param((3, 48, 6), 3, (8, 16, 48, 3), id="batch"),
+        pytest.param((2, 64, 6), 2, (8, 16, 64, 4), id="tokens"),
+        pytest.param((2, 48, 6), 2, (4, 16, 48, 3), id="ratio"),
+    ],
+)
+def test_destinations_of_other_tokens(
+    shape: tuple[int, ...], batch: int, layout: tuple[int, ...]
+) -> None:
+    destinations = select(random_tokens(2, 48, 6), LAYOUT, "grid")
     message = (
-        "weigh: destinations of shape (2, 3, 8) (B, R, m) do not fit tokens "
-        f"of shape {shape} (B, N, D); make them with select on these tokens"
+        f"destinations of shape (2, 3, 8) do not fit tokens of shape {shape} (B, N, D) and their "
+        f"layout, for which (B, R, m) is {(batch, layout[3], layout[0])}; make them with select on "
+        "these tokens and this layout"
     )
-    with pytest.raises(InputError, match=re.escape(message)):
-        weigh(random_tokens(*shape), destinations, 0.1, "region", "transpose")
+    with pytest.raises(InputError, match=re.escape(f"weigh: {message}")):
+        weigh(random_tokens(*shape), destinations, layout, 0.1, "region", "transpose")
+    with pytest.raises(InputError, match=re.escape(f"fixed_weights: {message}")):
+        fixed_weights(random_tokens(*shape), destinations, layout)
 
 
 @pytest.mark.parametrize("shape", [(3, 48, 6), (2, 23, 6)], ids=["batch", "tokens"])
 def test_a_weight_of_other_tokens(shape: tuple[int, ...]) -> None:
     merging, spreading = plan_of(random_tokens(2, 48, 6), 0.1)
     tokens = random_tokens(*shape)
-    for operator, name, weight, size in (
-        (merge, "merge", merging, 16),
-        (unmerge, "unmerge", spreading, 8),
+    for operator, name, weight, count in (
+        (merge, "merge", merging, 48),
+        (unmerge, "unmerge", spreading, 24),
     ):
         message = (
-            f"{name}: weight of shape {tuple(weight.shape)} is for batch 2 and 3 regions of {size} "
-            f"tokens, but the tokens have shape {shape}; use the plan made from these tokens"
+            f"{name}: weight of shape {tuple(weight.shape)} is for batch 2 and {count} tokens, but "
+            f"the tokens have shape {shape}; use the plan made from these tokens"
         )
         with pytest.raises(InputError, match=re.escape(message)):
-            operator(tokens, weight)
+            operator(tokens, weight, LAYOUT)
+
+
+@pytest.mark.parametrize(
+    "layout", [(8, 16, 64, 4), (4, 16, 48, 3), (8, 16, 32, 2, 16, 2), (12, 24, 48, 2)]
+)
+def test_a_weight_of_another_layout(layout: tuple[int, ...]) -> None:
+    tokens = random_tokens(2, 48, 6)
+    merging, spreading = plan_of(tokens, 0.1)
+    for operator, weight in ((merge, merging), (unmerge, spreading)):
+        message = (
+            f"{operator.__name__}: weight of shape {tuple(weight.shape)} has (R, n, m) = "
+            f"(3, 16, 8), but its layout has {(sum(layout[3::2]), layout[1], layout[0])}, or "
+        )
+        with pytest.raises(InputError, match=re.escape(message)):
+            operator(tokens, weight, layout)

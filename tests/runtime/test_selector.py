@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests import reference
-from tests.runtime.tokens import random_tokens
+from tests.runtime.tokens import cut, random_tokens, regions_of
 from toma_fx.errors import InputError
-from toma_fx.runtime.regions import kept_tokens, region_size
+from toma_fx.runtime.regions import layout
 from toma_fx.runtime.selector import SELECTORS, facility_location, pseudo_random, select
 
 EVERY_SELECTOR = pytest.mark.parametrize("selector", SELECTORS)
@@ -39,15 +39,20 @@ def exact_greedy(similarity_nn: Tensor, keep: int) -> list[int]:
     return chosen
 
 
-def assert_valid(destinations: Tensor, batch: int, tokens: int, size: int, ratio: float) -> None:
-    """Distinct indices, as many as asked for, each inside its own region."""
-    regions, kept = tokens // size, kept_tokens(size, ratio)
+def choose(tokens: Tensor, region_tokens: int, ratio: float, selector: str) -> Tensor:
+    """Destinations in one grid."""
+    return select(tokens, cut(tokens, region_tokens, ratio), selector)
+
+
+def assert_valid(destinations: Tensor, batch: int, layout: tuple[int, ...]) -> None:
+    """As many as asked for, each inside its own region, and distinct where it has enough tokens."""
+    regions = regions_of(layout)
     assert destinations.dtype == torch.int64
-    assert destinations.shape == (batch, regions, kept)
-    region = torch.arange(regions)[:, None].expand(batch, regions, kept)
-    assert torch.equal(destinations // size, region)
-    in_order = destinations.sort(dim=-1).values
-    assert (in_order.diff(dim=-1) > 0).all()
+    assert destinations.shape == (batch, len(regions), layout[0])
+    for image in destinations.tolist():
+        for chosen, region in zip(image, regions, strict=True):
+            assert set(chosen) <= set(region)
+            assert len(set(chosen)) == min(len(region), layout[0])
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -82,7 +87,7 @@ def test_picks_are_those_of_a_greedy_search_that_recounts_the_objective(
 @pytest.mark.parametrize("ratio", [0.25, 0.5, 0.75])
 def test_picks_are_those_of_the_reference(ratio: float, seed: int) -> None:
     tokens = random_tokens(2, 96, 8, seed=seed)
-    destinations = select(tokens, 32, ratio, "facility_location")
+    destinations = choose(tokens, 32, ratio, "facility_location")
     for sample, picks_Rm in zip(tokens, destinations.tolist(), strict=True):
         for region, picks in zip(sample.split(32), picks_Rm, strict=True):
             assert [pick % 32 for pick in picks] == reference.select(region, ratio)
@@ -90,7 +95,7 @@ def test_picks_are_those_of_the_reference(ratio: float, seed: int) -> None:
 
 def test_the_first_pick_is_the_token_most_like_all_others() -> None:
     tokens = random_tokens(3, 20, 4)
-    picks = select(tokens, 0, 0.95, "facility_location").flatten()
+    picks = choose(tokens, 0, 0.95, "facility_location").flatten()
     expected = torch.stack([cosines(sample).sum(dim=0).argmax() for sample in tokens])
     assert torch.equal(picks, expected)
 
@@ -100,36 +105,36 @@ def test_one_destination_for_each_cluster() -> None:
     centres = torch.eye(4).repeat_interleave(16, dim=0)
     shuffle = torch.randperm(64, generator=torch.Generator().manual_seed(0))
     tokens = (centres + 0.01 * random_tokens(64, 4))[shuffle]
-    destinations = select(tokens[None], 64, 1 - 4 / 64, "facility_location")
+    destinations = choose(tokens[None], 64, 1 - 4 / 64, "facility_location")
     assert sorted((shuffle[destinations.flatten()] // 16).tolist()) == [0, 1, 2, 3]
 
 
 def test_length_of_a_token_does_not_matter() -> None:
     tokens = random_tokens(2, 64, 8)
     lengths = 2.0 ** torch.arange(-32, 32)[:, None]  # powers of two, so that rounding is the same
-    expected = select(tokens, 16, 0.5, "facility_location")
-    assert torch.equal(select(tokens * lengths, 16, 0.5, "facility_location"), expected)
+    expected = choose(tokens, 16, 0.5, "facility_location")
+    assert torch.equal(choose(tokens * lengths, 16, 0.5, "facility_location"), expected)
 
 
 def test_a_token_that_is_not_finite_is_picked_last() -> None:
     for poison in (math.nan, math.inf, -math.inf):
         tokens = random_tokens(1, 16, 4)
         tokens[0, 5, 2] = poison
-        picks = select(tokens, 16, 0.0, "facility_location").flatten().tolist()
+        picks = choose(tokens, 16, 0.0, "facility_location").flatten().tolist()
         assert picks[-1] == 5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_similarity_is_counted_in_float32(dtype: torch.dtype) -> None:
     tokens = random_tokens(2, 128, 64).to(dtype)
-    destinations = select(tokens, 32, 0.5, "facility_location")
-    assert torch.equal(destinations, select(tokens.float(), 32, 0.5, "facility_location"))
+    destinations = choose(tokens, 32, 0.5, "facility_location")
+    assert torch.equal(destinations, choose(tokens.float(), 32, 0.5, "facility_location"))
 
 
 def test_tokens_that_need_gradients() -> None:
     tokens = random_tokens(1, 32, 4).requires_grad_()
-    destinations = select(tokens, 16, 0.5, "facility_location")
-    assert torch.equal(destinations, select(tokens.detach(), 16, 0.5, "facility_location"))
+    destinations = choose(tokens, 16, 0.5, "facility_location")
+    assert torch.equal(destinations, choose(tokens.detach(), 16, 0.5, "facility_location"))
 
 
 DEGENERATE: dict[str, Callable[[], Tensor]] = {
@@ -156,33 +161,35 @@ def test_degenerate_tokens_give_valid_destinations(
     tokens: Callable[[], Tensor], ratio: float, selector: str
 ) -> None:
     given = tokens()
-    batch, count, _ = given.shape
-    size = region_size(count, 16)
-    assert_valid(select(given, 16, ratio, selector), batch, count, size, ratio)
+    assert_valid(choose(given, 16, ratio, selector), len(given), cut(given, 16, ratio))
 
 
 @EVERY_SELECTOR
 @given(
     batch=st.integers(1, 3),
-    count=st.integers(1, 80),
+    segments=st.lists(st.integers(1, 80), min_size=1, max_size=3),
     region_tokens=st.integers(0, 90),
     ratio=st.floats(0, 1, exclude_max=True),
     levels=st.integers(1, 4),
 )
 def test_destinations_are_valid_for_any_size_and_any_number_of_ties(
-    selector: str, batch: int, count: int, region_tokens: int, ratio: float, levels: int
+    selector: str,
+    batch: int,
+    segments: list[int],
+    region_tokens: int,
+    ratio: float,
+    levels: int,
 ) -> None:
-    tokens = (random_tokens(batch, count, 2) * levels / 2).round()
-    size = region_size(count, region_tokens)
-    destinations = select(tokens, region_tokens, ratio, selector)
-    assert_valid(destinations, batch, count, size, ratio)
+    tokens = (random_tokens(batch, sum(segments), 2) * levels / 2).round()
+    cut = layout(segments, region_tokens, ratio)
+    assert_valid(select(tokens, cut, selector), batch, cut)
 
 
 @EVERY_SELECTOR
 def test_images_do_not_influence_each_other(selector: str) -> None:
     tokens = random_tokens(3, 64, 8)
-    together = select(tokens, 16, 0.5, selector)
-    alone = torch.cat([select(image[None], 16, 0.5, selector) for image in tokens])
+    together = choose(tokens, 16, 0.5, selector)
+    alone = torch.cat([choose(image[None], 16, 0.5, selector) for image in tokens])
     assert torch.equal(together, alone)
 
 
@@ -191,7 +198,7 @@ def test_regions_do_not_influence_each_other(selector: str) -> None:
     tokens = random_tokens(1, 64, 8)
     changed = tokens.clone()
     changed[:, 32:] = random_tokens(1, 32, 8, seed=1)
-    before, after = (select(each, 16, 0.5, selector) for each in (tokens, changed))
+    before, after = (choose(each, 16, 0.5, selector) for each in (tokens, changed))
     assert torch.equal(before[:, :2], after[:, :2])
 
 
@@ -199,21 +206,21 @@ def test_regions_do_not_influence_each_other(selector: str) -> None:
 def test_the_global_random_state_is_not_touched(selector: str) -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    first = select(random_tokens(1, 64, 8), 16, 0.5, selector)
+    first = choose(random_tokens(1, 64, 8), 16, 0.5, selector)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(1)
-    assert torch.equal(select(random_tokens(1, 64, 8), 16, 0.5, selector), first)
+    assert torch.equal(choose(random_tokens(1, 64, 8), 16, 0.5, selector), first)
 
 
-@pytest.mark.parametrize("selector", ["random", "grid"])
+@pytest.mark.parametrize("selector", ["random", "grid", "fixed"])
 def test_plain_selectors_do_not_look_at_the_tokens(selector: str) -> None:
     first, second = random_tokens(2, 64, 8), random_tokens(2, 64, 8, seed=1)
-    assert torch.equal(select(first, 16, 0.5, selector), select(second, 16, 0.5, selector))
+    assert torch.equal(choose(first, 16, 0.5, selector), choose(second, 16, 0.5, selector))
 
 
 @given(count=st.integers(1, 200), ratio=st.floats(0, 1, exclude_max=True))
 def test_grid_is_evenly_spaced(count: int, ratio: float) -> None:
-    (picks,) = select(torch.zeros(1, count, 1), 0, ratio, "grid")[0]
+    (picks,) = choose(torch.zeros(1, count, 1), 0, ratio, "grid")[0]
     gaps = picks.diff()
     # The space before the first and after the last is half of that between two.
     margins = torch.stack([2 * picks[0] + 1, 2 * (count - 1 - picks[-1]) + 1])
@@ -223,7 +230,7 @@ def test_grid_is_evenly_spaced(count: int, ratio: float) -> None:
 
 
 def test_random_picks_differ_between_regions_and_favour_no_place() -> None:
-    (picks,) = select(torch.zeros(1, 256 * 16, 1), 16, 0.5, "random") % 16
+    (picks,) = choose(torch.zeros(1, 256 * 16, 1), 16, 0.5, "random") % 16
     assert len(picks.sort(dim=-1).values.unique(dim=0)) > 240  # of 256, from 12 870 possible ones
     shares = picks.flatten().bincount(minlength=16) / 256
     # Each is a mean of 256 fair coins, whose standard deviation is 1/32.
@@ -245,10 +252,21 @@ def test_pseudo_random_numbers_are_spread_evenly() -> None:
 
 def test_tokens_that_are_not_three_dimensional() -> None:
     with pytest.raises(InputError, match=r"select: tokens of shape \(64, 8\) must be \(B, N, D\)"):
-        select(torch.zeros(64, 8), 16, 0.5, "grid")
+        select(torch.zeros(64, 8), (8, 16, 64, 4), "grid")
+
+
+def test_tokens_of_another_layout() -> None:
+    with pytest.raises(InputError, match=r"do not fit a layout of grids of \[32, 16\] tokens"):
+        select(torch.zeros(1, 64, 8), (8, 16, 32, 2, 16, 1), "grid")
 
 
 def test_an_unknown_selector() -> None:
-    message = r"selector='greedy' must be one of facility_location, random, grid"
+    message = r"selector='greedy' must be one of facility_location, random, grid, fixed"
     with pytest.raises(InputError, match=message):
-        select(torch.zeros(1, 64, 8), 16, 0.5, "greedy")
+        select(torch.zeros(1, 64, 8), (8, 16, 64, 4), "greedy")
+
+
+def test_only_fixed_destinations_have_fixed_weights() -> None:
+    assert [name for name, row in SELECTORS.items() if row.fixed_weights] == ["fixed"]
+    tokens = random_tokens(1, 64, 8)
+    assert torch.equal(choose(tokens, 16, 0.5, "fixed"), choose(tokens, 16, 0.5, "grid"))

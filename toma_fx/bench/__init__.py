@@ -13,10 +13,6 @@
 `live`          peak memory of a model at real size, from shapes alone
 `record`        tables on screen, and as CSV, JSON and Markdown
 `presets`       the sets of tables behind ``make bench`` and ``make bench-gpu``
+`cli`           the options; `command` runs what they say
 ==============  ===================================================================================
 """
-
-from toma_fx.bench.compare import side_by_side as side_by_side
-from toma_fx.bench.compare import table as table
-from toma_fx.bench.record import machine as machine
-from toma_fx.bench.timing import Timing as Timing

@@ -18,10 +18,12 @@ from toma_fx.bench.contenders import (
 from toma_fx.bench.levels import Timed
 from toma_fx.bench.record import Column, Table, mebibytes, number, percent, seconds, span, times
 from toma_fx.bench.timing import Contender, Timing, interleaved, notes_on, peak_memory
+from toma_fx.build import merged_copy, recipe_of_transformed
 from toma_fx.config import MergeConfig
 from toma_fx.inputs import random_inputs, weightless
-from toma_fx.transform import rewrite_of, transform
-from toma_fx.treatment import plan_options
+from toma_fx.recipe import plan_options
+from toma_fx.runtime.regions import layout
+from toma_fx.transform import transform
 
 COLUMNS = (
     Column("contender", "contender"),
@@ -149,42 +151,47 @@ def planning_seconds(
     for name, config in merged_configs(setting):
         if config.selector == "fixed":
             continue  # its weights look at no token, so there is nothing to plan
-        shapes = planned_shapes(transform(model, config), setting)
-        calls = [_plan_call(shape, config, setting) for shape in shapes]
+        plans = planned(merged_copy(model, config), setting)
+        calls = [_plan_call(shape, ratio, config, setting) for shape, ratio in plans]
         timings = interleaved(calls, repeats, at_least=0.02, clock=setting.clock)
         found[name, config.ratio] = sum(
-            count * timing.median for count, timing in zip(shapes.values(), timings, strict=True)
+            count * timing.median for count, timing in zip(plans.values(), timings, strict=True)
         )
     return found
 
 
-def planned_shapes(merged: nn.Module, setting: Setting) -> Counter[tuple[int, ...]]:
-    """Shapes ``(B, N, D)`` of the tokens that plans are made from in a call, and how often."""
-    leaders = [path for path, t in rewrite_of(merged).merged.items() if t.role != "follow"]
-    shapes: Counter[tuple[int, ...]] = Counter()
+def planned(merged: nn.Module, setting: Setting) -> Counter[tuple[tuple[int, ...], float]]:
+    """The plans that a call makes: shapes ``(B, N, D)`` of their tokens, and ratios; how often."""
+    plans: Counter[tuple[tuple[int, ...], float]] = Counter()
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        shapes[tuple((args[0] if args else kwargs["hidden_states"]).shape)] += 1
+    def hook(ratio: float) -> Any:
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            plans[tuple((args[0] if args else kwargs["hidden_states"]).shape), ratio] += 1
+
+        return note
 
     model = weightless(merged)
-    for path in leaders:
-        model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True)
+    for block in recipe_of_transformed(merged).merged:
+        if block.role != "follow":
+            module = model.get_submodule(block.module)
+            module.register_forward_pre_hook(hook(block.ratio), with_kwargs=True)
     with torch.no_grad():
         model(**random_inputs(model, **setting.size))
-    return shapes
+    return plans
 
 
-def _plan_call(shape: tuple[int, ...], config: MergeConfig, setting: Setting) -> Contender:
-    options = plan_options(config, config.ratio)
+def _plan_call(
+    shape: tuple[int, ...], ratio: float, config: MergeConfig, setting: Setting
+) -> Contender:
+    options = plan_options(config, ratio)
+    regions = layout([shape[1]], options.region_tokens, options.ratio)
     tokens = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     tokens = tokens.to(setting.device, setting.dtype)
 
     def plan(tokens: torch.Tensor) -> Any:
-        chosen = torch.ops.toma.select(
-            tokens, options.region_tokens, options.ratio, options.selector
-        )
+        chosen = torch.ops.toma.select(tokens, regions, options.selector)
         return torch.ops.toma.weigh(
-            tokens, chosen, options.temperature, options.merge_over, options.unmerge
+            tokens, chosen, regions, options.temperature, options.merge_over, options.unmerge
         )
 
     call = torch.compile(plan, fullgraph=True, dynamic=False) if setting.compiled else plan

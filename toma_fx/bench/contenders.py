@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from toma_fx.bench.timing import WALL, Clock, Contender
-from toma_fx.checkpoints import RANDOM, available_memory, load_model
+from toma_fx.checkpoints import RANDOM, available_memory, load_model, model_class
 from toma_fx.config import MergeConfig, Schedule
 from toma_fx.errors import ConfigError, ModelError
 from toma_fx.lab.variants import UNTOUCHED, Merging, Rival
@@ -140,7 +140,7 @@ def load(setting: Setting) -> nn.Module:
         ModelError: when there is none, or when random weights would not fit into memory.
     """
     if setting.model in RANDOM:
-        cls, config = RANDOM[setting.model]
+        cls, config = model_class(setting.model)
         with torch.device("meta"):
             count = sum(p.numel() for p in cls(**{**config, **setting.changes}).parameters())
         needed, there = count * setting.dtype.itemsize, _free_memory(setting.device)

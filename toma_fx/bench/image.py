@@ -14,12 +14,12 @@ from toma_fx.bench.contenders import Setting, entrants, load, rival_contenders
 from toma_fx.bench.levels import Timed
 from toma_fx.bench.timing import Contender
 from toma_fx.checkpoints import DTYPES, RANDOM, random_weights
+from toma_fx.choices import PROMPT
 from toma_fx.inputs import random_inputs
 from toma_fx.lab.compare import psnr
 from toma_fx.lab.draw import load_pipeline
-from toma_fx.transform import PIPELINE_PARTS, model_of
+from toma_fx.transform import model_of, pipeline_models
 
-PROMPT = "a large red circle left of a small blue square on a striped green ground under a blue sky"
 VAES: dict[str, dict[str, Any]] = {
     "sdxl": {"latent_channels": 4, "scaling_factor": 0.13025},
     "flux": {
@@ -52,7 +52,7 @@ class Studio:
 
     def draw(self, model: nn.Module) -> Image:
         """An image by the pipeline with another denoising model, always from the same noise."""
-        part = next(p for p in PIPELINE_PARTS if getattr(self.pipeline, p, None) is not None)
+        part = next(iter(pipeline_models(self.pipeline)))
         setattr(self.pipeline, part, model)
         generator = torch.Generator().manual_seed(0)
         image: Image = self.pipeline(generator=generator, **self.call).images[0]

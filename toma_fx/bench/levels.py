@@ -16,9 +16,7 @@ from toma_fx.bench.timing import Contender
 from toma_fx.families import family_of
 from toma_fx.inputs import random_inputs, weightless
 from toma_fx.lab.variants import Rival
-from toma_fx.runtime.plan import SCOPE, PlanScope
-
-LEVELS = ("op", "block", "stage", "model", "image")
+from toma_fx.runtime.plan import SCOPE, CallScope
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +79,10 @@ class Chain(nn.Module):
 
 def _groups(model: nn.Module) -> dict[str, list[str]]:
     """The blocks of every module list."""
-    classes = tuple(row.cls for row in family_of(model).blocks)
+    family = family_of(model)
     groups: dict[str, list[str]] = {}
     for path, module in model.named_modules():
-        if isinstance(module, classes):
+        if family.block_row(type(module)) is not None:
             groups.setdefault(path.rpartition(".")[0], []).append(path)
     return groups
 
@@ -118,16 +116,17 @@ def _parts(model: nn.Module, setting: Setting, parts: dict[str, str]) -> Iterato
 def _runner(model: nn.Module, path: str, leader: str, call: Call) -> Callable[[], object]:
     part = model.get_submodule(path)
     module = Chain(part) if isinstance(part, nn.ModuleList) else part
-    name = family_of(model).blocks[0].attention_kwargs
-    if getattr(model, "_toma", None) is None:
+    name = family_of(model).attention_kwargs
+    recipe = getattr(model, "toma_recipe", None)
+    if recipe is None or not recipe.merged:
         return lambda: module(*call.args, **call.kwargs)
 
-    def kwargs(scope: PlanScope) -> dict[str, Any]:
+    def kwargs(scope: CallScope) -> dict[str, Any]:
         return {**call.kwargs, name: {**(call.kwargs.get(name) or {}), SCOPE: scope}}
 
     if not leader:
-        return lambda: module(*call.args, **kwargs(PlanScope()))
-    scope = PlanScope()
+        return lambda: module(*call.args, **kwargs(CallScope()))
+    scope = CallScope()
 
     def run() -> object:
         if not scope.plans:  # the first call, which is not counted

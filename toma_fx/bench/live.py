@@ -10,9 +10,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from toma_fx.calls import forced
 from toma_fx.checkpoints import load_model
 from toma_fx.config import MergeConfig
 from toma_fx.inputs import random_inputs
+from toma_fx.policy import Decision, policy_of
+from toma_fx.runtime.plan import REUSE
 from toma_fx.transform import transform
 
 
@@ -30,7 +33,9 @@ class _Live(TorchDispatchMode):
                 self.known.add(given.untyped_storage())  # there before the call
         output = func(*args, **(kwargs or {}))
         for made in tree_leaves(output):
-            if isinstance(made, Tensor) and (storage := made.untyped_storage()) not in self.known:
+            if not isinstance(made, Tensor) or made.is_meta:  # which says a shape and holds nothing
+                continue
+            if (storage := made.untyped_storage()) not in self.known:
                 self.known.add(storage)
                 self._hold(storage.nbytes())
                 weakref.finalize(storage, self._hold, -storage.nbytes())
@@ -69,7 +74,7 @@ def peak_of_model(
 
     Args:
         name: ``"sdxl"`` or ``"flux"``.
-        config: how to merge; the model is untouched without it.
+        config: how to merge; the model is untouched without it. The call merges, and makes plans.
         dtype: of the model.
         height: of a square image, in pixels; the model's own when left out.
         batch: images.
@@ -78,5 +83,9 @@ def peak_of_model(
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         model = load_model(name, dtype=dtype, **changes)
         inputs = random_inputs(model, height=height, batch=batch)
-        merged = model if config is None else transform(model, config)
-        return live_peak(lambda: merged(**inputs))
+        if config is None:
+            return live_peak(lambda: model(**inputs))
+        merged = transform(model, config)
+        keeps = REUSE in policy_of(config).variants
+        with forced(Decision(keeps=keeps)):  # which holds the plans, as the state of a model would
+            return live_peak(lambda: merged(**inputs))

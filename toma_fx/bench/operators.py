@@ -22,7 +22,7 @@ from toma_fx.bench.roofline import (
 )
 from toma_fx.bench.timing import WALL, Clock, Contender, interleaved, notes_on, peak_memory
 from toma_fx.lab.rivals import TOMESD, TOMESD_MOST
-from toma_fx.runtime.regions import kept_tokens, region_size
+from toma_fx.runtime.regions import layout, total_regions
 
 OPERATORS = ("select", "weigh", "merge", "unmerge", "reorder")
 SAMPLE_SECONDS = 0.02
@@ -44,18 +44,15 @@ class Shape:
     dtype: torch.dtype = torch.bfloat16
 
     @property
-    def size(self) -> int:
-        """Tokens of a region."""
-        return region_size(self.tokens, self.region_tokens)
-
-    @property
-    def keep(self) -> int:
-        """Destinations of a region."""
-        return kept_tokens(self.size, self.ratio)
+    def layout(self) -> tuple[int, ...]:
+        """How one grid of so many tokens is cut into regions."""
+        return layout([self.tokens], self.region_tokens, self.ratio)
 
     def needs(self, operator: str) -> tuple[Needs, torch.dtype]:
         """What an operator needs at least, and the dtype of its products."""
-        given = (self.batch, self.tokens, self.width, self.size, self.keep, self.dtype.itemsize)
+        keep, size = self.layout[:2]
+        regions = total_regions(self.layout)
+        given = (self.batch, self.tokens, self.width, regions, size, keep, self.dtype.itemsize)
         if operator == "select":
             return select_needs(*given), torch.float32  # similarities are float32, see `select`
         if operator == "weigh":
@@ -138,7 +135,7 @@ def _row(shape: Shape, by: str, operator: str, median: float) -> dict[str, Any]:
         "tokens": shape.tokens,
         "width": shape.width,
         "batch": shape.batch,
-        "region_tokens": shape.size,
+        "region_tokens": shape.layout[1],
         "ratio": shape.ratio,
         "dtype": str(shape.dtype).removeprefix("torch."),
         "seconds": median,
@@ -176,16 +173,16 @@ def _ours(shape: Shape, device: str, compiled: bool) -> list[Contender]:
     tokens = _tokens(shape, device)
 
     def select(tokens: Tensor) -> Any:
-        return toma.select(tokens, shape.size, shape.ratio, "facility_location")
+        return toma.select(tokens, shape.layout, "facility_location")
 
     def weigh(tokens: Tensor, destinations: Tensor) -> Any:
-        return toma.weigh(tokens, destinations, 0.001, "region", "transpose")
+        return toma.weigh(tokens, destinations, shape.layout, 0.001, "region", "transpose")
 
     def merge(tokens: Tensor, weight: Tensor) -> Any:
-        return toma.merge(tokens, weight)
+        return toma.merge(tokens, weight, shape.layout)
 
     def unmerge(tokens: Tensor, weight: Tensor) -> Any:
-        return toma.unmerge(tokens, weight)
+        return toma.unmerge(tokens, weight, shape.layout)
 
     def reorder(tokens: Tensor, order: Tensor) -> Any:
         return toma.reorder(tokens, order)

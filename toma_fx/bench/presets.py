@@ -21,12 +21,11 @@ from toma_fx.bench.profile import profile_step
 from toma_fx.bench.record import Column, Record, Table
 from toma_fx.bench.stack import stacked
 from toma_fx.bench.timing import reason
+from toma_fx.choices import BENCH_MINUTES
 from toma_fx.config import MergeConfig
 from toma_fx.lab.variants import Preset
 
 Part = Callable[[], Iterable[Table]]
-MINUTES = 8.0
-"""After these no further part is started."""
 DEFAULT = Preset(name="default", preset="default")
 OURS = (Preset(name=LOWER_BOUND, preset=LOWER_BOUND), DEFAULT)
 
@@ -80,7 +79,7 @@ def run_preset(
     *,
     tiny: bool = False,
     compiled: bool = True,
-    minutes: float = MINUTES,
+    minutes: float = BENCH_MINUTES,
 ) -> Iterator[Table]:
     """Measure every part of a preset, and keep each table as soon as it is there.
 

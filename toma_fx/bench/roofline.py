@@ -76,28 +76,32 @@ def measure_peaks(
     return Peaks(bytes=2 * count / seconds, flops=flops)
 
 
-def select_needs(batch: int, tokens: int, width: int, size: int, keep: int, item: int) -> Needs:
+def select_needs(
+    batch: int, tokens: int, width: int, regions: int, size: int, keep: int, item: int
+) -> Needs:
     """Of ``select`` by facility location: all similarities of a region, then ``keep`` gains.
 
     Args:
         batch: images.
         tokens: ``N``.
         width: ``D``.
-        size: tokens of a region, ``n``.
+        regions: ``R``.
+        size: places of a region, ``n``.
         keep: destinations of a region, ``m``.
         item: bytes of a number in the tokens.
     """
-    regions = tokens // size
     return Needs(
         bytes=batch * (tokens * width * item + regions * keep * 8),
-        matmul=2 * batch * tokens * size * width,
+        matmul=2 * batch * regions * size * size * width,
         other=3 * batch * regions * keep * size * size,  # subtract, clip, add
     )
 
 
-def weigh_needs(batch: int, tokens: int, width: int, size: int, keep: int, item: int) -> Needs:
+def weigh_needs(
+    batch: int, tokens: int, width: int, regions: int, size: int, keep: int, item: int
+) -> Needs:
     """Of ``weigh`` over regions; arguments as in `select_needs`."""
-    regions, weights = tokens // size, tokens * keep
+    weights = regions * size * keep
     return Needs(
         bytes=batch * (tokens * width * item + regions * keep * 8 + 2 * weights * item),
         matmul=2 * batch * weights * width,
@@ -105,9 +109,11 @@ def weigh_needs(batch: int, tokens: int, width: int, size: int, keep: int, item:
     )
 
 
-def mix_needs(batch: int, tokens: int, width: int, size: int, keep: int, item: int) -> Needs:
+def mix_needs(
+    batch: int, tokens: int, width: int, regions: int, size: int, keep: int, item: int
+) -> Needs:
     """Of ``merge`` and of ``unmerge``, which need the same; arguments as in `select_needs`."""
-    kept, weights = tokens // size * keep, tokens * keep
+    kept, weights = regions * keep, regions * size * keep
     return Needs(
         bytes=batch * item * ((tokens + kept) * width + weights),
         matmul=2 * batch * weights * width,

@@ -9,10 +9,10 @@ import torch
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
+from toma_fx.build import recipe_of
 from toma_fx.config import MergeConfig
 from toma_fx.errors import ModelError
 from toma_fx.runtime.token_order import tile_order, tile_order_of_ids
-from toma_fx.transform import rewrite_of, transform
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ def layers_of(model: nn.Module, config: MergeConfig, count: int) -> tuple[str, .
         config: of the merging.
         count: how many, at most.
     """
+    groups = {block.path: block.group for block in recipe_of(model, config).merged}
     # In the order of the computation; a UNet lists its middle last.
-    merged = rewrite_of(transform(model, config)).merged
-    blocks = sorted(merged, key=_is_up)
-    groups = {merged[path].group: path for path in reversed(blocks)}
-    first = [path for path in blocks if path in groups.values()]
+    blocks = sorted(groups, key=_is_up)
+    firsts = {groups[path]: path for path in reversed(blocks)}
+    first = [path for path in blocks if path in firsts.values()]
     candidates = first if len(first) >= count else blocks
     count = min(count, len(candidates))
     last = len(candidates) - 1

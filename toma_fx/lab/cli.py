@@ -1,7 +1,7 @@
 """The lab's commands: ``toma-fx eval``, ``study``, ``calibrate``, ``plot`` and ``show``.
 
-What they run is imported when they run, so that the other commands stay quick and need nothing of
-the lab's packages.
+What they run is imported when they run, so that help is quick, and the other commands need nothing
+of the lab's packages.
 """
 
 import argparse
@@ -11,10 +11,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from toma_fx.choices import DTYPE_NAMES
 from toma_fx.errors import ConfigError
 from toma_fx.lab import small_models
 from toma_fx.lab.measures import MEASURES
 from toma_fx.lab.studies import STUDIES, Study
+from toma_fx.quiet import hush_libraries
 
 PACKAGES = ("matplotlib", "torchmetrics")
 MODEL = "folder or hub name of a diffusers pipeline"
@@ -22,22 +24,28 @@ MODEL = "folder or hub name of a diffusers pipeline"
 
 def add_commands(commands: Any) -> None:
     """Add the lab's commands to those of ``toma-fx``."""
-    _add_eval(commands.add_parser("eval", help="draw with contenders and measure their images"))
+    _add_eval(
+        commands.add_parser("eval", help="Draw images with several variants and measure them.")
+    )
     _add_study(
         commands.add_parser(
             "study",
-            help="a table of the paper, or a question of ours, with the paper's figures beside",
+            help="Make a table of the paper, or one of ours, with the paper's figures beside it.",
             epilog="\n".join(f"{name:13} {_about(study)}" for name, study in STUDIES.items()),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
     )
     _add_calibrate(
         commands.add_parser(
-            "calibrate", help="find the ratio of each block that costs images least"
+            "calibrate", help="Find the ratio of each block that changes images least."
         )
     )
-    _add_plot(commands.add_parser("plot", help="plot what eval measured"))
-    _add_show(commands.add_parser("show", help="pictures of what merging does inside a model"))
+    _add_plot(
+        commands.add_parser("plot", help="Plot the quality that eval measured against its cost.")
+    )
+    _add_show(
+        commands.add_parser("show", help="Draw pictures of what merging does inside a model.")
+    )
 
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:
@@ -140,9 +148,7 @@ def _add_drawing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance", type=float, help="guidance scale (the pipeline's own)")
     parser.add_argument("--height", type=int, help="in pixels (the pipeline's own)")
     parser.add_argument("--width", type=int, help="in pixels (the pipeline's own)")
-    parser.add_argument(
-        "--dtype", choices=("bfloat16", "float16", "float32"), help="(bfloat16 on a GPU)"
-    )
+    parser.add_argument("--dtype", choices=DTYPE_NAMES, help="(bfloat16 on a GPU)")
     parser.add_argument(
         "--argument",
         nargs="+",
@@ -247,6 +253,7 @@ def _task(options: argparse.Namespace, prompts: tuple[Any, ...]) -> Any:
     """The task of the options, and of the model's card where it is one of the repository's own."""
     from toma_fx.lab.draw import Task, default_dtype
 
+    hush_libraries()
     own = small_models.own_settings(options.model)
     names = ("guidance", "height", "width", "dtype")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}

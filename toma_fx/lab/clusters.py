@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from toma_fx.config import MergeConfig
+from toma_fx.recipe import plan_options
 from toma_fx.runtime.merging import weigh
+from toma_fx.runtime.regions import gathered, layout
 from toma_fx.runtime.selector import select
-from toma_fx.treatment import plan_options
 
 ITERATIONS = 50
 STARTS = 4
@@ -41,13 +42,17 @@ def merged(tokens_ND: Tensor, tile_order: Tensor, config: MergeConfig) -> Merged
     order = tile_order if config.region == "tile" else raster
     tokens = tokens_ND[order][None]
     selector = "grid" if options.selector == "fixed" else options.selector
-    chosen = select(tokens, options.region_tokens, options.ratio, selector)
+    cut = layout([len(raster)], options.region_tokens, options.ratio)
+    chosen = select(tokens, cut, selector)
     _, spread_BRnm = weigh(
-        tokens.float(), chosen, options.temperature, options.merge_over, "transpose"
+        tokens.float(), chosen, cut, options.temperature, options.merge_over, "transpose"
     )
-    regions, _, keep = spread_BRnm.shape[1:]
-    by_region = chosen.reshape(regions, keep)
-    nearest = by_region.gather(1, spread_BRnm[0].argmax(-1)).flatten()
+    by_region = chosen.reshape(spread_BRnm.shape[1], -1)
+    nearest_Rn = by_region.gather(1, spread_BRnm[0].argmax(-1))
+    if options.merge_over == "region":
+        nearest = gathered(nearest_Rn[None, :, :, None], cut).flatten()
+    else:  # whose weights have a row for each token, and none for padding
+        nearest = nearest_Rn.flatten()
     clusters = torch.empty_like(order)
     clusters[order] = order[nearest]
     return Merged(order[chosen.flatten()].sort().values, clusters)

@@ -10,9 +10,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from toma_fx.config import MergeConfig
+from toma_fx.lab.distances import mse
 from toma_fx.lab.draw import Task, draw
-from toma_fx.lab.measures import DATA_RANGE, mse
-from toma_fx.transform import restore, transform
+from toma_fx.lab.measures import DATA_RANGE
+from toma_fx.transform import pipeline_models, transform
 
 CELL_PIXELS = 256
 LABEL_PIXELS = 40
@@ -47,13 +48,15 @@ def draw_ratios(
     prompt = task.prompts[0]
     draw(pipeline, task, prompt, 0, steps=1)  # the first call of all is slower than the others
     untouched, seconds = draw(pipeline, task, prompt, 0)
+    models = pipeline_models(pipeline)
     drawn = [Drawn(ratio=0.0, image=untouched, seconds=seconds, psnr=math.inf)]
     for ratio in ratios:
         transform(pipeline, replace(config, ratio=ratio))
         try:
             image, seconds = draw(pipeline, task, prompt, 0)
         finally:
-            restore(pipeline)
+            for name, model in models.items():
+                setattr(pipeline, name, model)
         drawn.append(Drawn(ratio=ratio, image=image, seconds=seconds, psnr=psnr(image, untouched)))
     return drawn
 

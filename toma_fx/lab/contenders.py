@@ -1,5 +1,6 @@
 """A variant at a ratio: what draws one set of images, and what it costs."""
 
+import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -12,12 +13,16 @@ import torch
 from torch import nn
 
 import toma_fx
+import toma_fx.families
 import toma_fx.passes
 import toma_fx.runtime
-from toma_fx.arithmetic import Call, count
+from toma_fx.arithmetic import Call, count, run_operations
+from toma_fx.build import recipe_of_transformed
+from toma_fx.calls import LastCall, to_meta
 from toma_fx.config import MergeConfig
 from toma_fx.lab.variants import STEPS, UNTOUCHED, Changed, FewerSteps, Merging, Rival, Variant
-from toma_fx.transform import PIPELINE_PARTS, model_of, transform
+from toma_fx.model_border import grids_in
+from toma_fx.transform import model_of, pipeline_models, transform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +58,7 @@ def contend(
         variants: in the order of the tables.
         ratios: shares of tokens merged away.
         steps: of the untouched model.
-        call: of the denoising model, for counting; see `first_call`, which also leaves the
-            scheduler with the timesteps of an image.
+        call: of the denoising model, for counting; see `first_call`.
 
     Raises:
         TomaError: when a ratio, or the model, is nothing that a variant takes.
@@ -75,13 +79,12 @@ def contend(
     for variant in variants:
         for ratio in ratios:
             if isinstance(variant, Merging):
-                found.append(_merging(variant, pipeline, ratio, steps, call, untouched))
+                found.append(_merging(variant, pipeline, ratio, steps, call))
             elif isinstance(variant, Rival):
                 found.append(_rival(variant, pipeline, ratio, steps, call, untouched))
             elif variant.count is None:
                 config = MergeConfig(ratio=ratio) if merging is None else merging.config(ratio)
-                merged = count(transform(model, config), call) / untouched
-                paid = _of_all_steps(merged, config, pipeline)
+                paid = _share_of_run(transform(model, config), pipeline, steps, call)
                 found.append(_fewer(variant, ratio, affordable(steps, paid), steps))
         if isinstance(variant, FewerSteps) and variant.count is not None:
             found.append(_fewer(variant, None, variant.count, steps))
@@ -101,17 +104,14 @@ def affordable(steps: int, share: float) -> int:
     return max(1, min(most, round(steps * share)))
 
 
-def _merging(
-    variant: Merging, pipeline: Any, ratio: float, steps: int, call: Call, untouched: int
-) -> Contender:
+def _merging(variant: Merging, pipeline: Any, ratio: float, steps: int, call: Call) -> Contender:
     config = variant.config(ratio)
     transformed = transform(model_of(pipeline), config)
-    merged = count(transformed, call) / untouched
     return Contender(
         variant=variant.name,
         ratio=ratio,
         steps=steps,
-        arithmetic=_of_all_steps(merged, config, pipeline),
+        arithmetic=_share_of_run(transformed, pipeline, steps, call),
         # The code comes first, so that a message about another identity does not cut it off.
         identity=f"code {_code()}, torch {torch.__version__}, {config!r}",
         changed=lambda: _in_place_of(pipeline, transformed),
@@ -120,16 +120,18 @@ def _merging(
 
 def _code() -> str:
     """Fingerprint of what may decide a merged image: the package without its lab and benchmarks."""
-    packages = (toma_fx, toma_fx.passes, toma_fx.runtime)
+    packages = (toma_fx, toma_fx.families, toma_fx.passes, toma_fx.runtime)
     files = [file for each in packages for file in sorted(Path(each.__path__[0]).glob("*.py"))]
     return sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
-def _of_all_steps(merged: float, config: MergeConfig, pipeline: Any) -> float:
-    """The mean over an image's steps, of which those above ``merge_below`` do not merge."""
-    timesteps = [float(timestep) for timestep in pipeline.scheduler.timesteps]
-    merging = sum(timestep <= 1000 * config.merge_below for timestep in timesteps)
-    return 1 - (1 - merged) * merging / len(timesteps)
+def _share_of_run(transformed: nn.Module, pipeline: Any, steps: int, call: Call) -> float:
+    """Operations of a run, some of whose steps may not merge or not plan, relative to untouched."""
+    named = inspect.signature(transformed.forward).bind(*call.args, **call.kwargs).arguments
+    last = LastCall(to_meta(named), grids_in(transformed, named))
+    recipe = recipe_of_transformed(transformed)
+    counted = run_operations(transformed, recipe, last, steps, pipeline.scheduler)
+    return counted.after[""] / counted.before[""]
 
 
 def _rival(
@@ -164,7 +166,7 @@ def _fewer(variant: FewerSteps, ratio: float | None, taken: int, steps: int) -> 
 @contextmanager
 def _in_place_of(pipeline: Any, transformed: nn.Module) -> Iterator[None]:
     original = model_of(pipeline)
-    part = next(name for name in PIPELINE_PARTS if getattr(pipeline, name, None) is original)
+    part = next(name for name, model in pipeline_models(pipeline).items() if model is original)
     setattr(pipeline, part, transformed)
     try:
         yield

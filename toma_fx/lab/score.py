@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from toma_fx.lab import measures
+from toma_fx.lab import distances
 from toma_fx.lab.measures import MEASURES, Unavailable
 from toma_fx.lab.networks import (
     Encoder,
@@ -57,9 +57,9 @@ def load_instruments(chosen: Sequence[str], networks: Networks) -> Instruments:
     pixel: dict[str, Callable[[Tensor, Tensor], float] | Unavailable] = {
         name: function
         for name, function in (
-            ("mse", measures.mse),
-            ("psnr", measures.psnr),
-            ("ssim", measures.ssim),
+            ("mse", distances.mse),
+            ("psnr", distances.psnr),
+            ("ssim", distances.ssim),
         )
         if name in chosen
     }
@@ -147,7 +147,7 @@ def _dino_distances(
     if isinstance(dino, Unavailable):
         return dino
     assert reference.dino is not None
-    return _floats(1 - measures.cosine(dino.images(files), reference.dino))
+    return _floats(1 - distances.cosine(dino.images(files), reference.dino))
 
 
 def _clip_scores(
@@ -159,8 +159,8 @@ def _clip_scores(
     assert reference.clip is not None
     features = clip.images(files)
     return {
-        "clip": _floats((100 * measures.cosine(features, clip.texts(texts))).clamp(min=0)),
-        "clip_image": _floats(measures.cosine(features, reference.clip)),
+        "clip": _floats((100 * distances.cosine(features, clip.texts(texts))).clamp(min=0)),
+        "clip_image": _floats(distances.cosine(features, reference.clip)),
     }
 
 
@@ -172,7 +172,7 @@ def _fid(
     assert reference is not None
     if len(files) < 2 or len(reference) < 2:
         return Unavailable("a covariance needs at least 2 images of each kind")
-    return [measures.frechet_distance(fid(files), reference)]
+    return [distances.frechet_distance(fid(files), reference)]
 
 
 def _features(encoder: Encoder | Unavailable | None, files: Sequence[Path]) -> Tensor | None:

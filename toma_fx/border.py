@@ -1,0 +1,62 @@
+"""What stands in for a class of diffusers' at a border of a model: its looks, and what makes it."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+
+from toma_fx.config import MergeConfig
+from toma_fx.families.rows import Family, Stage, TokenSequence
+
+
+@dataclass(frozen=True)
+class BorderKey:
+    """All that makes a class that stands in for another."""
+
+    base: type[nn.Module]
+    family: Family
+    config: MergeConfig
+    stage: Stage | None = None
+    """Of a stage; None for the model."""
+
+    @property
+    def positions(self) -> TokenSequence | None:
+        """Where the model takes tokens with positions, if it does."""
+        found = (each for each in self.family.borders if isinstance(each, TokenSequence))
+        return next(found, None)
+
+    @property
+    def sequence(self) -> TokenSequence | None:
+        """The tokens that the model puts in order, if it does."""
+        return self.positions if self.config.region == "tile" else None
+
+
+class Border:
+    """What stands in for a class of diffusers' has in common; whoever asks finds that class.
+
+    Pipelines look up the module of a class when they save, hooks the signature of its forward. A
+    pickle must then be told what makes the class. And whoever makes a model of a transformed one's
+    class, as by ``type(model).from_config(model.config)``, gets an untouched one: only `transform`
+    makes the other.
+    """
+
+    toma_base: ClassVar[Any]
+    """The class that this one stands in for."""
+    toma_key: ClassVar[BorderKey]
+    """All that makes this class."""
+    toma_unpickled: ClassVar[Any]
+    """Makes an object of the class that a key makes."""
+    toma_named: Any
+    """Gives the arguments of ``forward`` their names, ``(args, kwargs)``."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        return cls.toma_base(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: object) -> Any:
+        instance: Any = self
+        state = {k: v for k, v in instance.__getstate__().items() if k not in NOT_COPIED}
+        return type(self).toma_unpickled, (self.toma_key,), state
+
+
+NOT_COPIED = ("_run", "toma_watched", "toma_last_call")
+"""Attributes that a copy or a pickle does without; ``_run`` is there once a model is compiled."""

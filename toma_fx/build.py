@@ -1,0 +1,211 @@
+"""From options to a model that merges, and back.
+
+The model is copied, its recipe made, graphs are captured, rewritten and installed as its blocks'
+forward, and classes stand in at its borders.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import fx, nn
+
+from toma_fx.border import Border
+from toma_fx.config import MergeConfig
+from toma_fx.errors import ModelError
+from toma_fx.families import family_of
+from toma_fx.families.rows import Block, Family, Stage, qualified_name
+from toma_fx.foreign import check_caches, check_copy, check_free
+from toma_fx.hooks import attach_hooks, copied_with_hooks, follow_class
+from toma_fx.install_borders import install_borders, uninstall_borders
+from toma_fx.passes.capture import capture_block
+from toma_fx.passes.install import install, uninstall
+from toma_fx.passes.pipeline import Pass, run_passes
+from toma_fx.recipe import FoundBlock, Recipe, make_recipe, plain_path
+
+
+def recipe_of(model: nn.Module, config: MergeConfig, speedup: float | None = None) -> Recipe:
+    """The recipe of a model of a known family.
+
+    Raises:
+        ModelError: when the options name no block, or nothing would merge.
+    """
+    family = family_of(model)
+    found = [
+        FoundBlock(module=path, row=row, submodules=frozenset(n for n, _ in block.named_modules()))
+        for path, block, row in _blocks(model, family)
+    ]
+    return make_recipe(family, found, _stages(model, family), config, type(model).__name__, speedup)
+
+
+def merged_copy(
+    model: nn.Module, config: MergeConfig, speedup: float | None = None, pipeline: Any = None
+) -> nn.Module:
+    """`transform` of a model that can be transformed, without a word to the log.
+
+    Args:
+        model: of a known family.
+        config: the options.
+        speedup: what the ratio was chosen for, if it was.
+        pipeline: that holds the model, if one does.
+    """
+    copied, hooks = copied_with_hooks(model)
+    recipe = recipe_of(copied, config, speedup)
+    check_copy(copied, recipe)
+    if recipe.merged:
+        install_blocks(copied, recipe)
+        install_borders(copied, recipe, pipeline)
+    else:  # an untouched model that knows that it was asked to stay so
+        copied.toma_recipe = recipe  # type: ignore[assignment]
+    attach_hooks(hooks)
+    check_caches(copied, recipe)
+    return copied
+
+
+def take_off(model: nn.Module) -> None:
+    """Undo `merged_copy` on the copy itself; what else was done to it since stays.
+
+    Raises:
+        ModelError: when the model does not merge, or something else put a class or a forward of its
+            own over what was installed.
+    """
+    recipe = recipe_of_transformed(model)
+    blocks = [model.get_submodule(block.module) for block in recipe.blocks] if recipe.merged else []
+    borders = [module for module in model.modules() if isinstance(module, Border)]
+    classes = {module: type(module) for module in (*blocks, *borders)}
+    # Before anything is taken off, so that a model that is refused still merges as a whole.
+    installed = [(path, each) for path, each in model.named_modules() if each in classes]
+    for path, module in installed:
+        if "toma_base" not in vars(classes[module]):
+            raise ModelError(
+                f"{path or 'the model'} became a {qualified_name(classes[module])} after it was "
+                "transformed; undo that first, then restore"
+            )
+    check_free(installed)
+    for block in blocks:
+        uninstall(block)
+    uninstall_borders(model)
+    for module, before in classes.items():
+        follow_class(module, before)
+
+
+def recipe_of_transformed(model: nn.Module) -> Recipe:
+    """What `transform` did to a model.
+
+    Raises:
+        ModelError: when it was not transformed.
+    """
+    recipe = getattr(model, "toma_recipe", None)
+    if not isinstance(recipe, Recipe):
+        raise ModelError(
+            f"this {type(model).__name__} was not transformed; call toma_fx.transform first"
+        )
+    return recipe
+
+
+def install_blocks(model: nn.Module, recipe: Recipe) -> None:
+    """Let the blocks of a model run what the recipe says.
+
+    Raises:
+        CaptureError: when a block's forward does something that one graph cannot hold.
+    """
+    graphs = _Graphs(recipe)
+    for each in recipe.blocks:
+        block = model.get_submodule(each.module)
+        leads = each.role == "lead"
+        install(
+            block,
+            graphs.of(block, recipe.variants(each)),
+            attention_kwargs=each.row.flow.attention_kwargs,
+            leads=each.group.name if leads else "",
+            follower=graphs.of(block, recipe.followers(each)) if leads else None,
+        )
+
+
+class _Graphs:
+    """The graphs of blocks; those of the same structure and passes are one."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+        self._made: dict[Any, fx.GraphModule] = {}
+
+    def of(
+        self, block: nn.Module, variants: Mapping[str, tuple[Pass, ...] | None]
+    ) -> dict[str, fx.GraphModule | None]:
+        return {name: self._graph(block, passes) for name, passes in variants.items()}
+
+    def _graph(self, block: nn.Module, passes: tuple[Pass, ...] | None) -> fx.GraphModule | None:
+        if passes is None:
+            return None
+        key = _structure(block), passes
+        if key not in self._made:
+            gm = captured(block, self._recipe.family)
+            self._made[key] = run_passes(gm, passes)
+        return self._made[key]
+
+
+def captured(block: nn.Module, family: Family) -> fx.GraphModule:
+    """The graph of a block as diffusers wrote it."""
+    row = family.block_row(type(block))
+    assert row is not None, f"{type(block)} is no block of {family.name}"
+
+    def leaf_value(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return example_of_leaf(family, module, args, kwargs)
+
+    return capture_block(block, row.examples(block), row.flow.attention_kwargs, leaf_value)
+
+
+def example_of_leaf(
+    family: Family, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """An example of what a block's submodule returns, without running it.
+
+    Not running it is what lets offloaded, quantised and adapted layers be captured like any other.
+    Unless the family says otherwise, a layer returns tokens like those it takes, as wide as its
+    ``out_features``.
+    """
+    names = map(qualified_name, type(module).__mro__)
+    value = next((family.leaf_values[n] for n in names if n in family.leaf_values), None)
+    if value is not None:
+        return value(module, *args, **kwargs)
+    tokens = args[0] if args else kwargs["hidden_states"]
+    width = getattr(module, "out_features", tokens.shape[-1])
+    return tokens.new_empty(*tokens.shape[:-1], width)
+
+
+def block_graphs(
+    model: nn.Module, config: MergeConfig
+) -> Iterator[tuple[str, fx.GraphModule, fx.GraphModule]]:
+    """Path of each block to be merged, its graph as captured, and as rewritten; for looking at."""
+    recipe = recipe_of(model, config)
+    for each in recipe.merged:
+        block = model.get_submodule(each.module)
+        before, after = (captured(block, recipe.family) for _ in range(2))
+        passes = next(iter(recipe.variants(each).values()))
+        assert passes is not None
+        yield each.path, before, run_passes(after, passes)
+
+
+def _blocks(model: nn.Module, family: Family) -> Iterator[tuple[str, nn.Module, Block]]:
+    for path, module in model.named_modules():
+        row = family.block_row(type(module))
+        if row is not None:
+            yield path, module, row
+
+
+def _stages(model: nn.Module, family: Family) -> list[str]:
+    names = {border.cls for border in family.borders if isinstance(border, Stage)}
+    return [
+        plain_path(path)
+        for path, module in model.named_modules()
+        if any(qualified_name(cls) in names for cls in type(module).__mro__)
+    ]
+
+
+def _structure(block: nn.Module) -> Any:
+    """What decides the graph of a block: the classes in it and its plain attributes."""
+    plain = str | int | float | bool | None
+    attributes = {k: v for k, v in vars(block).items() if isinstance(v, plain) and k != "training"}
+    classes = [
+        (name, type(m), type(getattr(m, "processor", None))) for name, m in block.named_modules()
+    ]
+    return type(block), tuple(attributes.items()), tuple(classes)

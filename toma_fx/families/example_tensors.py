@@ -1,0 +1,38 @@
+"""What the example calls of all families have in common."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from toma_fx.errors import ModelError
+
+
+def random_tensors(like: Tensor) -> Callable[..., Tensor]:
+    """A function from a shape to random values, the same ones at every call, in the type of one.
+
+    Args:
+        like: a tensor with the device and dtype. On the meta device there are no values.
+    """
+    # A generator of its own: the global random state is the user's.
+    generator = torch.Generator("cpu").manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        if like.is_meta:
+            return like.new_empty(shape)
+        return torch.randn(shape, generator=generator, device="cpu").to(like)
+
+    return random
+
+
+def check_size(height: int, width: int, step: int) -> None:
+    """Refuse an image size that tokens do not cover.
+
+    Raises:
+        ModelError: when a side, in pixels, is no multiple of ``step``.
+    """
+    if height % step or width % step or height < step or width < step:
+        raise ModelError(
+            f"an image of {height} x {width} pixels must be a multiple of {step} pixels along each "
+            f"side, such as {max(1, height // step) * step} x {max(1, width // step) * step}"
+        )

@@ -1,0 +1,200 @@
+"""The transformer of FLUX.1: dev, schnell, Fill, Kontext and what was made from them."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from toma_fx.families import noise
+from toma_fx.families.example_tensors import check_size, random_tensors
+from toma_fx.families.rows import Block, Family, TokenSequence
+from toma_fx.passes.plan_nodes import TokenFlow
+from toma_fx.passes.sites import Site
+
+NATIVE_PIXELS = 1024
+PIXELS_PER_TOKEN = 16
+"""Along a side: 8 per latent, and 2 latents per token."""
+TEXT_TOKENS = 512
+
+
+def _modulated_norm(count: int) -> Any:
+    """Of a norm that returns the tokens and ``count`` modulations."""
+
+    def value(module: Any, hidden_states: Tensor, *, emb: Tensor) -> tuple[Tensor, ...]:
+        return (hidden_states, *[emb] * count)
+
+    return value
+
+
+def _attention(
+    module: Any, *, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_: Any
+) -> Any:
+    if encoder_hidden_states is None:
+        return hidden_states
+    adapters = "IPAdapter" in type(module.processor).__name__
+    return (hidden_states, encoder_hidden_states) + (hidden_states,) * adapters
+
+
+def _examples(width: int) -> dict[str, Any]:
+    # float16, because Flux clips float16 overflow, and the graph must show it.
+    like = torch.empty(0, dtype=torch.float16, device="meta")
+    return {
+        "hidden_states": like.new_empty(2, 64, width),
+        "encoder_hidden_states": like.new_empty(2, 8, width),
+        "temb": like.new_empty(2, width),
+        "image_rotary_emb": (like.new_empty(72, 16), like.new_empty(72, 16)),
+    }
+
+
+def _run_levels(scheduler: Any, steps: int, call: Mapping[str, Any]) -> list[float]:
+    tokens = call["hidden_states"].shape[1]
+    config = {} if scheduler is None else scheduler.config
+    # As diffusers' pipelines: `calculate_shift`, with the numbers of FLUX.1-dev, and even sigmas.
+    few, most = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    mu = low + (high - low) * (tokens - few) / (most - few)
+    even = [1 - step / steps for step in range(steps)]
+    options: dict[str, Any] = {} if config.get("use_flow_sigmas") else {"sigmas": even}
+    if config.get("use_dynamic_shifting"):
+        options["mu"] = mu
+    timesteps = noise.levels_of_run(scheduler, steps, 1000, **options)
+    if timesteps is not None:
+        return timesteps
+    return [math.exp(mu) / (math.exp(mu) + (1 / sigma - 1)) for sigma in even]
+
+
+def _sequence_lengths(call: Mapping[str, Any]) -> set[int]:
+    image, text = call["hidden_states"].shape[1], call["encoder_hidden_states"].shape[1]
+    return {image, image + text}
+
+
+def example_call(
+    model: Any, like: Tensor, *, batch: int, height: int | None, width: int | None
+) -> dict[str, Any]:
+    """Keyword arguments of one call of a Flux transformer; their values mean nothing.
+
+    Args:
+        model: the transformer, which may have no data.
+        like: an empty tensor with the device and dtype in which the transformer computes.
+        batch: images.
+        height: of the image, in pixels; 1024 when left out.
+        width: of the image, in pixels; the height when left out.
+
+    Raises:
+        ModelError: when the size is no multiple of a token's.
+    """
+    config = model.config
+    device, dtype = like.device, like.dtype
+    rows, columns = _grid(height, width)
+    random = random_tensors(like)
+    call: dict[str, Any] = {
+        # The layer, since a Control LoRA widens it.
+        "hidden_states": random(batch, rows * columns, model.x_embedder.in_features),
+        "encoder_hidden_states": random(batch, TEXT_TOKENS, config.joint_attention_dim),
+        "pooled_projections": random(batch, config.pooled_projection_dim),
+        "timestep": torch.full((batch,), 0.5, device=device, dtype=dtype),
+        "img_ids": _image_ids(rows, columns, like),
+        "txt_ids": torch.zeros(TEXT_TOKENS, 3, device=device, dtype=dtype),
+    }
+    if config.guidance_embeds:
+        call["guidance"] = torch.full((batch,), 3.5, device=device, dtype=torch.float32)
+    # Absent until an IP-Adapter is loaded, and None once it is unloaded.
+    if (projections := getattr(model, "encoder_hid_proj", None)) is not None:
+        layers = [each.image_embeds for each in projections.image_projection_layers]
+        embeds = [random(batch, 1, layer.in_features) for layer in layers]
+        call["joint_attention_kwargs"] = {"ip_adapter_image_embeds": embeds}
+    return call
+
+
+def _grid(height: int | None, width: int | None) -> tuple[int, int]:
+    height = NATIVE_PIXELS if height is None else height
+    width = height if width is None else width
+    step = PIXELS_PER_TOKEN
+    check_size(height, width, step)
+    return height // step, width // step
+
+
+def _image_ids(rows: int, columns: int, like: Tensor) -> Tensor:
+    row = torch.arange(rows, device=like.device)[:, None].expand(rows, columns)
+    column = torch.arange(columns, device=like.device).expand(rows, columns)
+    ids = torch.stack([torch.zeros_like(row), row, column], dim=-1).flatten(0, 1)
+    return ids.to(like.dtype)
+
+
+_BLOCK = "diffusers.models.transformers.transformer_flux"
+_NORM = "diffusers.models.normalization"
+_REFUSED = ("ip_adapter_masks", "attention_mask")
+
+FAMILY = Family(
+    name="flux",
+    cls=f"{_BLOCK}.FluxTransformer2DModel",
+    title="FLUX.1 dev, schnell, Fill and Kontext",
+    blocks=(
+        Block(
+            cls=f"{_BLOCK}.FluxTransformerBlock",
+            flow=TokenFlow(
+                attention_kwargs="joint_attention_kwargs",
+                output=1,
+                text="encoder_hidden_states",
+                rotary="image_rotary_emb",
+            ),
+            refused_by_attention=_REFUSED,
+            examples=lambda block: _examples(block.norm2.normalized_shape[0]),
+            sites=(
+                Site(components=("self_attention",), enter=("attn",), leave="attn", outputs=(0, 2)),
+                Site(components=("mlp",), enter=("ff",), leave="ff"),
+            ),
+        ),
+        Block(
+            cls=f"{_BLOCK}.FluxSingleTransformerBlock",
+            flow=TokenFlow(
+                attention_kwargs="joint_attention_kwargs",
+                output=1,
+                text="encoder_hidden_states",
+                text_first=True,
+                rotary="image_rotary_emb",
+            ),
+            refused_by_attention=_REFUSED,
+            examples=lambda block: _examples(block.proj_out.out_features),
+            sites=(
+                Site(components=("self_attention",), enter=("attn",), leave="attn"),
+                Site(components=("mlp",), enter=("proj_mlp",), leave="act_mlp"),
+                Site(
+                    components=("self_attention", "mlp"),
+                    enter=("attn", "proj_mlp"),
+                    leave="proj_out",
+                ),
+            ),
+        ),
+    ),
+    borders=(
+        TokenSequence(
+            tokens="hidden_states",
+            ids="img_ids",
+            more=("controlnet_block_samples", "controlnet_single_block_samples"),
+            enter="x_embedder",
+            leave="proj_out",
+            positions="pos_embed",
+        ),
+    ),
+    attention_kwargs="joint_attention_kwargs",
+    prompt=("encoder_hidden_states",),
+    leaf_values={
+        f"{_NORM}.AdaLayerNormZero": _modulated_norm(4),
+        f"{_NORM}.AdaLayerNormZeroSingle": _modulated_norm(1),
+        f"{_BLOCK}.FluxAttention": _attention,
+    },
+    # The first 5 of 19 double-stream and the first 5 of 38 single-stream blocks: the paper's "first
+    # 10 blocks" in its authors' configuration.
+    unmerged_by_default={"transformer_blocks": (5, 19), "single_transformer_blocks": (5, 38)},
+    unmerged_because="spared by default, as in the paper",
+    noise_level=noise.level_of_sigma,
+    run_levels=_run_levels,
+    example_call=example_call,
+    sequence_lengths=_sequence_lengths,
+    image=lambda call: call["hidden_states"],
+    architectures={"flux": {"guidance_embeds": True}},
+)
+"""``architectures``: FLUX.1-dev's transformer, where it differs from diffusers' defaults."""

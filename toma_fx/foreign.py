@@ -1,0 +1,272 @@
+"""What others put into a model, and merging may mislead: refused by name, or warned of.
+
+Merged tokens are fewer than the image's and stand in token order, so code that takes them for the
+image grid goes wrong: attention processors and forwards of other libraries, hooks that read
+features, masks over all tokens. Such code can say that it works on any tokens::
+
+    processor.any_tokens = True          # an attention processor, or its class
+    forward.any_tokens = True            # a function that stands in for a module's forward
+
+A hook can ask for the order: `toma_fx.token_order`.
+"""
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from types import MethodType
+from typing import Any
+from weakref import ref
+
+from torch import Tensor, nn
+
+from toma_fx.errors import InputError, ModelError, TomaWarning
+from toma_fx.families.rows import qualified_name
+from toma_fx.hooks import hooks_of
+from toma_fx.recipe import BlockRecipe, Recipe
+from toma_fx.runtime import plan
+
+_KNOWN_FORWARDS = ("_diffusers_hook", "_hf_hook")
+"""Attributes of modules whose forward a hook of diffusers or accelerate replaced."""
+
+
+def check_copy(model: nn.Module, recipe: Recipe) -> None:
+    """Look at what others put into a model before it was copied.
+
+    A function that others put on a module of the original holds the original, so the copy would run
+    the original's layers: nothing would be merged below it, nor would adapters reach it. A subclass
+    of a block may have a forward of its own, which a graph would not follow. And attention
+    processors of other libraries may take tokens for the grid, of which they are warned.
+
+    Raises:
+        ModelError: when such a function or subclass is there.
+    """
+    for path, module in model.named_modules():
+        if (forward := _foreign_forward(module)) is not None:
+            raise ModelError(
+                f"{path or 'the model'} has a forward of its own, {forward!r:.80}, which holds the "
+                "module that it was made for, and a copy would run that one; take it off, "
+                "del module.forward, transform, and put it on the transformed model"
+            )
+    for block in recipe.merged:
+        _check_block_class(block, model.get_submodule(block.module))
+    _check_processors(each for block in recipe.merged for each in _named_modules(model, block))
+
+
+def _check_block_class(recipe: BlockRecipe, block: nn.Module) -> None:
+    given: Any = type(block)
+    known: Any = next(base for base in given.__mro__ if qualified_name(base) == recipe.row.cls)
+    if given.forward is not known.forward or given.__call__ is not nn.Module.__call__:
+        raise ModelError(
+            f"{recipe.path} is a {qualified_name(given)}, whose forward is not the one of "
+            f"diffusers' {known.__name__}: what it does would be lost in a merged block; give the "
+            f"block its class back, or leave it out: skip=({recipe.path!r},)"
+        )
+
+
+def check_free(modules: Iterable[tuple[str, nn.Module]]) -> None:
+    """Refuse to give modules their classes back under a forward that others put on them since.
+
+    Raises:
+        ModelError: when there is one.
+    """
+    for path, module in modules:
+        if (forward := _foreign_forward(module)) is not None:
+            raise ModelError(
+                f"{path or 'the model'} was given a forward of its own after it was transformed, "
+                f"{forward!r:.80}, which may hold the merged one; take it off, del module.forward, "
+                "restore, and put it on again"
+            )
+
+
+def _foreign_forward(module: nn.Module) -> Any:
+    """The forward that is neither of a known hook nor of the module's class, if there is one.
+
+    What hooks leave when they are removed, the forward of the class, is taken off.
+    """
+    forward = vars(module).get("forward")
+    if forward is None or any(mark in vars(module) for mark in _KNOWN_FORWARDS):
+        return None
+    if _is_own(forward, module):
+        del module.forward
+        return None
+    return forward
+
+
+def _is_own(forward: Any, module: nn.Module) -> bool:
+    """Whether a forward on a module is the one of its class, as hooks that were removed leave."""
+    bound = isinstance(forward, MethodType) and forward.__self__ is module
+    return bound and forward.__func__ is getattr(type(module), "forward", None)
+
+
+class Watched:
+    """The modules of a transformed model that others may put something on, listed once.
+
+    A call of a large model comes by in milliseconds, and walking its tree would take as long.
+
+    Args:
+        model: transformed.
+        recipe: of the model.
+    """
+
+    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
+        self._recipe = recipe
+        # By weak references, since who exchanges a layer, as for a quantised one, wants it freed.
+        self._model = ref(model)
+        self._list()
+
+    def _list(self) -> None:
+        model, recipe = self._model(), self._recipe
+        assert model is not None, "it is the model that asks"
+        inside = [
+            (path, module, block.path)
+            for block in recipe.merged
+            for path, module in _named_modules(model, block)
+        ]
+        self._inside = [(path, ref(module), block) for path, module, block in inside]
+        self._processed = [(p, ref(m)) for p, m, _ in inside if "processor" in vars(m)]
+        blocks = [(block.path, model.get_submodule(block.module)) for block in recipe.blocks]
+        self._blocks = [(path, ref(block)) for path, block in blocks]
+
+    def check_call(self, call: Mapping[str, Any]) -> None:
+        """Look for what merging would mislead in a call, whoever put it there since `transform`.
+
+        Raises:
+            InputError: when a forward of others runs on merged tokens, or an attention kwarg is a
+                mask over all tokens.
+        """
+        _check_kwargs(self._recipe, call)
+        _check_masks(self._recipe, call)
+        inside = [module() for _, module, _ in self._inside]
+        if None in inside:  # layers were exchanged since
+            self._list()
+            inside = [module() for _, module, _ in self._inside]
+        for (path, _, block), module in zip(self._inside, inside, strict=True):
+            if module is not None and "forward" in module.__dict__:
+                _check_forward(path, module, block)
+        held = ((path, module()) for path, module in self._processed)
+        _check_processors((path, module) for path, module in held if module is not None)
+        if self._recipe.config.region == "tile":
+            self._check_hooks()
+
+    def _check_hooks(self) -> None:
+        for path, reference in self._blocks:
+            block = reference()
+            if block is None:
+                continue
+            hooks = (*block._forward_hooks.values(), *block._forward_pre_hooks.values())
+            if any(not getattr(hook, "any_tokens", False) for hook in hooks):
+                warnings.warn(
+                    f"a hook on {path} sees image tokens in token order, not row by row; "
+                    "toma_fx.token_order() gives it the order, region='stripe' keeps tokens as "
+                    "they are, and hook.any_tokens = True says that the order does not matter",
+                    TomaWarning,
+                    stacklevel=4,
+                )
+                return
+
+
+def _named_modules(model: nn.Module, block: BlockRecipe) -> Iterator[tuple[str, nn.Module]]:
+    yield from model.get_submodule(block.module).named_modules(prefix=block.path)
+
+
+def _check_kwargs(recipe: Recipe, call: Mapping[str, Any]) -> None:
+    """Refuse what a block that merges refuses, in calls that do not merge too.
+
+    Or a run would be refused in its middle, where the noise is low enough to merge.
+
+    Raises:
+        InputError: when there is something.
+    """
+    if not recipe.merged:
+        return
+    for guard in {recipe.guard(block) for block in recipe.merged}:
+        kwargs = call.get(recipe.family.attention_kwargs)
+        plan.pass_on(kwargs, *guard.refused_kwargs)
+        for name, component in guard.masks:
+            # Its rows are those of the image row by row, which is not the order of tiles.
+            if component in guard.components or recipe.config.region == "tile":
+                plan.pass_on_mask(call.get(name), name, component == "self_attention")
+
+
+def _check_masks(recipe: Recipe, call: Mapping[str, Any]) -> None:
+    """Refuse attention kwargs that are masks over all tokens.
+
+    Raises:
+        InputError: when there is one.
+    """
+    merged, in_order = set(recipe.config.components), recipe.config.region != "tile"
+    if in_order and merged == {"mlp"}:
+        return
+    kwargs = call.get(recipe.family.attention_kwargs) or {}
+    masks = {
+        name: value
+        for name, value in kwargs.items()
+        if isinstance(value, Tensor) and value.ndim > 1 and value.shape[-1] == value.shape[-2]
+    }
+    if not masks:
+        return
+    lengths = recipe.family.sequence_lengths(call)
+    for name, mask in masks.items():
+        if mask.shape[-1] in lengths:
+            raise InputError(
+                f"the attention kwarg {name!r} of shape {tuple(mask.shape)} has a row for each of "
+                f"{mask.shape[-1]} tokens, which merging joins; leave it out, or merge the MLP "
+                "alone: transform with placement='component', components=('mlp',) and "
+                "region='stripe'"
+            )
+
+
+def _check_forward(path: str, module: nn.Module, block: str) -> None:
+    forward = _foreign_forward(module)
+    if forward is None or getattr(forward, "any_tokens", False):
+        return
+    raise InputError(
+        f"{path} has a forward of its own, {forward!r:.80}, and runs on merged tokens, which are "
+        f"no grid of the image; take it off, leave its block out with skip=({block!r},) and "
+        "region='stripe', or, if it works on tokens in any number and order, say so: "
+        "forward.any_tokens = True"
+    )
+
+
+def _check_processors(modules: Iterable[tuple[str, nn.Module]]) -> None:
+    """Warn of attention processors of other libraries, once for each class of them."""
+    seen = set()
+    for path, module in modules:
+        processor = getattr(module, "processor", None)
+        cls = type(processor)
+        known = processor is None or cls.__module__.partition(".")[0] == "diffusers"
+        if known or cls in seen or getattr(processor, "any_tokens", False):
+            continue
+        seen.add(cls)
+        warnings.warn(
+            f"the attention processor {qualified_name(cls)} of {path} runs on merged tokens, which "
+            "are fewer than the image's and in another order; if it takes them for the grid, leave "
+            "its block out with skip and take region='stripe'; if not, silence this by "
+            f"{cls.__name__}.any_tokens = True",
+            TomaWarning,
+            stacklevel=4,
+        )
+
+
+def check_caches(model: nn.Module, recipe: Recipe) -> None:
+    """Refuse a cache of what merged tokens are inside a block, where the next step's are others.
+
+    Raises:
+        ModelError: when a module within a merged block keeps its output for later steps, while
+            every step chooses its own destinations.
+    """
+    if recipe.config.selector != "facility_location":
+        return
+    for path, kept in _caches(model, recipe):
+        raise ModelError(
+            f"{kept} keeps the output of {path} for later steps, which merge into other tokens; "
+            "transform with selector='grid', which keeps its tokens, or cache whole blocks: "
+            "FirstBlockCacheConfig or MagCacheConfig"
+        )
+
+
+def _caches(model: nn.Module, recipe: Recipe) -> Iterator[tuple[str, str]]:
+    for block in recipe.merged:
+        for path, module in _named_modules(model, block):
+            kept = [type(hook).__name__ for _, hook in hooks_of(module) if hook._is_stateful]
+            if kept and path != block.path:
+                yield path, kept[0]

@@ -1,0 +1,173 @@
+"""Classes that stand in for diffusers' at the borders of a model: made, installed, taken off.
+
+One stands in for the model (`toma_fx.model_border`), and one for each stage whose blocks are groups
+of their own. They are made for classes that this file is handed; it names none.
+"""
+
+import inspect
+import threading
+import types
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+
+from toma_fx.border import Border, BorderKey
+from toma_fx.calls import Arguments, named_arguments
+from toma_fx.families.rows import Stage, qualified_name
+from toma_fx.model_border import CachedModelBorder, ModelBorder, ParallelModelBorder
+from toma_fx.ordering import TOKEN_ORDER_HOOK, enter_in_order, known_order, leave_in_order
+from toma_fx.recipe import Recipe, plain_path
+from toma_fx.runtime.plan import SCOPE, own_scope
+from toma_fx.state import State
+from toma_fx.timesteps import TimestepReader
+
+toma = torch.ops.toma
+
+
+class StageBorder(Border):
+    """The border of a stage whose blocks are groups of their own."""
+
+    toma_stage: str
+    """Its path in the model."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As diffusers' ``forward``; the blocks of a stage share plans of their own."""
+        call = self.toma_named(args, kwargs)
+        name = self.toma_key.family.attention_kwargs
+        if SCOPE in (call.get(name) or {}):
+            call[name] = own_scope(call[name], self.toma_stage)
+        if self.toma_key.config.region != "tile":
+            return self.toma_base.forward(self, **call)
+        grid = next(iter(call.values()))
+        with known_order(lambda: toma.tile_order(grid, *grid.shape[-2:])):
+            return self.toma_base.forward(self, **call)
+
+
+_CLASSES: weakref.WeakValueDictionary[BorderKey, Any] = weakref.WeakValueDictionary()
+_LOCK = threading.Lock()
+
+
+def _class_of(key: BorderKey) -> Any:
+    """The class that a key makes; the same one while anything is of it."""
+    with _LOCK:
+        cls = _CLASSES.get(key)
+        if cls is None:
+            made = _new_model_class(key) if key.stage is None else _new_stage_class(key, key.stage)
+            cls = _CLASSES[key] = made
+        return cls
+
+
+def _new_class(key: BorderKey, mixin: type[Border], attributes: Arguments) -> Any:
+    base: Any = key.base
+    forward = _own_code(mixin.forward)  # type: ignore[attr-defined]
+    forward.__signature__ = inspect.signature(base.forward)
+    common = {
+        "__doc__": base.__doc__,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "toma_base": base,
+        "toma_key": key,
+        "toma_unpickled": staticmethod(_unpickled),
+        "toma_named": staticmethod(named_arguments(base.forward)),
+        "forward": forward,
+    }
+    return type(base.__name__, (mixin, base), {**common, **attributes})
+
+
+def _new_model_class(key: BorderKey) -> Any:
+    mixin: type[ModelBorder] = ModelBorder
+    if hasattr(key.base, "enable_cache"):
+        mixin = CachedModelBorder
+        if hasattr(key.base, "enable_parallelism"):
+            mixin = ParallelModelBorder
+    attributes = {
+        # Dynamo counts the graphs of a code object, and each configuration has graphs of its own.
+        "_run": _own_code(ModelBorder._run),
+        "__call__": _own_code(ModelBorder.__call__),
+        "_before": torch.compiler.disable(_own_code(ModelBorder._before)),
+        "_after": torch.compiler.disable(_own_code(ModelBorder._after)),
+    }
+    cls = _new_class(key, mixin, attributes)
+    for frame in (cls.__call__, cls.forward):
+        _decided_outside(frame)
+    return cls
+
+
+def _new_stage_class(key: BorderKey, stage: Stage) -> Any:
+    base: Any = key.base
+    attributes: Arguments = {}
+    if key.config.region == "tile":
+        attributes[stage.enter] = enter_in_order(getattr(base, stage.enter))
+        attributes[stage.leave] = leave_in_order(getattr(base, stage.leave))
+    return _new_class(key, StageBorder, attributes)
+
+
+def _own_code(function: Any) -> Any:
+    """The same function with a code object of its own."""
+    own = types.FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    own.__doc__, own.__qualname__ = function.__doc__, function.__qualname__
+    own.__kwdefaults__ = function.__kwdefaults__
+    return own
+
+
+def _decided_outside(frame: Any) -> None:
+    """Let Dynamo run a frame as it is, and compile what it calls.
+
+    Where something bigger is compiled, such a frame is traced with it all the same.
+    """
+    # Private, and the one way to do so: torch.compiler.disable forbids the tracing too.
+    from torch._dynamo.eval_frame import skip_code
+
+    skip_code(frame.__code__)
+
+
+def _unpickled(key: BorderKey) -> Any:
+    return object.__new__(_class_of(key))
+
+
+def install_borders(model: nn.Module, recipe: Recipe, pipeline: Any = None) -> None:
+    """Let classes stand in for those at the borders of a model.
+
+    Args:
+        model: whose blocks have their graphs.
+        recipe: of the model.
+        pipeline: that holds the model, if one does; its scheduler is asked for the noise level.
+    """
+    stages = {each.cls: each for each in recipe.family.borders if isinstance(each, Stage)}
+    for path, module in model.named_modules():
+        names = map(qualified_name, type(module).__mro__)
+        stage = next((stages[name] for name in names if name in stages), None)
+        if stage is not None:
+            key = BorderKey(type(module), recipe.family, recipe.config, stage)
+            module.__class__ = _class_of(key)
+            module.toma_stage = plain_path(path)
+    border: Any = model
+    border.__class__ = _class_of(BorderKey(type(model), recipe.family, recipe.config))
+    border.toma_recipe = recipe
+    border.toma_state = State()
+    border.toma_reader = TimestepReader(pipeline)
+
+
+def uninstall_borders(model: nn.Module) -> None:
+    """Give the classes at the borders of a model back, and take off what was added.
+
+    What was compiled is the merged code, and goes too.
+    """
+    if vars(model).get("toma_ordered_by_hook"):
+        model._diffusers_hook.remove_hook(TOKEN_ORDER_HOOK, recurse=False)  # type: ignore[operator, union-attr]
+    vars(model).pop("toma_recipe")
+    for module in model.modules():
+        cls: Any = type(module)
+        if not issubclass(cls, Border):
+            continue
+        module.__class__ = cls.toma_base
+        for name in [n for n in vars(module) if n.startswith("toma") or n == "_run"]:
+            del vars(module)[name]

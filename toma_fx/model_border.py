@@ -1,0 +1,239 @@
+"""The border of a model: it decides what a call runs, outside every graph, and keeps what it made.
+
+Dynamo does not trace the frames that decide (`toma_fx.install_borders` says so to it): with
+``torch.compile(model)`` the graph begins at `ModelBorder._run`. Where a model is a part of
+something bigger that is compiled or exported, they are traced like all else, and a policy that
+needs values says what to do instead.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from toma_fx.border import Border
+from toma_fx.calls import Arguments, LastCall, forced_now, is_empty, is_traced, to_meta
+from toma_fx.errors import InputError, ModelError
+from toma_fx.foreign import Watched, check_caches
+from toma_fx.ordering import TOKEN_ORDER_HOOK, in_token_order, token_order_hook
+from toma_fx.policy import Always, Decision, ModelCall, policy_of
+from toma_fx.recipe import Recipe
+from toma_fx.runtime.plan import MERGED, REUSE, SCOPE, CallScope, Plans
+from toma_fx.state import State
+from toma_fx.timesteps import TimestepReader
+
+
+class ModelBorder(Border):
+    """The border of a model."""
+
+    toma_recipe: Recipe
+    toma_state: State
+    toma_reader: TimestepReader
+    toma_last_call: LastCall | None = None
+    toma_watched: Watched | None = None
+    # Not asked of the registry of hooks, which pipelines add between two calls of a compiled model.
+    toma_ordered_by_hook = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As `torch.nn.Module`; a frame of its own, which Dynamo does not trace."""
+        return nn.Module.__call__(self, *args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As diffusers' ``forward``."""
+        if torch.compiler.is_dynamo_compiling():
+            call, decision = self.toma_named(args, kwargs), self._decide_traced()
+        else:
+            call, decision = self._before(args, kwargs)
+        keep = decision.keeps and decision.variant != REUSE
+        output, made = self._run(call, decision.variant, decision.grids, decision.kept, keep)
+        if keep:
+            self._after(decision, made)
+        return output
+
+    def _run(
+        self,
+        call: Arguments,
+        variant: str,
+        grids: tuple[int, ...] | None,
+        kept: Plans | None,
+        keep: bool,
+    ) -> tuple[Any, Plans]:
+        """What is compiled: a call of the model in a scope of its own.
+
+        Args:
+            call: the arguments of diffusers' ``forward``.
+            variant: of the blocks that runs.
+            grids: token counts of the grids in the image sequence, when there are several.
+            kept: plans of an earlier call.
+            keep: whether the plans are returned too.
+        """
+        scope = CallScope(variant, grids, kept, keeps=keep)
+        # A block that needs nothing of a call may be run, or exported, on its own.
+        alone = self.toma_key.config.share == "block" and (variant, grids) == (MERGED, None)
+        if not alone:
+            name = self.toma_key.family.attention_kwargs
+            call = {**call, name: {**(call.get(name) or {}), SCOPE: scope}}
+        sequence = None if self.toma_ordered_by_hook else self.toma_key.sequence
+        if sequence is None:
+            output = self.toma_base.forward(self, **call)
+        else:
+            output = in_token_order(partial(self.toma_base.forward, self), call, sequence)
+        return output, scope.made() if keep else {}
+
+    def _before(self, args: tuple[Any, ...], kwargs: Arguments) -> tuple[Arguments, Decision]:
+        """The call with names, and what it runs."""
+        call = self.toma_named(args, kwargs)
+        before = forced_now()
+        if before is not None:
+            return call, before.decision
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            raise ModelError(
+                f"TorchScript cannot trace a transformed {type(self).__name__}, whose graphs hold "
+                "lists of sizes; export it with torch.export or toma_fx.export, and to ONNX with "
+                "torch.onnx.export(toma_fx.export(model, inputs), dynamo=True)"
+            )
+        if is_traced(call):
+            return call, self._decide_traced()
+        if any(is_empty(t) for t in pytree.tree_leaves(call) if isinstance(t, Tensor)):
+            return call, Decision()  # without data there is no deciding: a call that merges
+        self._check_checkpointing()
+        if self.toma_watched is None:
+            self.toma_watched = Watched(cast(nn.Module, self), self.toma_recipe)
+        self.toma_watched.check_call(call)
+        decision = self._decide(call)
+        self.toma_last_call = LastCall(to_meta(call), decision.grids)
+        return call, decision
+
+    def _decide_traced(self) -> Decision:
+        """What a call runs where no value is known.
+
+        Raises:
+            ModelError: when the policy needs values.
+        """
+        config = self.toma_recipe.config
+        if isinstance(policy_of(config), Always):
+            return Decision()
+        option = (
+            f"merge_below={config.merge_below:g}" if config.merge_below < 1 else config.schedule
+        )
+        raise ModelError(
+            f"{option} chooses between graphs by the values of a call, and one graph cannot hold "
+            "them all. Compile the model itself, by torch.compile(model), model.compile() or "
+            "model.compile_repeated_blocks(), which compile each; export it with toma_fx.export, "
+            "which gives a program for each"
+        )
+
+    def _decide(self, call: Arguments) -> Decision:
+        policy, model = policy_of(self.toma_recipe.config), cast(nn.Module, self)
+        decision = Decision()
+        if not isinstance(policy, Always):
+            decision = policy.decide(self._facts(call), self.toma_state)
+        return replace(decision, grids=grids_in(model, call))
+
+    def _facts(self, call: Arguments) -> ModelCall:
+        """What a policy may ask of a call."""
+        family, reader = self.toma_recipe.family, self.toma_reader
+        timestep, image = call["timestep"], family.image(call)
+        given = pytree.tree_leaves([call.get(name) for name in family.prompt])
+        prompt = next((each for each in given if isinstance(each, Tensor)), image.new_empty(0))
+        return ModelCall(
+            timesteps=lambda: reader.read(timestep),
+            levels=lambda: [
+                family.noise_level(each, reader.scheduler) for each in reader.read(timestep)
+            ],
+            prompt=prompt,
+            shape=(image.shape, image.dtype, image.device, prompt.shape, prompt.dtype),
+        )
+
+    def _after(self, decision: Decision, made: Plans) -> None:
+        before = forced_now()
+        if before is not None:
+            before.made = made
+        elif decision.run is not None:
+            self.toma_state.keep(decision.run, made)
+
+    def _check_checkpointing(self) -> None:
+        """Say what Dynamo would say at length: a checkpointed block may not hand on a plan."""
+        model: Any = self
+        compiled = "_run" in vars(self) and torch.is_grad_enabled()
+        if (
+            compiled
+            and self.toma_recipe.config.share == "group"
+            and model.is_gradient_checkpointing
+        ):
+            raise InputError(
+                "torch.compile cannot take a whole model whose blocks share plans through gradient "
+                "checkpointing; compile its blocks instead: model.compile_repeated_blocks()"
+            )
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the model for its own calls; arguments as `torch.compile` takes them."""
+        vars(self).pop("_run", None)
+        self._run = torch.compile(self._run, *args, **kwargs)  # type: ignore[method-assign]
+
+    def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
+        """As diffusers' method."""
+        vars(self).pop("_run", None)  # blocks in place of the model
+        model: Any = super()
+        model.compile_repeated_blocks(*args, **kwargs)
+
+    def _reset_stateful_cache(self, *args: Any, **kwargs: Any) -> None:
+        """Called by every diffusers pipeline when an image is done."""
+        reset = getattr(super(), "_reset_stateful_cache", None)
+        if reset is not None:
+            reset(*args, **kwargs)
+        self.toma_state.end()
+        self.toma_reader.end()
+
+
+class CachedModelBorder(ModelBorder):
+    """The border of a model that diffusers' caches know."""
+
+    def enable_cache(self, config: Any) -> None:
+        """As diffusers' method, but not for caches that merging would mislead: `check_caches`."""
+        model: Any = super()
+        model.enable_cache(config)
+        try:
+            check_caches(cast(nn.Module, self), self.toma_recipe)
+        except ModelError:
+            model.disable_cache()
+            raise
+
+
+class ParallelModelBorder(CachedModelBorder):
+    """The border of a model whose tokens can be split among ranks."""
+
+    def enable_parallelism(self, *, config: Any, **options: Any) -> None:
+        """As diffusers' method; the ranks of context parallelism get neighbouring tiles.
+
+        Tokens are put in tile order before they are split, so that each rank holds a compact part
+        of the image, whose regions are those of the whole image where they divide its tokens.
+        """
+        from diffusers.hooks import HookRegistry
+
+        model: Any = super()
+        model.enable_parallelism(config=config, **options)
+        parallel: Any = self._parallel_config  # type: ignore[attr-defined]
+        if self.toma_key.sequence is not None and parallel.context_parallel_config is not None:
+            registry = HookRegistry.check_if_exists_or_initialize(self)
+            registry.register_hook(token_order_hook(self.toma_key.sequence), TOKEN_ORDER_HOOK)
+            self.toma_ordered_by_hook = True
+
+
+def grids_in(model: nn.Module, call: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """Token counts of the grids in the image sequence of a call; None when it is one grid.
+
+    Args:
+        model: transformed or not.
+        call: keyword arguments, with data.
+    """
+    if not isinstance(model, ModelBorder):
+        return None
+    border, region = model.toma_key.positions, model.toma_key.config.region
+    if border is None or region == "image" or call[border.ids].is_meta:
+        return None
+    return model.toma_state.grids_of(call[border.ids], sort=region == "tile")

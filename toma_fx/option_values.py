@@ -1,0 +1,111 @@
+"""The values of options: plain Python's whatever they were, or refused.
+
+An option's value is pasted into generated code by its repr, and compared and hashed, so a number of
+numpy or torch becomes Python's.
+"""
+
+import math
+import numbers
+from decimal import ROUND_FLOOR, Context, Decimal
+from typing import Any
+
+from toma_fx.errors import ConfigError
+
+
+def choice(name: str, value: object, choices: tuple[Any, ...]) -> Any:
+    """One of the choices, as a plain string.
+
+    Raises:
+        ConfigError: when it is none of them.
+    """
+    if not isinstance(value, str) or value not in choices:
+        raise ConfigError(
+            f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}"
+        )
+    return choices[choices.index(value)]  # a plain string, since its repr becomes code
+
+
+def _item(value: Any) -> Any:
+    """The Python number of a number from numpy or torch; any other value as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
+def number(value: Any) -> float:
+    """A plain float, whose repr can become code; NaN in place of anything that is no number.
+
+    A float of 16 or 32 bits becomes the shortest decimal that rounds to it: a float32 of 0.1 is
+    0.1, not 0.10000000149.
+    """
+    found = _item(value)
+    if isinstance(found, bool) or not isinstance(found, numbers.Real):
+        return math.nan
+    try:
+        exact = float(found)
+    except OverflowError:
+        return math.inf
+    if found is value or isinstance(found, int):
+        return exact
+    if not hasattr(value, "new_tensor"):
+        return float(str(value))  # numpy prints the shortest decimal, torch only four digits
+    decimals = (float(f"{exact:.{digits}g}") for digits in range(1, 18))
+    return next((each for each in decimals if value.new_tensor(each) == value), exact)
+
+
+def plain_ratio(given: str, value: object) -> float:
+    """A ratio as a plain float.
+
+    Raises:
+        ConfigError: when it is no number in [0, 1).
+    """
+    ratio = number(value)
+    if not 0 <= ratio < 1:
+        raise ConfigError(
+            f"{given} must be a number in [0, 1): the share of tokens merged away, such as 0.5"
+        )
+    return abs(ratio)  # one zero, since -0.0 has another repr
+
+
+def count(name: str, value: object, example: int) -> int:
+    """A count as a plain int.
+
+    Raises:
+        ConfigError: when it is no whole number of at least 1.
+    """
+    found = _item(value)
+    if isinstance(found, bool) or not isinstance(found, numbers.Integral) or found < 1:
+        raise ConfigError(
+            f"{name}={value!r} must be a whole number of at least 1, such as {example}"
+        )
+    return int(found)
+
+
+def listed(given: object) -> tuple[Any, ...] | None:
+    """The members of a list or another iterable; None for a string and for a single value."""
+    try:
+        return None if isinstance(given, str) else tuple(given)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def check_merging(given: str, ratio: float, region_tokens: int) -> None:
+    """Refuse a ratio above 0 at which every token of a region is kept.
+
+    Raises:
+        ConfigError: when it is such a ratio.
+    """
+    # As `toma_fx.runtime.regions.kept_tokens`, which lies beside operators and so loads torch.
+    kept = max(1, int(region_tokens * (1 - ratio) + 0.5))
+    if ratio == 0 or kept < region_tokens:
+        return
+    ways = ["a ratio of 0"]
+    if ratio > 1e-6:  # where region_tokens stays a number that an image may have
+        ways.insert(0, f"region_tokens={1 << math.ceil(-math.log2(ratio))}")
+    if region_tokens > 1:
+        # The next number of three digits above the ratio at which half a token would be merged.
+        three = Context(prec=3, rounding=ROUND_FLOOR)
+        least = float(three.next_plus(three.divide(Decimal(1), Decimal(2 * region_tokens))))
+        ways.insert(0, f"a ratio of at least {least}")
+    raise ConfigError(
+        f"{given} is too small to merge a token of a region of region_tokens={region_tokens}; use "
+        f"{', or '.join(ways)}"
+    )

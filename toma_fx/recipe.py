@@ -1,0 +1,299 @@
+"""What `toma_fx.transform` will do to a model, as data: made from a family and the options.
+
+A recipe names every block, what of it merges, and its variants, each a tuple of passes. Live
+models, captured graphs, reports, speed-ups, calibration and export all read it. It can be printed.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from tabulate import tabulate
+
+from toma_fx.config import MergeConfig, matches
+from toma_fx.errors import ModelError
+from toma_fx.families.rows import Block, Family
+from toma_fx.passes.cleanup import Cleanup
+from toma_fx.passes.guard_inputs import GuardInputs
+from toma_fx.passes.hand_on import HandOn
+from toma_fx.passes.merge import Merge
+from toma_fx.passes.one_plan import OnePlan
+from toma_fx.passes.pipeline import Pass
+from toma_fx.passes.plan_nodes import PlanOptions
+from toma_fx.passes.sites import WHOLE_BLOCK, Site, choose_sites
+from toma_fx.policy import policy_of
+from toma_fx.runtime.plan import MERGED, REUSE, UNTOUCHED, WEIGH
+from toma_fx.runtime.regions import WHOLE_IMAGE
+
+Role = Literal["alone", "lead", "follow"]
+"""A block makes a plan for itself, or for its group, or uses its group's."""
+
+RATIO_IS_ZERO = "ratio is 0"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Blocks that can share a plan: those of one list, in one stage, with one ratio."""
+
+    stage: str
+    """Path of the stage whose scope carries the plan; ``""`` is the model."""
+    name: str
+    """Path of the list in its stage, and the ratio where blocks of it differ."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockRecipe:
+    """What happens to a block."""
+
+    path: str
+    """In the model, without the names that wrappers add."""
+    module: str
+    """In the model, as it is."""
+    row: Block = field(repr=False)
+    ratio: float
+    """Share of the tokens of a region that is merged away."""
+    group: Group
+    role: Role | None
+    """None when the block stays unmerged."""
+    unmerged_because: str = ""
+    """Why, then."""
+    sites: tuple[Site, ...] = ()
+    """What of it runs on merged tokens."""
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """What of the block runs on merged tokens: ``("block",)``, or some components."""
+        if self.sites == (WHOLE_BLOCK,):
+            return ("block",)
+        return tuple(component for site in self.sites for component in site.components)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What happens to a model."""
+
+    family: Family
+    config: MergeConfig
+    blocks: tuple[BlockRecipe, ...]
+    speedup: float | None = None
+    """What the ratio was chosen for, when it was not given."""
+
+    @property
+    def merged(self) -> tuple[BlockRecipe, ...]:
+        """Those of the blocks that merge."""
+        return tuple(block for block in self.blocks if block.role is not None)
+
+    @property
+    def unmerged(self) -> tuple[BlockRecipe, ...]:
+        """Those of the blocks that stay unmerged."""
+        return tuple(block for block in self.blocks if block.role is None)
+
+    def variants(self, block: BlockRecipe) -> dict[str, tuple[Pass, ...] | None]:
+        """The passes of each variant of a block; None where it runs its own forward.
+
+        The first variant is the one that runs where no call of the model says otherwise.
+        """
+        if block.role is None:
+            return {UNTOUCHED: None}
+        wanted = policy_of(self.config).variants
+        made: dict[str, tuple[Pass, ...] | None] = {MERGED: self._passes(block)}
+        if UNTOUCHED in wanted:
+            made[UNTOUCHED] = None
+        if REUSE in wanted and block.role == "lead":
+            made[WEIGH] = self._passes(block, kept_destinations=True)
+            made[REUSE] = self._passes(replace(block, role="follow"))
+        return made
+
+    def followers(self, block: BlockRecipe) -> dict[str, tuple[Pass, ...] | None]:
+        """The variants of the blocks that use the plan of this one."""
+        return self.variants(replace(block, role="follow"))
+
+    def _passes(self, block: BlockRecipe, *, kept_destinations: bool = False) -> tuple[Pass, ...]:
+        kwargs = block.row.flow.attention_kwargs
+        passes: list[Pass] = [
+            self.merge(block),
+            self.guard(block),
+            OnePlan(),
+        ]
+        if block.role in ("lead", "follow"):
+            passes.append(
+                HandOn(
+                    attention_kwargs=kwargs,
+                    group=block.group.name,
+                    role=block.role,
+                    keep=REUSE in policy_of(self.config).variants,
+                    kept_destinations=kept_destinations,
+                )
+            )
+        return (*passes, Cleanup())
+
+    def merge(self, block: BlockRecipe) -> Merge:
+        """The pass that merges in a block, in its own graph."""
+        return Merge(
+            flow=block.row.flow,
+            sites=block.sites,
+            options=plan_options(self.config, block.ratio),
+            residual=self.config.residual if self.config.placement == "block" else "replace",
+        )
+
+    def guard(self, block: BlockRecipe) -> GuardInputs:
+        """The pass that refuses what merged tokens of a block cannot carry."""
+        row = block.row
+        return GuardInputs(
+            components=self.config.components,
+            masks=row.masks,
+            refused=row.refused,
+            refused_by_attention=row.refused_by_attention,
+        )
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                block.path,
+                ", ".join(block.components) or f"nothing: {block.unmerged_because}",
+                f"{block.ratio:g}" if block.role else "",
+                block.role or "",
+                ", ".join(self.variants(block)),
+            )
+            for block in self.blocks
+        ]
+        headers = ("block", "merged", "ratio", "plan", "variants")
+        return f"{self.family.title}, {self.config}\n{tabulate(rows, headers)}"
+
+
+def plan_options(config: MergeConfig, ratio: float) -> PlanOptions:
+    """How plans for blocks of a ratio are made under a configuration."""
+    return PlanOptions(
+        region_tokens=WHOLE_IMAGE if config.region == "image" else config.region_tokens,
+        ratio=ratio,
+        selector=config.selector,
+        temperature=config.temperature,
+        merge_over=config.merge_over,
+        unmerge=config.unmerge,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundBlock:
+    """A block in a model or in a captured graph."""
+
+    module: str
+    """Its path."""
+    row: Block
+    submodules: frozenset[str]
+    """Paths of its submodules in it."""
+
+
+def make_recipe(
+    family: Family,
+    found: Sequence[FoundBlock],
+    stages: Sequence[str],
+    config: MergeConfig,
+    model: str,
+    speedup: float | None = None,
+) -> Recipe:
+    """What the options do to a model.
+
+    Args:
+        family: of the model.
+        found: its blocks; those of a list in the order in which they run.
+        stages: paths of the modules whose blocks are groups of their own.
+        config: the options.
+        model: what errors call the model.
+        speedup: what the ratio was chosen for, if it was.
+
+    Raises:
+        ModelError: when a pattern names no block, or when none merges, unless all were asked not to
+            by a ratio of 0.
+    """
+    paths = [plain_path(block.module) for block in found]
+    if config.merges and paths:
+        _check_patterns(paths, config)
+    unmerged = _unmerged(paths, config, family)
+    led: set[Group] = set()
+    blocks = []
+    for path, block in zip(paths, found, strict=True):
+        ratio = config.ratio_of(path)
+        group = _group(path, stages, ratio, config)
+        sites = _sites(block, config)
+        without = "" if sites else f"it has none of {', '.join(config.components)}"
+        why = RATIO_IS_ZERO if ratio == 0 else unmerged.get(path, without)
+        role: Role | None = None
+        if not why:
+            role = "alone" if config.share == "block" else "follow" if group in led else "lead"
+            led.add(group)
+        blocks.append(
+            BlockRecipe(
+                path=path,
+                module=block.module,
+                row=block.row,
+                ratio=ratio,
+                group=group,
+                role=role,
+                unmerged_because=why,
+                sites=() if why else sites,
+            )
+        )
+    reasons = {block.unmerged_because for block in blocks}
+    if config.merges and "" not in reasons and reasons != {RATIO_IS_ZERO}:
+        why = "; ".join(sorted(reasons)) or "the model has no transformer block"
+        raise ModelError(f"nothing to merge in this {model}: {why}. Pass skip=() to merge all")
+    return Recipe(family=family, config=config, blocks=tuple(blocks), speedup=speedup)
+
+
+_WRAPPERS = re.compile(r"\.?_(checkpoint_wrapped_module|fsdp_wrapped_module|orig_mod)\b")
+
+
+def plain_path(module: str) -> str:
+    """A module's path without the names that wrappers around modules add to it."""
+    return _WRAPPERS.sub("", module)
+
+
+def _group(path: str, stages: Sequence[str], ratio: float, config: MergeConfig) -> Group:
+    parent = path.rpartition(".")[0]
+    inside = [stage for stage in stages if parent.startswith(f"{stage}.")]
+    stage = max(inside, key=len, default="")
+    name = parent.removeprefix(f"{stage}.") if stage else parent
+    return Group(stage=stage, name=f"{name}, ratio {ratio!r}" if config.block_ratios else name)
+
+
+def _sites(block: FoundBlock, config: MergeConfig) -> tuple[Site, ...]:
+    if config.placement == "block":
+        return (WHOLE_BLOCK,)
+    return tuple(choose_sites(block.row.sites, config.components, block.submodules))
+
+
+def _check_patterns(paths: Sequence[str], config: MergeConfig) -> None:
+    ratios = [pattern for pattern, _ in config.block_ratios]
+    for name, patterns in (("skip", config.skip or ()), ("block_ratios", ratios)):
+        unused = [p for p in patterns if not any(matches(path, p) for path in paths)]
+        if unused:
+            raise ModelError(
+                f"{name}={unused!r} matches no block; block paths look like {paths[0]!r}"
+            )
+    named = {config.pattern_of(path) for path in paths}
+    hidden = [pattern for pattern in ratios if pattern not in named]
+    if hidden:
+        raise ModelError(
+            f"block_ratios={hidden!r} names only blocks that patterns before it name, and the "
+            "first that fits counts; put it before them"
+        )
+
+
+def _unmerged(paths: Sequence[str], config: MergeConfig, family: Family) -> Mapping[str, str]:
+    """The blocks that the options or the family leave unmerged, each with the reason."""
+    if config.skip is not None:
+        return {
+            path: f"skip={pattern!r}"
+            for pattern in config.skip
+            for path in paths
+            if matches(path, pattern)
+        }
+    unmerged = {}
+    for parent, (first, of) in family.unmerged_by_default.items():
+        siblings = [path for path in paths if path.rpartition(".")[0] == parent]
+        for path in siblings[: len(siblings) * first // of]:
+            if config.pattern_of(path) is None:
+                unmerged[path] = family.unmerged_because
+    return unmerged

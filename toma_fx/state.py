@@ -1,0 +1,152 @@
+"""The one store of what lasts from call to call: the plans of denoising runs, kept by schedules.
+
+A run is the calls that denoise one image, or one batch of images. Runs are told apart, so that none
+uses another's plans:
+
+* by thread, so that any number of threads may run a model;
+* by their prompt, so that two calls a step, as of true guidance and modular guiders, are two runs;
+* by the sizes, the type and the device of the call;
+* by order, where several calls of a step agree in all this, as of the views of one large image;
+* a timestep that rises starts a new run.
+
+Two images with the same prompt that take turns, step by step, in one thread, can be told apart as
+long as they are at the same timesteps. If they are not, give each its own `toma_fx.transform`; the
+weights are shared, so it costs no memory.
+"""
+
+import threading
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from toma_fx.families.rows import grid_sizes
+from toma_fx.runtime.plan import Plans
+
+MOST_RUNS = 32
+"""Runs that are kept at the same time. The one that was used longest ago goes first; should it go
+on, it makes new plans."""
+
+
+class _Held:
+    """A tensor that is held, so that its memory is not given to another."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor.detach()
+        self._version = _version(tensor)
+
+    def has(self, tensor: Tensor) -> bool:
+        """Whether this is the same piece of memory, unchanged."""
+        mine = self._tensor
+        return (
+            mine.data_ptr() == tensor.data_ptr()
+            and (mine.shape, mine.stride()) == (tensor.shape, tensor.stride())
+            and self._version == _version(tensor)
+        )
+
+    def equals(self, tensor: Tensor) -> bool:
+        """Whether the values are equal. On a GPU, asking waits for it."""
+        return self._version == _version(self._tensor) and torch.equal(self._tensor, tensor)
+
+
+@dataclass(eq=False)
+class Run:
+    """One denoising run.
+
+    Attributes:
+        thread, shape, prompt: what it is told apart by.
+        timestep: of its last call.
+        step: how many timesteps came before that one.
+        plans: what it keeps.
+    """
+
+    thread: int
+    shape: tuple[object, ...]
+    prompt: _Held
+    timestep: float
+    step: int = 0
+    plans: Plans = field(default_factory=dict)
+
+
+class State:
+    """The runs of one model."""
+
+    def __init__(self) -> None:
+        self._runs: list[Run] = []
+        self._grids: list[tuple[_Held, tuple[int, ...] | None]] = []
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._runs)
+
+    def __reduce__(self) -> tuple[type["State"], tuple[()]]:
+        return State, ()  # a copy of a model, or a pickle, has no run under way
+
+    def run_of(self, prompt: Tensor, shape: tuple[object, ...], timestep: float) -> Run:
+        """The run that a call belongs to, at its new step."""
+        thread = threading.get_ident()
+        with self._lock:
+            alike = [run for run in self._runs if (run.thread, run.shape) == (thread, shape)]
+        mine = [run for run in alike if run.prompt.has(prompt)]
+        if not mine:  # some pipelines make the embeddings anew for every step
+            mine = [run for run in alike if run.prompt.equals(prompt)]
+        later = [run for run in mine if run.timestep > timestep]
+        with self._lock:
+            if later:
+                run = min(later, key=lambda each: each.timestep)
+                run.timestep = timestep
+                run.step += 1
+            else:
+                if not any(run.timestep == timestep for run in mine):
+                    self._runs = [run for run in self._runs if run not in mine]
+                run = Run(thread, shape, _Held(prompt), timestep)
+            # The order of the list is that of use; of runs at the same step, the order of calls.
+            others = [each for each in self._runs if each is not run]
+            self._runs = [*others[1 - MOST_RUNS :], run]
+        return run
+
+    def grids_of(self, ids: Tensor, *, sort: bool) -> tuple[int, ...] | None:
+        """Token counts of the grids in a sequence; None when it is one grid.
+
+        The ids are read once for each tensor, which a pipeline makes once an image.
+
+        Args:
+            ids: ``(N, 3)`` or ``(1, N, 3)``: image number, row and column of each token.
+            sort: whether token order brings the tokens of an image together.
+        """
+        with self._lock:
+            for known, grids in self._grids:
+                if known.has(ids):
+                    return grids
+        numbers = (ids if ids.ndim == 2 else ids[0])[:, 0].round().tolist()
+        found = grid_sizes(numbers, sort=sort)
+        grids = found if len(found) > 1 else None
+        with self._lock:
+            self._grids = [*self._grids[1 - MOST_RUNS :], (_Held(ids), grids)]
+        return grids
+
+    def keep(self, run: Run, plans: Plans) -> None:
+        """Keep the plans of a call for those that follow in its run.
+
+        Copies, since a CUDA graph writes its results anew when it is replayed; and copies that a
+        call outside of `torch.inference_mode` can use.
+        """
+        with torch.inference_mode(mode=False), torch.no_grad():
+            run.plans = pytree.tree_map_only(Tensor, torch.clone, dict(plans))
+
+    def end(self) -> None:
+        """Drop the runs of this thread, whose image is done."""
+        thread = threading.get_ident()
+        with self._lock:
+            self._runs = [run for run in self._runs if run.thread != thread]
+            self._grids = []
+
+    def nbytes(self) -> int:
+        """Bytes of the plans that are kept."""
+        plans = pytree.tree_leaves([run.plans for run in self._runs])
+        return sum(tensor.nbytes for tensor in plans)
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
