@@ -154,15 +154,19 @@ def test_without_a_pipeline_they_are_read(timestep: Any, reads: list[Tensor]) ->
     expected = torch.as_tensor(timestep).flatten().tolist()
     assert TimestepReader().read(timestep) == expected
     gone = TimestepReader(Pipeline(EulerDiscreteScheduler()))
-    assert gone.scheduler is None
+    assert type(gone.scheduler) is EulerDiscreteScheduler  # which says what timesteps mean
     assert gone.read(timestep) == expected
 
 
-def test_a_copy_belongs_to_no_pipeline() -> None:
+def test_a_copy_belongs_to_no_pipeline_but_knows_what_timesteps_mean() -> None:
     pipeline = Pipeline(EulerDiscreteScheduler())
     reader = TimestepReader(pipeline)
     assert reader.scheduler is pipeline.scheduler
-    assert copy.deepcopy(reader).scheduler is None
+    copied = copy.deepcopy(reader)
+    assert type(copied.scheduler) is EulerDiscreteScheduler
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler()
+    assert reader.scheduler is pipeline.scheduler
+    assert type(copied.scheduler) is EulerDiscreteScheduler
 
 
 def test_on_a_cpu_nothing_is_asked_of_the_scheduler() -> None:
