@@ -1,4 +1,4 @@
-"""What stands in for a class of diffusers' at a border of a model: its looks, and what makes it."""
+"""A border's class takes the place of one of diffusers': how it looks, and how it is made again."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -21,18 +21,18 @@ class BorderKey:
 
     @property
     def positions(self) -> TokenSequence | None:
-        """Where the model takes tokens with positions, if it does."""
+        """The arguments with image tokens and their positions, for a model that takes such."""
         found = (each for each in self.family.borders if isinstance(each, TokenSequence))
         return next(found, None)
 
     @property
     def sequence(self) -> TokenSequence | None:
-        """The tokens that the model puts in order, if it does."""
+        """The same, if tokens are put in tile order; None for every other region."""
         return self.positions if self.config.region == "tile" else None
 
 
 class Border:
-    """What stands in for a class of diffusers' has in common; whoever asks finds that class.
+    """The base of all classes at borders. To whoever asks, each looks like the class it replaces.
 
     Pipelines look up the module of a class when they save, hooks the signature of its forward. A
     pickle must then be told what makes the class. And whoever makes a model of a transformed one's

@@ -20,12 +20,9 @@ from torch import Tensor, nn
 
 from toma_fx.errors import InputError, ModelError, TomaWarning
 from toma_fx.families.rows import qualified_name
-from toma_fx.hooks import hooks_of
+from toma_fx.hooks import HOOK_MARKS, hooks_of
 from toma_fx.recipe import BlockRecipe, Recipe
 from toma_fx.runtime import plan
-
-_KNOWN_FORWARDS = ("_diffusers_hook", "_hf_hook")
-"""Attributes of modules whose forward a hook of diffusers or accelerate replaced."""
 
 
 def check_copy(model: nn.Module, recipe: Recipe) -> None:
@@ -83,7 +80,7 @@ def _foreign_forward(module: nn.Module) -> Any:
     What hooks leave when they are removed, the forward of the class, is taken off.
     """
     forward = vars(module).get("forward")
-    if forward is None or any(mark in vars(module) for mark in _KNOWN_FORWARDS):
+    if forward is None or any(mark in vars(module) for mark in HOOK_MARKS):
         return None
     if _is_own(forward, module):
         del module.forward

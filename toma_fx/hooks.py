@@ -21,7 +21,7 @@ _HELD = {
 }
 """Modules whose hooks hold devices, streams or process groups, which no copy can share."""
 
-_MARKS = ("_diffusers_hook", "_hf_hook")
+HOOK_MARKS = ("_diffusers_hook", "_hf_hook")
 """Attributes under which a module holds the hooks of diffusers and of accelerate."""
 
 Attached = tuple[nn.Module, str, Any]
@@ -121,7 +121,7 @@ def copied_without_hooks(model: nn.Module, memo: Mapping[int, Any]) -> nn.Module
         model: may be offloaded or parallel.
         memo: as `copy.deepcopy` takes it.
     """
-    hooks = [vars(m)[mark] for m in model.modules() for mark in _MARKS if mark in vars(m)]
+    hooks = [vars(m)[mark] for m in model.modules() for mark in HOOK_MARKS if mark in vars(m)]
     none: dict[int, Any] = dict.fromkeys(map(id, hooks))
     for module in model.modules():
         held = [v for k, v in vars(module).items() if k.endswith("_hooks") and isinstance(v, dict)]
@@ -133,9 +133,9 @@ def copied_without_hooks(model: nn.Module, memo: Mapping[int, Any]) -> nn.Module
 
 
 def _take_off(module: nn.Module) -> None:
-    if any(mark in vars(module) for mark in _MARKS):
+    if any(mark in vars(module) for mark in HOOK_MARKS):
         # The closure, or what the last hook left when it was taken off: the original's method.
-        for name in (*_MARKS, "forward", "_old_forward"):
+        for name in (*HOOK_MARKS, "forward", "_old_forward"):
             vars(module).pop(name, None)
 
 
