@@ -55,7 +55,8 @@ def test_a_thousand_transforms_leave_no_more_than_ten() -> None:
     transform_often(10)
     few = left_behind()
     transform_often(1000)
-    assert left_behind() == few
+    # Fewer is no fault: what other tests of this process left may go in between.
+    assert left_behind() - few == Counter()
 
 
 def test_models_that_live_keep_their_classes_and_sources() -> None:

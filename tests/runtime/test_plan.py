@@ -36,7 +36,7 @@ def test_the_latest_plan_is_the_one_that_is_shared() -> None:
 
 
 def test_groups_and_stages_have_their_own_plans() -> None:
-    scope = plan.CallScope(plan.REUSE, grids=(48, 16))
+    scope = plan.CallScope(plan.REUSE, grids=(48, 16), keeps=True)
     kwargs = {"scale": 0.5, plan.SCOPE: scope}
     plan.share(kwargs, "Block", *PLAN)
     plan.share(kwargs, "SingleBlock", torch.zeros(2))
