@@ -17,6 +17,7 @@ from toma_fx.passes.plan_nodes import (
     PlanNodes,
     PlanOptions,
     PlanPart,
+    Rows,
     TokenFlow,
     call,
     item,
@@ -24,7 +25,7 @@ from toma_fx.passes.plan_nodes import (
     toma,
 )
 from toma_fx.passes.sites import FoundSite, Site
-from toma_fx.runtime import plan
+from toma_fx.runtime import arguments, plan
 
 
 class BlockGraph:
@@ -49,11 +50,15 @@ class BlockGraph:
         """The sites in the order of the graph, so that the first plan is seen by all others.
 
         Raises:
-            CaptureError: when a submodule is called twice, or those of a site take other tokens.
+            CaptureError: when a submodule of a site is called twice, or those of one site take
+                other tokens.
         """
         calls: dict[str, fx.Node] = {}
+        needed = {name for site in sites for name in (*site.enter, site.leave)}
         for node in self.graph.nodes:
-            if node.op == "call_module" and calls.setdefault(str(node.target), node) is not node:
+            if node.op != "call_module" or node.target not in needed:
+                continue
+            if calls.setdefault(str(node.target), node) is not node:
                 raise CaptureError(
                     f"{node.target!r} is called twice, {calls[node.target]} and {node}; a site "
                     "needs one call, so leave this block out with skip"
@@ -72,11 +77,10 @@ class BlockGraph:
                 f"{', '.join(site.enter)} must take the same tokens, but take {tokens}"
             )
         first = min(enter, key=order.__getitem__)
-        text = None
-        if self._flow.text is not None and self._flow.text_first:
-            text = self._text_tokens(first)
+        with self.graph.inserting_before(first):
+            before, after = self._around(self._is_joint(site))
         leave = _outputs(calls[site.leave], site.outputs)
-        return FoundSite(site, tokens.pop(), enter, first, text, leave)
+        return FoundSite(site, tokens.pop(), enter, first, before, after, leave)
 
     def _whole_block(self, site: Site, order: dict[fx.Node, int]) -> FoundSite:
         tokens = placeholder(self.graph, self._flow.tokens)
@@ -85,58 +89,209 @@ class BlockGraph:
         if self._flow.output is not None:
             returned = returned[self._flow.output]  # type: ignore[index]
         assert isinstance(returned, fx.Node)
-        return FoundSite(
-            site, tokens, readers, min(readers, key=order.__getitem__), None, (returned,)
-        )
+        # The plan comes before all that will take something of it.
+        named = (*(rows.argument for rows in self._flow.rows), *self._flow.also_merged)
+        takers = {user for name in named for user in placeholder(self.graph, name).users}
+        checks = {node for node in takers if _is_planned(node)}
+        first = min((*readers, *(takers - checks)), key=order.__getitem__)
+        with self.graph.inserting_before(first):
+            before, after = self._around(self._is_joint(site))
+        return FoundSite(site, tokens, readers, first, before, after, (returned,))
 
-    def _text_tokens(self, before: fx.Node) -> fx.Node:
-        assert self._flow.text is not None
-        with self.graph.inserting_before(before):
-            shape = call(self.graph, getattr, (placeholder(self.graph, self._flow.text), "shape"))
-            return item(self.graph, shape, 1, name="text_tokens")
+    def _is_joint(self, site: Site) -> bool:
+        """Whether the tokens of a site are text and image tokens in one sequence."""
+        inside = bool(site.leave) and self._flow.text is not None and self._flow.text_first
+        return self._flow.joint or inside
+
+    def _around(self, joint: bool) -> tuple[Any, Any]:
+        """How many tokens stand before and behind those that merge, at the insertion point.
+
+        Args:
+            joint: whether the sequence holds text tokens too.
+        """
+        unmerged = text = None
+        if self._flow.prefix_tokens is not None:
+            unmerged = placeholder(self.graph, self._flow.prefix_tokens)
+        elif self._flow.prefix:
+            unmerged = call(self.graph, plan.unmerged_tokens, (self._kwargs(),), "unmerged_tokens")
+        if joint:
+            text = self._text_tokens()
+        if self._flow.image_first:
+            return unmerged, text
+        if unmerged is not None and text is not None:
+            return call(self.graph, operator.add, (unmerged, text)), None
+        return (text if unmerged is None else unmerged), None
+
+    def _kwargs(self) -> fx.Node | None:
+        name = self._flow.attention_kwargs
+        return None if name is None else placeholder(self.graph, name)
+
+    def _text_tokens(self) -> fx.Node:
+        if self._flow.text is None:
+            tokens = placeholder(self.graph, self._flow.tokens)
+            return call(self.graph, plan.text_tokens, (self._kwargs(), tokens), "text_tokens")
+        shape = call(self.graph, getattr, (placeholder(self.graph, self._flow.text), "shape"))
+        return item(self.graph, shape, 1, name="text_tokens")
 
     def image_tokens(self, found: FoundSite) -> fx.Node:
-        """The site's tokens without the text tokens before them, at the insertion point."""
-        after_text = (slice(None), slice(found.text, None))
-        return call(self.graph, operator.getitem, (found.tokens, after_text), name="image_tokens")
+        """The site's tokens without those around that do not merge, at the insertion point."""
+        if found.after is None:
+            index = (slice(None), slice(found.before, None))
+            return call(self.graph, operator.getitem, (found.tokens, index), name="image_tokens")
+        args = (found.tokens, found.before or 0, found.after)
+        return call(self.graph, arguments.between, args, name="image_tokens")
 
     def layout(self, tokens: fx.Node, options: PlanOptions) -> fx.Node:
         """How the call's grids are cut into regions, at the insertion point."""
-        kwargs = placeholder(self.graph, self._flow.attention_kwargs)
-        args = (kwargs, tokens, options.region_tokens, options.ratio)
+        args = (self._kwargs(), tokens, options.region_tokens, options.ratio)
         return call(self.graph, plan.region_layout, args, name="layout")
 
     def leaves(
         self, found: FoundSite, merged: fx.Node, made: PlanNodes
     ) -> Iterator[tuple[fx.Node, list[fx.Node]]]:
         """Let the site's layers run on merged tokens; where tokens leave it, and who takes them."""
-        if self._flow.rotary is not None:
-            self._merge_rotary(found, merged, made)
+        inside = set(found.readers)
+        if not found.site.leave:
+            inside = {node for node in self.graph.nodes if not _is_planned(node)}
+            self._merge_also(merged, inside)
+            self._unmerge_also(merged, made)
+        else:
+            inside |= self._made_of_rows(inside, merged)
+        # All rows before what is made of them, so that they can be shared as one plan.
+        taken = [
+            (rows, self._take_rows(rows, found, merged, made, inside)) for rows in self._flow.rows
+        ]
+        for rows, parts in taken:
+            self._use_rows(rows, parts, merged, inside)
         for node in found.leave:
             users = [self.graph.output_node()] if not found.site.leave else list(node.users)
             yield node, users
 
-    def _merge_rotary(self, found: FoundSite, merged: fx.Node, made: PlanNodes) -> None:
-        """Give attention the rotary values of the destinations."""
-        rotary = self._flow.rotary
-        layers = found.readers
-        if not found.site.leave:
-            layers = tuple(n for n in self.graph.nodes if n.op == "call_module")
-        takers = [layer for layer in layers if rotary in layer.kwargs]
-        if not takers or rotary is None:
-            return
+    def _made_of_rows(self, readers: set[fx.Node], merged: fx.Node) -> set[fx.Node]:
+        """What the block makes of rows for the readers alone, moved behind the merge."""
+        made = {placeholder(self.graph, rows.argument) for rows in self._flow.rows}
+        for node in self.graph.nodes:
+            called = node.op in ("call_function", "call_method") and not _is_planned(node)
+            if called and not made.isdisjoint(node.all_input_nodes):
+                made.add(node)
+        alone: set[fx.Node] = set()
+        for node in reversed(self.graph.nodes):
+            users = set(node.users)
+            if node in made and node.op != "placeholder" and users and users <= readers | alone:
+                alone.add(node)
+        last, nodes = merged, list(self.graph.nodes)
+        for node in nodes[: nodes.index(merged)]:
+            if node in alone:
+                last.append(node)
+                last = node
+        return alone
+
+    def _merge_also(self, merged: fx.Node, inside: set[fx.Node]) -> None:
+        """Merge the further tokens of the block like the tokens."""
+        for name in self._flow.also_merged:
+            tokens = placeholder(self.graph, name)
+            with self.graph.inserting_after(merged):
+                args = (tokens, *merged.args[1:])
+                also = call(self.graph, toma.merge.default, args, name=f"merged_{name}")
+            for user in [user for user in tokens.users if user in inside]:
+                user.replace_input_with(tokens, also)
+
+    def _unmerge_also(self, merged: fx.Node, made: PlanNodes) -> None:
+        """Spread the further tokens that the block returns."""
+        output = self.graph.output_node()
+        for index in self._flow.also_returned:
+            tokens = output.args[0][index]  # type: ignore[index]
+            if not isinstance(tokens, fx.Node):  # None, where the block was given none
+                continue
+            with self.inserting_after(tokens):
+                args = (tokens, made.unmerge_weight, *merged.args[2:])
+                spread = call(self.graph, toma.unmerge.default, args, name=f"unmerged_{tokens}")
+            output.replace_input_with(tokens, spread)
+
+    def _take_rows(
+        self,
+        rows: Rows,
+        found: FoundSite,
+        merged: fx.Node,
+        made: PlanNodes,
+        inside: set[fx.Node],
+    ) -> list[fx.Node]:
+        """The destinations' rows of an argument, or of its items; none if nothing takes them."""
+        argument = placeholder(self.graph, rows.argument)
+        if inside.isdisjoint(argument.users):
+            return []
+        value = argument.meta["val"]
+        one = value[rows.items[0]] if rows.items else value
+        if rows.ndim is not None and one.ndim != rows.ndim:
+            return []
         with self.graph.inserting_before(merged):
-            text = self._text_tokens(merged) if found.text is None else found.text
-            rows = []
-            for index, name in enumerate(("cos", "sin")):
-                table = item(self.graph, placeholder(self.graph, rotary), index)
-                args = (table, made.destinations, text)
-                row = call(self.graph, toma.rotary_rows.default, args, name=name)
-                row.meta[PLAN] = PlanPart(made.destinations.meta[PLAN].group, name)
-                rows.append(row)
-            tables = call(self.graph, plan.rotary_tables, tuple(rows), name="tables")
-        for layer in takers:
-            layer.update_kwarg(rotary, tables)
+            before, after = found.before, found.after
+            if rows.joint != self._is_joint(found.site):
+                before, after = self._around(rows.joint)
+            where: tuple[Any, ...] = (made.destinations, rows.dim, before or 0)
+            if rows.optional:
+                args = (argument, *where, after or 0)
+                name = f"rows_of_{rows.argument}"
+                return [call(self.graph, arguments.rows_if_given, args, name)]
+            where = where if after is None else (*where, after)
+            if not rows.items:
+                return [self._rows(argument, where, made, rows.argument)]
+            return [
+                self._rows(
+                    item(self.graph, argument, index), where, made, f"{rows.argument}_{index}"
+                )
+                for index in rows.items
+            ]
+
+    def _rows(self, values: Any, where: tuple[Any, ...], made: PlanNodes, name: str) -> fx.Node:
+        taken = call(self.graph, toma.rows.default, (values, *where), name=f"rows_of_{name}")
+        taken.meta[PLAN] = PlanPart(made.destinations.meta[PLAN].group, f"rows of {name}")
+        return taken
+
+    def _use_rows(
+        self, rows: Rows, parts: list[fx.Node], merged: fx.Node, inside: set[fx.Node]
+    ) -> None:
+        """Give the nodes inside a site the destinations' rows in the place of an argument."""
+        if not parts:
+            return
+        argument = placeholder(self.graph, rows.argument)
+        takers = [user for user in argument.users if user in inside]
+        with self.graph.inserting_before(merged):
+            used = self._packed(rows, argument, parts)
+        for node in takers:
+            node.replace_input_with(argument, used)
+
+    def _packed(self, rows: Rows, argument: fx.Node, parts: list[fx.Node]) -> fx.Node:
+        """The rows as attention takes them."""
+        count = len(argument.meta["val"]) if rows.items else 1
+        if rows.dim == 0:
+            tables = call(self.graph, arguments.rotary_tables, tuple(parts), name="tables")
+            if count == len(parts) and rows.items:
+                return tables
+            parts = [item(self.graph, tables, place) for place in range(len(parts))]
+        if not rows.items:
+            return parts[0]
+        given = dict(zip(rows.items, parts, strict=True))
+        every = (given.get(i) or item(self.graph, argument, i) for i in range(count))
+        return call(self.graph, arguments.several, tuple(every), name=rows.argument)
+
+
+def _is_planned(node: fx.Node) -> bool:
+    """Whether a node is one of those that make a plan, which sees the tokens as they are."""
+    return node.target in _PLANNING
+
+
+_PLANNING = (
+    plan.region_layout,
+    plan.text_tokens,
+    plan.unmerged_tokens,
+    arguments.between,
+    arguments.expect_value,
+    toma.select.default,
+    toma.weigh.default,
+    toma.fixed_weights.default,
+    toma.merge.default,
+)
 
 
 def _token_input(call: fx.Node) -> fx.Node:

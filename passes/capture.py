@@ -30,15 +30,26 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.fx.graph import CodeGen, PythonCode
+from torch.utils import _pytree as pytree
 
 from toma_fx.errors import CaptureError
-from toma_fx.passes.pipeline import LEAF_VALUE, LeafValue, example_value, recompile
+from toma_fx.passes.pipeline import (
+    EXAMPLE_SCOPE,
+    LEAF_VALUE,
+    LeafValue,
+    example_value,
+    recompile,
+)
 from toma_fx.passes.plan_nodes import call
 from toma_fx.passes.stand_ins import StandIn, module_of, stand_in_for
-from toma_fx.runtime import plan
+from toma_fx.runtime import arguments, plan
 
 STAR = "**"
 """The keyword under which a call node holds a whole dictionary of keyword arguments."""
+
+
+class Count(int):
+    """An example of a number that decides no branches, and may be any other when a block runs."""
 
 
 class ValueProxy(fx.Proxy):
@@ -126,6 +137,10 @@ class ValueTracer(fx.Tracer):
         gm.meta[LEAF_VALUE] = self._leaf_value
         return gm
 
+    def value_of(self, attribute: Any) -> Any:
+        """The example value of something that the module holds."""
+        return attribute
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return self._is_leaf(m)
 
@@ -160,7 +175,7 @@ class ValueTracer(fx.Tracer):
         if self.module_stack:
             node.meta["nn_module_stack"] = copy.copy(self.module_stack)
         if kind == "get_attr":
-            node.meta["val"] = operator.attrgetter(str(node.target))(self.root)
+            node.meta["val"] = self.value_of(operator.attrgetter(str(node.target))(self.root))
         elif kind.startswith("call_"):
             node.meta["val"] = example_value(node, self.root, self._leaf_value)
         return node
@@ -207,7 +222,7 @@ class _WholeKwargs:
 
 class _BlockTracer(ValueTracer):
     def __init__(
-        self, examples: Mapping[str, Any], kwargs_name: str, leaf_value: LeafValue
+        self, examples: Mapping[str, Any], kwargs_name: str | None, leaf_value: LeafValue
     ) -> None:
         super().__init__(lambda module: True, leaf_value)
         self._examples = examples
@@ -215,51 +230,104 @@ class _BlockTracer(ValueTracer):
 
     def run(self, module: Any) -> Any:
         self.graph.set_codegen(_StarCodeGen())
-        parameters = _parameters(module)
-        proxies: dict[str, Any] = {}
+        every = list(inspect.signature(type(module).forward).parameters.values())
+        parameters = {each.name: each for each in every[1:]}
+        values: dict[str, Any] = {}
+        self._check_named(module, parameters)
         for name, each in parameters.items():
             default = () if each.default is inspect.Parameter.empty else (each.default,)
-            proxies[name] = self.create_proxy("placeholder", name, default, {})
-            proxies[name].node.meta["val"] = self._examples.get(name)
-        if self._kwargs_name not in proxies:
-            raise CaptureError(
-                f"{type(module).__name__}.forward has no argument {self._kwargs_name!r} for the "
-                f"attention kwargs, in which blocks share a plan; it has {', '.join(proxies)}"
-            )
-        arguments = (proxies[self._kwargs_name],)
-        proxies[self._kwargs_name] = _WholeKwargs(
-            self.create_proxy("call_function", plan.pass_on, arguments, {}, name="passed_on")
-        )
+            starred = _STARS.get(each.kind, "") + name
+            proxy: Any = self.create_proxy("placeholder", starred, default, {})
+            proxy.node.meta["val"] = self._examples.get(name, _NOTHING.get(each.kind))
+            if each.kind in _NOTHING:
+                if name not in self._examples:  # or the block is known not to look at them
+                    self._expect(proxy, _NOTHING[each.kind], name)
+            else:
+                values[name] = self._argument(name, proxy)
+        if self._kwargs_name is not None:
+            self._hide_kwargs(module, values)
         by_name = {
-            n: p for n, p in proxies.items() if parameters[n].kind is parameters[n].KEYWORD_ONLY
+            n: v for n, v in values.items() if parameters[n].kind is parameters[n].KEYWORD_ONLY
         }
-        by_place = [p for n, p in proxies.items() if n not in by_name]
+        by_place = [v for n, v in values.items() if n not in by_name]
         return type(module).forward(module, *by_place, **by_name)
 
+    def value_of(self, attribute: Any) -> Any:
+        # Like the examples: a weight may be anywhere, and stored in any type.
+        tensors = [e for e in pytree.tree_leaves(self._examples) if isinstance(e, torch.Tensor)]
+        if not isinstance(attribute, torch.Tensor) or not any(e.is_meta for e in tensors):
+            return attribute
+        computed = next(each.dtype for each in tensors if each.is_floating_point())
+        return attribute.detach().to("meta", computed if attribute.is_floating_point() else None)
 
-def _parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
-    """The arguments of a module's forward after ``self``."""
-    every = list(inspect.signature(type(module).forward).parameters.values())
-    for each in every:
-        if each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD):
+    def _argument(self, name: str, proxy: fx.Proxy) -> Any:
+        """What stands for an argument: a value that decides branches stands for itself."""
+        value = self._examples.get(name)
+        decides = isinstance(value, bool | int | str | None) and not isinstance(value, Count)
+        if name not in self._examples or not decides:
+            return proxy
+        self._expect(proxy, value, name)
+        return value
+
+    def _expect(self, proxy: fx.Proxy, value: Any, name: str) -> None:
+        self.create_proxy("call_function", arguments.expect_value, (proxy, value, name), {})
+
+    def _check_named(self, module: Any, parameters: Mapping[str, inspect.Parameter]) -> None:
+        """Refuse a forward that takes what it needs without naming it."""
+        starred = [each for each in parameters.values() if each.kind in _NOTHING]
+        ignored = {
+            each.name
+            for each in starred
+            if isinstance(self._examples.get(each.name), type(_NOTHING[each.kind]))
+        }
+        needed = {*self._examples, self._kwargs_name} - {None, *ignored}
+        if starred and not needed <= parameters.keys() - {each.name for each in starred}:
             raise CaptureError(
-                f"{type(module).__name__}.forward takes {each}, and a graph has a fixed number of "
-                "arguments, each with a name; give it a forward that names all that it is called "
-                "with, in place of this one or in a subclass"
+                f"{type(module).__name__}.forward takes {', '.join(map(str, starred))}, and a "
+                "graph has a fixed number of arguments, each with a name; give it a forward that "
+                "names all that it is called with, in place of this one or in a subclass"
             )
-    return {each.name: each for each in every[1:]}
+
+    def _hide_kwargs(self, module: Any, values: dict[str, Any]) -> None:
+        name = self._kwargs_name
+        assert name is not None
+        if name not in values:
+            raise CaptureError(
+                f"{type(module).__name__}.forward has no argument {name!r} for the attention "
+                f"kwargs, in which blocks share a plan; it has {', '.join(values)}"
+            )
+        passed_on = self.create_proxy(
+            "call_function", plan.pass_on, (values[name],), {}, name="passed_on"
+        )
+        values[name] = _WholeKwargs(passed_on)
+
+
+_STARS: dict[Any, str] = {
+    inspect.Parameter.VAR_POSITIONAL: "*",
+    inspect.Parameter.VAR_KEYWORD: "**",
+}
+_NOTHING: dict[Any, Any] = {inspect.Parameter.VAR_POSITIONAL: (), inspect.Parameter.VAR_KEYWORD: {}}
+"""What a graph takes as arguments without names, of which it cannot know how many there are."""
 
 
 def capture_block(
-    block: nn.Module, examples: Mapping[str, Any], kwargs_name: str, leaf_value: LeafValue
+    block: nn.Module,
+    examples: Mapping[str, Any],
+    kwargs_name: str | None,
+    leaf_value: LeafValue,
+    image_tokens: int = 0,
 ) -> fx.GraphModule:
     """The graph of a transformer block's forward; its submodules stay nodes.
 
     Args:
         block: a transformer block.
-        examples: an example value for each argument that is not None, on any device.
-        kwargs_name: the argument that holds the attention kwargs.
+        examples: an example value for each argument, on the meta device. One that is None, a flag,
+            a string or a whole number, but not a `Count`, decides branches, and the graph refuses
+            any other. An argument without an example goes through the block as it is; where there
+            may be more than those with names, there is none.
+        kwargs_name: the argument that holds the attention kwargs, if there is one.
         leaf_value: the example value of a submodule's output.
+        image_tokens: in the examples.
 
     Returns:
         A graph module with the block's own signature that computes what the block computes.
@@ -269,7 +337,11 @@ def capture_block(
     """
     tracer = _BlockTracer(examples, kwargs_name, leaf_value)
     gm = tracer.capture(block)
+    gm.meta[EXAMPLE_SCOPE] = scope = plan.CallScope(grids=(image_tokens,) if image_tokens else None)
     graph = gm.graph
+    for node in graph.find_nodes(op="placeholder"):
+        if node.target == kwargs_name:
+            node.meta["val"] = {plan.SCOPE: scope}
     returned = inspect.get_annotations(inspect.unwrap(type(block).forward)).get("return")
     graph.output_node().type = returned
     for node, length in tracer.assumed_lengths.items():

@@ -17,9 +17,16 @@ from typing import Any, ClassVar
 from torch import fx
 
 from toma_fx.passes.pipeline import Pass
-from toma_fx.runtime import plan
+from toma_fx.runtime import arguments, plan
 
-PURE = (getattr, operator.getitem, plan.rotary_tables)
+PURE = (
+    getattr,
+    operator.getitem,
+    arguments.rotary_tables,
+    arguments.several,
+    plan.text_tokens,
+    plan.unmerged_tokens,
+)
 """Functions whose repetition the other passes cause."""
 
 

@@ -122,7 +122,7 @@ class FlatGraph:
             raise refused(first, "its layer is called several times in this graph")
         joint = tokens.meta["val"].shape[1] - image
         return FoundSite(
-            site, tokens, readers, first, text if joint else None, (), block, image, text
+            site, tokens, readers, first, text if joint else None, None, (), block, image, text
         )
 
     def _token_counts(self, block: str) -> tuple[int, int]:
@@ -157,7 +157,7 @@ class FlatGraph:
 
     def image_tokens(self, found: FoundSite) -> fx.Node:
         """The site's tokens without the text tokens before them, at the insertion point."""
-        args = (found.tokens, 1, found.text, sys.maxsize)
+        args = (found.tokens, 1, found.before, sys.maxsize)
         return call(self.graph, aten.slice.Tensor, args, "image_tokens")
 
     def layout(self, tokens: fx.Node, options: PlanOptions) -> list[int]:
@@ -224,8 +224,8 @@ class FlatGraph:
             return
         if table not in tables:
             with self.inserting_before(node):
-                args = (table, made.destinations, counts.text)
-                row = call(self.graph, toma.rotary_rows.default, args, "rotary")
+                args = (table, made.destinations, 0, counts.text)
+                row = call(self.graph, toma.rows.default, args, "rotary")
                 group = made.destinations.meta[PLAN].group
                 row.meta[PLAN] = PlanPart(group, f"rotary of {table}")
             tables[table] = row

@@ -28,12 +28,9 @@ from typing import ClassVar, Literal
 
 from torch import fx
 
-from toma_fx.passes.pipeline import Pass
+from toma_fx.passes.pipeline import EXAMPLE_SCOPE, Pass
 from toma_fx.passes.plan_nodes import PLAN, call, item, placeholder
-from toma_fx.runtime import plan
-
-PARTS = ("merge_weight", "unmerge_weight", "cos", "sin")
-"""The parts of a plan that blocks share, in their order, where the block has them."""
+from toma_fx.runtime import arguments, plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +39,8 @@ class HandOn(Pass):
 
     name: ClassVar[str] = "hand_on"
 
-    attention_kwargs: str
-    """The argument that carries the scope from block to block."""
+    attention_kwargs: str | None
+    """The argument that carries the scope from block to block; None for the scope of the thread."""
     group: str
     """Name under which the blocks of the group find the plan."""
     role: Literal["lead", "follow"]
@@ -55,32 +52,49 @@ class HandOn(Pass):
     def apply(self, gm: fx.GraphModule) -> int:
         graph = gm.graph
         made = {node.meta[PLAN].name: node for node in graph.nodes if PLAN in node.meta}
-        tensors = [made[name] for name in PARTS if name in made and made[name].users]
-        destinations = made["destinations"]
-        kwargs = placeholder(graph, self.attention_kwargs)
-        self._give_example(kwargs, (*tensors, destinations))
+        destinations = made.pop("destinations")
+        tensors = [node for name, node in made.items() if name != "layout" and node.users]
+        # What may be None, or change from step to step, is no part of a plan: every block takes it.
+        takers = [user for user in destinations.users if user.target is arguments.rows_if_given]
+        first = (destinations,) if takers else ()
+        scope = self._example_scope(gm.meta[EXAMPLE_SCOPE], (*first, *tensors, destinations))
+        gm.meta[EXAMPLE_SCOPE] = scope
+        kwargs = None
+        if self.attention_kwargs is not None:
+            kwargs = placeholder(graph, self.attention_kwargs)
+            kwargs.meta["val"] = {plan.SCOPE: scope}
         if self.kept_destinations:
             with graph.inserting_before(destinations):
                 args = (kwargs, self.group)
                 kept = call(graph, plan.kept_destinations, args, name="kept_destinations")
             destinations.replace_all_uses_with(kept)
             destinations = kept
+        uses = {tensor: list(tensor.users) for tensor in tensors}
+        if takers:
+            uses = {destinations: takers, **uses}
         with graph.inserting_after(max(tensors, key=list(graph.nodes).index)):
             if self.role == "follow":
                 through = call(graph, plan.shared, (kwargs, self.group), name="plan")
             else:
-                handed = (*tensors, destinations) if self.keep else tuple(tensors)
+                handed = (*uses, destinations) if self.keep else tuple(uses)
                 through = call(graph, plan.share, (kwargs, self.group, *handed), name="plan")
         at = through
-        for index, tensor in enumerate(tensors):
+        for index, (tensor, users) in enumerate(uses.items()):
             with graph.inserting_after(at):
                 at = item(graph, through, index, name=f"shared_{tensor.name}")
-            tensor.replace_all_uses_with(at, delete_user_cb=lambda user: user is not through)
-        return len(tensors)
+            for user in users:
+                user.replace_input_with(tensor, at)
+        place = list(graph.nodes).index
+        for taker in [each for each in takers if place(each) < place(through)]:
+            at.append(taker)
+        return len(uses)
 
-    def _give_example(self, kwargs: fx.Node, plan_nodes: tuple[fx.Node, ...]) -> None:
-        """Give the argument that carries the scope an example value with a plan in it."""
+    def _example_scope(
+        self, before: plan.CallScope, plan_nodes: tuple[fx.Node, ...]
+    ) -> plan.CallScope:
+        """The scope in which the graph's example values are computed, with a plan in it."""
         example = tuple(node.meta["val"] for node in plan_nodes)
-        scope = plan.CallScope(kept={"": {self.group: example}})
+        kept = {"": {self.group: example}}
+        scope = plan.CallScope(grids=before.grids, unmerged=before.unmerged, kept=kept)
         scope.plans[self.group] = example
-        kwargs.meta["val"] = {plan.SCOPE: scope}
+        return scope

@@ -74,7 +74,10 @@ class _Forward:
     """All that makes the class of a block, beside the block's own class."""
 
     variants: tuple[tuple[str, _Code | None], ...]
-    attention_kwargs: _Argument
+    attention_kwargs: _Argument | None
+    """What carries the scope of the call; None for the scope of the thread."""
+    form: tuple[tuple[_Argument, ...], Callable[..., str]] | None = None
+    """Arguments whose kind decides the graph, and what tells their kind."""
     group: str = ""
     """Name of the group whose plan the block makes."""
     lead: _Lead | None = None
@@ -85,7 +88,8 @@ def install(
     block: nn.Module,
     graphs: Graphs,
     *,
-    attention_kwargs: str,
+    attention_kwargs: str | None,
+    form: tuple[tuple[str, ...], Callable[..., str]] | None = None,
     leads: str = "",
     follower: Graphs | None = None,
 ) -> None:
@@ -94,14 +98,17 @@ def install(
     Args:
         block: a module of the class whose ``forward`` was captured.
         graphs: the variants; the first is the one that runs without a call of the model.
-        attention_kwargs: the argument that carries the scope of the call.
+        attention_kwargs: the argument that carries the scope of the call, if one does.
+        form: arguments whose kind decides the graph, and what tells their kind, which ends the
+            names of the variants.
         leads: name of the group whose plan the block makes, if it makes one for others.
         follower: then, the variants of the blocks that follow it.
     """
     base: Any = type(block)
-    forward = _Forward(
-        _codes_of(graphs), _argument(base, attention_kwargs), leads, _lead_of(graphs, follower)
-    )
+    carrier = None if attention_kwargs is None else _argument(base, attention_kwargs)
+    kind = None if form is None else (tuple(_argument(base, each) for each in form[0]), form[1])
+    lead = _lead_of(graphs, follower)
+    forward = _Forward(_codes_of(graphs), carrier, kind, leads, lead)
     _become(block, _class_of(base, forward))
 
 
@@ -225,7 +232,7 @@ def _new_class(base: Any, forward: _Forward) -> type[Any]:
         attributes["set_chunk_feed_forward"] = _refuse_chunks
     if forward.lead is not None:
         planners = {name: _function(base, code) for name, code in forward.lead.planners}
-        follower = _Forward(forward.lead.follower, forward.attention_kwargs)
+        follower = _Forward(forward.lead.follower, forward.attention_kwargs, forward.form)
         attributes["__call__"] = _call_planned(planners, forward)
         attributes["compile"] = _compile_apart(planners, _class_of(base, follower), forward)
     return type(base.__name__, (base,), attributes)
@@ -279,9 +286,11 @@ def forward(self, *args, **kwargs):
     return base_forward(self, *args, **kwargs)
 """
 
+# A block that follows has no variant of its own for calls that bring a plan: it merges as ever.
 _DISPATCH = """
 def forward(self, *args, **kwargs):
-    run = variants.get(variant(args, kwargs), first)
+    name, kind = variant(args, kwargs)
+    run = variants.get(name + kind) or variants.get(merged + kind, first)
     return run(self, *args, **kwargs)
 """
 
@@ -292,11 +301,11 @@ def _forward(base: Any, forward: _Forward) -> Any:
         name: _untouched(base, forward) if code is None else _function(base, code)
         for name, code in forward.variants
     }
-    first, *others = functions.values()
-    if not others:
+    first = functions[forward.variants[0][0]]
+    if len({code for _, code in forward.variants}) == 1:
         return first
     which = functools.partial(_variant, forward)
-    helpers = {"variants": functions, "first": first, "variant": which}
+    helpers = {"variants": functions, "first": first, "variant": which, "merged": plan.MERGED}
     # From source, since Dynamo counts the graphs of one code object, and a closure's are all one.
     function = _function(base, _Code(_DISPATCH, tuple(helpers.items())))
     return functools.wraps(base.forward)(function)
@@ -305,6 +314,9 @@ def _forward(base: Any, forward: _Forward) -> Any:
 def _untouched(base: Any, forward: _Forward) -> Any:
     """The forward of the block's own class, which the scope does not reach."""
     argument = forward.attention_kwargs
+    if argument is None:
+        untouched: Any = base.forward
+        return untouched
 
     def without_scope(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = argument.of(args, kwargs)
@@ -321,10 +333,22 @@ def _untouched(base: Any, forward: _Forward) -> Any:
     return functools.wraps(base.forward)(function)
 
 
-def _variant(forward: _Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """The variant that the call of the model asks for, to which a call of a block belongs."""
-    carrier = forward.attention_kwargs.of(args, kwargs)
-    return plan.variant(carrier, forward.group)
+def _variant(forward: _Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, str]:
+    """The variant that the call of the model asks for, to which a call of a block belongs.
+
+    With the kind of what the block is given.
+    """
+    variant = plan.variant(_carrier(forward, args, kwargs), forward.group)
+    if forward.form is None:
+        return variant, ""
+    arguments, kind_of = forward.form
+    return variant, kind_of(*[each.of(args, kwargs) for each in arguments])
+
+
+def _carrier(forward: _Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The attention kwargs of a call of a block; None where none reach it."""
+    argument = forward.attention_kwargs
+    return None if argument is None else argument.of(args, kwargs)
 
 
 def _call_planned(planners: Mapping[str, Any], forward: _Forward) -> Callable[..., Any]:
@@ -334,9 +358,9 @@ def _call_planned(planners: Mapping[str, Any], forward: _Forward) -> Callable[..
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Run the block; and where a hook skipped it, leave its plan to those that follow."""
         output = nn.Module.__call__(self, *args, **kwargs)
-        carrier = forward.attention_kwargs.of(args, kwargs)
+        carrier = _carrier(forward, args, kwargs)
         if plan.is_due(carrier, group):
-            planner = planners[_variant(forward, args, kwargs)]
+            planner = planners["".join(_variant(forward, args, kwargs))]
             plan.postpone(carrier, group, functools.partial(planner, self, *args, **kwargs))
         return output
 
@@ -363,7 +387,7 @@ def _compile_apart(
 
         def call(*inputs: Any, **named: Any) -> Any:
             follower.training = self.training
-            variant = _variant(forward, inputs, named)
+            variant = "".join(_variant(forward, inputs, named))
             if variant in make:
                 make[variant](*inputs, **named)
             if "forward" in vars(self):  # a hook that came after compiling

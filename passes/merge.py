@@ -77,11 +77,14 @@ class Merge(Pass):
         return len(found)
 
     def _merge(self, graph: BlockGraph | FlatGraph, found: FoundSite) -> None:
+        after = () if found.after is None else (found.after,)
         with graph.inserting_before(found.first):
-            tokens = found.tokens if found.text is None else graph.image_tokens(found)
+            tokens = found.tokens
+            if found.before is not None or after:
+                tokens = graph.image_tokens(found)
             layout = graph.layout(tokens, self.options)
             plan = insert_plan(graph.graph, tokens, layout, self.options, self.group)
-            args = (found.tokens, plan.merge_weight, layout)
+            args = (found.tokens, plan.merge_weight, layout, *after)
             merged = call(graph.graph, toma.merge.default, args, name="merged")
         for node in found.readers:
             node.replace_input_with(found.tokens, merged)
@@ -90,7 +93,7 @@ class Merge(Pass):
                 back = node
                 if self.residual == "keep":
                     back = call(graph.graph, graph.subtract, (node, merged), name="update")
-                args = (back, plan.unmerge_weight, layout)
+                args = (back, plan.unmerge_weight, layout, *after)
                 back = call(graph.graph, toma.unmerge.default, args, name="unmerged")
                 if self.residual == "keep":
                     back = call(graph.graph, graph.add, (found.tokens, back))

@@ -17,6 +17,8 @@ from typing import Any, ClassVar
 from torch import fx, nn
 from torch.fx import graph_module
 
+from toma_fx.runtime import plan
+
 logger = logging.getLogger(__name__)
 
 
@@ -95,6 +97,9 @@ def _forget_source(forward: Any) -> None:
 LEAF_VALUE = "toma_leaf_value"
 """The key in ``gm.meta`` of the function that gives an example of what a submodule returns."""
 
+EXAMPLE_SCOPE = "toma_scope"
+"""The key in ``gm.meta`` of the scope in which a block's example values are computed."""
+
 FLAT = "toma_flat"
 """The key in ``gm.meta`` of the `toma_fx.passes.flat_graph.FlatGraph` that passes rewrite."""
 
@@ -114,6 +119,10 @@ def example_value(node: fx.Node, root: nn.Module, leaf_value: LeafValue) -> Any:
 
 def refresh_values(gm: fx.GraphModule) -> None:
     """Compute the example value of every call again, after a rewrite."""
-    for node in gm.graph.nodes:
-        if node.op.startswith("call_"):
-            node.meta["val"] = example_value(node, gm, gm.meta[LEAF_VALUE])
+    before = plan.enter(gm.meta.get(EXAMPLE_SCOPE))
+    try:
+        for node in gm.graph.nodes:
+            if node.op.startswith("call_"):
+                node.meta["val"] = example_value(node, gm, gm.meta[LEAF_VALUE])
+    finally:
+        plan.enter(before)

@@ -28,11 +28,31 @@ class PlanOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rows:
+    """An argument of a block with a row for each token: merged tokens take their destinations'."""
+
+    argument: str
+    items: tuple[int, ...] = ()
+    """Which of its items, where it is a tuple."""
+    dim: int = 1
+    """The rows' dimension: 1 behind the batch, 0 in a table that all samples share, -1 in a mask of
+    keys."""
+    joint: bool = False
+    """Whether it has rows for the text tokens too."""
+    ndim: int | None = None
+    """Its dimensions, where it has rows only if it has so many."""
+    optional: bool = False
+    """Whether it may be None when the block runs, or have one row for all tokens, whatever the
+    example was. Its rows are no part of a plan, so it may also change from step to step."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TokenFlow:
     """Where tokens are in a block's graph, by the names of its arguments."""
 
-    attention_kwargs: str
-    """The argument with the attention kwargs, which carry the scope of the call."""
+    attention_kwargs: str | None = None
+    """The argument with the attention kwargs, which carry the scope of the call; None where no
+    such dictionary reaches the block."""
     tokens: str = "hidden_states"
     """The argument with the image tokens, ``(B, N, D)``."""
     output: int | None = None
@@ -41,8 +61,21 @@ class TokenFlow:
     """The argument with text tokens, ``(B, P, D)``."""
     text_first: bool = False
     """Whether the tokens of a site are text and image tokens in one sequence."""
-    rotary: str | None = None
-    """The argument with rotary values, and the keyword under which attention takes them."""
+    joint: bool = False
+    """Whether ``tokens`` itself holds text and image tokens in one sequence."""
+    image_first: bool = False
+    """Whether the image stands before the text where both are in one sequence."""
+    rows: tuple[Rows, ...] = ()
+    """What has a row for each token."""
+    also_merged: tuple[str, ...] = ()
+    """Arguments with further tokens of the same grid, ``(B, N, D)``, which are merged alike."""
+    also_returned: tuple[int, ...] = ()
+    """Outputs with further tokens of the same grid, which come back spread."""
+    prefix: bool = False
+    """Whether image tokens before all others may have to stay as they are, as in a video's first
+    frame."""
+    prefix_tokens: str | None = None
+    """The argument that says how many, where a block has one; elsewhere the call's scope knows."""
 
 
 @dataclass(frozen=True)

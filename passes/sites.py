@@ -28,7 +28,7 @@ WHOLE_BLOCK = Site(components=("self_attention", "cross_attention", "mlp"), ente
 def choose_sites(
     sites: Iterable[Site], components: Iterable[str], present: Container[str]
 ) -> Iterator[Site]:
-    """The sites that serve the wanted components, each once, the most comprehensive sites first.
+    """The sites that serve the wanted components, the most comprehensive sites first.
 
     Args:
         sites: all sites of a block.
@@ -36,10 +36,13 @@ def choose_sites(
         present: the submodules that the block has.
     """
     wanted = set(components)
+    served: set[tuple[str, ...]] = set()
     for site in sorted(sites, key=lambda site: -len(site.components)):
         complete = all(name in present for name in (*site.enter, site.leave))
-        if complete and wanted.issuperset(site.components):
+        # A block may have a component twice, as where it attends twice to the image.
+        if complete and (wanted.issuperset(site.components) or site.components in served):
             wanted -= set(site.components)
+            served.add(site.components)
             yield site
 
 
@@ -54,8 +57,10 @@ class FoundSite:
     """Nodes of the site that take them."""
     first: fx.Node
     """The first of the site's nodes that take them."""
-    text: Any = None
-    """Number of text tokens before the image tokens in ``tokens``, if any: a node or a number."""
+    before: Any = None
+    """Number of tokens before those that merge in ``tokens``, if any: a node or a number."""
+    after: Any = None
+    """Number of tokens behind them, if any."""
     leave: tuple[fx.Node, ...] = ()
     """In the graph of a block, nodes at which tokens leave the site."""
     block: str = ""

@@ -9,11 +9,24 @@ module's class, which tells a tracer of every call and every tensor that is aske
     stand-in.attn   a subclass of Attention         a call becomes a node of the graph
 """
 
+from collections.abc import Callable
 from types import MethodType
-from typing import Any
+from typing import Any, Protocol
 
-from torch import fx, nn
+from torch import nn
 from torch.utils import _pytree as pytree
+
+
+class Told(Protocol):
+    """Whom stand-ins tell: a tracer, or what takes its place."""
+
+    def call_module(
+        self, module: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any, /
+    ) -> Any:
+        """The result of a call of a stand-in, of whose forward ``run`` is the call."""
+
+    def getattr(self, name: str, value: Any, tensors: dict[str, Any], /) -> Any:
+        """The answer to a stand-in's being asked for a parameter, a buffer or a submodule."""
 
 
 class StandIn:
@@ -41,8 +54,8 @@ class StandIn:
 _TOLD = "_toma_stand_in"
 
 
-def _told(stand_in: StandIn) -> tuple[nn.Module, fx.Tracer, dict[str, fx.Proxy]]:
-    told: tuple[nn.Module, fx.Tracer, dict[str, fx.Proxy]] = vars(stand_in)[_TOLD]
+def _told(stand_in: StandIn) -> tuple[nn.Module, Told, dict[str, Any]]:
+    told: tuple[nn.Module, Told, dict[str, Any]] = vars(stand_in)[_TOLD]
     return told
 
 
@@ -51,7 +64,7 @@ def module_of(stand_in: StandIn) -> nn.Module:
     return _told(stand_in)[0]
 
 
-def stand_in_for(root: nn.Module, tracer: fx.Tracer) -> Any:
+def stand_in_for(root: nn.Module, tracer: Told) -> Any:
     """A stand-in for a module, on stand-ins for all modules in it.
 
     What its forward changes, its own attributes and the lists and dictionaries in them, is the
@@ -66,7 +79,7 @@ def stand_in_for(root: nn.Module, tracer: fx.Tracer) -> Any:
     # Made anew for each trace, since a class that is kept would keep its tracer.
     classes = {cls: _subclass(cls) for cls in {type(module) for module in root.modules()}}
     stand_ins = {module: object.__new__(classes[type(module)]) for module in root.modules()}
-    tensors: dict[str, fx.Proxy] = {}
+    tensors: dict[str, Any] = {}
 
     def swap(value: Any) -> Any:
         if isinstance(value, nn.Module):

@@ -35,19 +35,33 @@ def gather(tokens: Tensor, destinations: Tensor) -> Tensor:
     return tokens.gather(1, index[:, :, None].expand(-1, -1, tokens.shape[-1]))
 
 
-def rotary_rows(table: Tensor, destinations: Tensor, text_tokens: int) -> Tensor:
-    """Rows of a rotary table for the text tokens, then for the destinations.
+def rows(values: Tensor, destinations: Tensor, dim: int, before: int, after: int = 0) -> Tensor:
+    """What belongs to the tokens that are left: the destinations' rows, and those around them.
 
     Args:
-        table: ``(P + N, D)``, text first, shared by the batch.
-        destinations: ``(B, R, m)`` int64 indices into the ``N`` image tokens.
-        text_tokens: ``P``.
+        values: ``(S, ...)`` for ``dim=0``, a table that the batch shares; ``(B, S, ...)`` or
+            ``(1, S, ...)`` for ``dim=1``; ``(B, ..., S)`` for ``dim=-1``, a mask of keys.
+            A row for each of ``S`` tokens, of which those that merge stand between others.
+        destinations: ``(B, R, m)`` int64 indices into the tokens that merge.
+        dim: where the rows are.
+        before: rows of tokens before those that merge, which all stay.
+        after: rows behind them, which all stay.
 
     Returns:
-        ``(B, P + R * m, D)``.
+        ``(B, before + R * m + after, ...)``, or the same in another dimension.
     """
-    text = table[:text_tokens].expand(destinations.shape[0], -1, -1)
-    return torch.cat([text, gather(table[text_tokens:], destinations)], dim=1)
+    batch = destinations.shape[0]
+    if dim == 0:
+        values, dim = values.unsqueeze(0), 1
+    values = values.expand(batch, *values.shape[1:])
+    if dim != 1:
+        return rows(values.movedim(dim, 1), destinations, 1, before, after).movedim(1, dim)
+    index = destinations.flatten(1) + before
+    index = index.reshape(*index.shape, *[1] * (values.ndim - 2))
+    merged = values.gather(1, index.expand(-1, -1, *values.shape[2:]))
+    if all(isinstance(each, int) and each == 0 for each in (before, after)):
+        return merged  # no copy, and no guard on a symbol
+    return torch.cat([values[:, :before], merged, values[:, values.shape[1] - after :]], dim=1)
 
 
 def weigh(
@@ -163,33 +177,39 @@ def _is_by_region(
 
 
 def _split(
-    operator: str, tokens: Tensor, weight: Tensor, taken: int
-) -> tuple[Tensor | None, Tensor]:
-    """The text tokens, if there are any, and the ``taken`` tokens behind them."""
-    prefix = tokens.shape[1] - taken
+    operator: str, tokens: Tensor, weight: Tensor, taken: int, after: int
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """The tokens before, if there are any, the ``taken`` ones, and ``after`` tokens behind them."""
+    prefix = tokens.shape[1] - taken - after
     if tokens.shape[0] != weight.shape[0] or prefix < 0:
         raise InputError(
             f"{operator}: weight of shape {tuple(weight.shape)} is for batch {weight.shape[0]} and "
             f"{taken} tokens, but the tokens have shape {tuple(tokens.shape)}; use the plan made "
             "from these tokens"
         )
-    return None if prefix == 0 else tokens[:, :prefix], tokens[:, prefix:]
+    first = None if prefix == 0 else tokens[:, :prefix]
+    if isinstance(after, int) and after == 0:  # no guard on a symbol
+        return first, tokens[:, prefix:], None
+    return first, tokens[:, prefix : prefix + taken], tokens[:, prefix + taken :]
 
 
-def _join(text: Tensor | None, image: Tensor) -> Tensor:
-    return image if text is None else torch.cat([text, image], dim=1)
+def _join(first: Tensor | None, image: Tensor, last: Tensor | None) -> Tensor:
+    parts = [part for part in (first, image, last) if part is not None]
+    return image if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def merge(tokens: Tensor, weight: Tensor, layout: Sequence[int]) -> Tensor:
+def merge(tokens: Tensor, weight: Tensor, layout: Sequence[int], after: int = 0) -> Tensor:
     """Fewer tokens: each destination becomes a weighted mean of its region (Eq. 6).
 
     Args:
-        tokens: ``(B, P + N, D)``; the first ``P`` (text) tokens pass through.
+        tokens: ``(B, P + N + after, D)``; tokens around the ``N`` that merge, such as those of the
+            text, pass through.
         weight: ``(B, R, m, n)`` merge weight of `weigh`.
         layout: the one that the weight was made with.
+        after: how many tokens stand behind those that merge.
 
     Returns:
-        ``(B, P + R * m, D)``.
+        ``(B, P + R * m + after, D)``.
 
     Raises:
         InputError: when the weight was made for another batch or layout, or for more tokens than
@@ -197,21 +217,23 @@ def merge(tokens: Tensor, weight: Tensor, layout: Sequence[int]) -> Tensor:
     """
     _, regions, keep, size = weight.shape
     by_region = _is_by_region("merge", weight, size, keep, layout)
-    text, image = _split("merge", tokens, weight, total_tokens(layout))
+    first, image, last = _split("merge", tokens, weight, total_tokens(layout), after)
     places = spread(image, layout) if by_region else image.unflatten(1, (regions, size))
-    return _join(text, (weight @ places).flatten(1, 2))
+    return _join(first, (weight @ places).flatten(1, 2), last)
 
 
-def unmerge(tokens: Tensor, weight: Tensor, layout: Sequence[int]) -> Tensor:
+def unmerge(tokens: Tensor, weight: Tensor, layout: Sequence[int], after: int = 0) -> Tensor:
     """All tokens again: each source takes from the destinations that it was spread over (Eq. 7).
 
     Args:
-        tokens: ``(B, P + R * m, D)``; the first ``P`` (text) tokens pass through.
+        tokens: ``(B, P + R * m + after, D)``; tokens around those that were merged, such as those
+            of the text, pass through.
         weight: ``(B, R, n, m)`` unmerge weight of `weigh`.
         layout: the one that the weight was made with.
+        after: how many tokens stand behind those that were merged.
 
     Returns:
-        ``(B, P + N, D)``.
+        ``(B, P + N + after, D)``.
 
     Raises:
         InputError: when the weight was made for another batch or layout, or for more tokens than
@@ -219,7 +241,7 @@ def unmerge(tokens: Tensor, weight: Tensor, layout: Sequence[int]) -> Tensor:
     """
     _, regions, size, keep = weight.shape
     by_region = _is_by_region("unmerge", weight, size, keep, layout)
-    text, merged = _split("unmerge", tokens, weight, regions * keep)
+    first, merged, last = _split("unmerge", tokens, weight, regions * keep, after)
     places = weight @ merged.unflatten(1, (regions, keep))
     image = gathered(places, layout) if by_region else places.flatten(1, 2)
-    return _join(text, image)
+    return _join(first, image, last)

@@ -16,6 +16,8 @@ LIBRARY = torch.library.Library("toma", "DEF")
 
 for schema, function in {
     "tile_order(Tensor like, SymInt height, SymInt width) -> Tensor": token_order.tile_order,
+    "video_order(Tensor like, SymInt frames, SymInt height, SymInt width, SymInt first,"
+    " int chunk) -> Tensor": token_order.video_order,
     "tile_order_of_ids(Tensor ids) -> Tensor": token_order.tile_order_of_ids,
     "reorder(Tensor tokens, Tensor order) -> Tensor": token_order.reorder,
     "select(Tensor tokens, SymInt[] layout, str selector) -> Tensor": selector.select,
@@ -24,10 +26,11 @@ for schema, function in {
     "fixed_weights(Tensor tokens, Tensor destinations, SymInt[] layout)"
     " -> (Tensor, Tensor)": merging.fixed_weights,
     "gather(Tensor tokens, Tensor destinations) -> Tensor": merging.gather,
-    "rotary_rows(Tensor table, Tensor destinations, SymInt text_tokens)"
-    " -> Tensor": merging.rotary_rows,
-    "merge(Tensor tokens, Tensor weight, SymInt[] layout) -> Tensor": merging.merge,
-    "unmerge(Tensor tokens, Tensor weight, SymInt[] layout) -> Tensor": merging.unmerge,
+    "rows(Tensor values, Tensor destinations, int dim, SymInt before, SymInt after=0)"
+    " -> Tensor": merging.rows,
+    "merge(Tensor tokens, Tensor weight, SymInt[] layout, SymInt after=0) -> Tensor": merging.merge,
+    "unmerge(Tensor tokens, Tensor weight, SymInt[] layout, SymInt after=0)"
+    " -> Tensor": merging.unmerge,
 }.items():
     LIBRARY.define(schema)
     LIBRARY.impl(schema.partition("(")[0], function, "CompositeImplicitAutograd")

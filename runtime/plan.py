@@ -1,13 +1,15 @@
 """How a plan travels from the block that makes it to the blocks that share it.
 
-Every call of a transformed model opens a `CallScope` and sends it along in the dictionary of
-attention kwargs that diffusers hands to every block. The scope dies with the call, so no plan can
-be used by another image, another request or another thread, and under capture it leaves nothing but
-def-use edges. The functions here are what the generated forwards call to reach it.
+Every call of a transformed model opens a `CallScope`. Where diffusers hands a dictionary of
+attention kwargs to every block, the scope goes along in it; other models have no such argument, and
+their blocks ask for the scope of the thread. It dies with the call, so no plan can be used by
+another image, another request or another thread, and under capture it leaves nothing but def-use
+edges. The functions here are what the generated forwards call to reach it.
 """
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,9 +20,10 @@ from toma_fx.runtime import regions
 SCOPE = "toma"
 """The key of the scope in the attention kwargs."""
 
-Plan = tuple[Tensor, ...]
-"""Merge weight, unmerge weight, the destinations' rotary values where the model has them; and the
-destinations, in a model that keeps plans for later calls."""
+Plan = tuple[Any, ...]
+"""Merge weight, unmerge weight, the destinations' rows of what has one for each token, such as
+rotary values, or None for an argument that was; and the destinations, in a model that keeps plans
+for later calls."""
 
 Plans = Mapping[str, Mapping[str, Plan]]
 """Plans by the path of the stage whose blocks share them, and by the name of their group in it."""
@@ -33,6 +36,8 @@ WEIGH = "weigh"
 """The variant that keeps an earlier call's destinations and computes their weights again."""
 REUSE = "reuse"
 """The variant that merges by the plan of an earlier call."""
+VARIANTS = MERGED, UNTOUCHED, WEIGH, REUSE
+"""All of them. A block has those that differ for it, and its first stands for the others."""
 
 
 class CallScope:
@@ -41,6 +46,9 @@ class CallScope:
     Attributes:
         variant: the variant of a block that runs in this call.
         grids: token counts of the grids in the image sequence; None when it is one grid.
+        unmerged: image tokens before those grids that stay as they are, as those of a first frame
+            that is given.
+        order: the order of the image tokens, ``(N,)`` int64; None where it is the caller's.
         plans: what a group's first block made, for the blocks that follow it, by the name of the
             group. So a block that runs again later, as in gradient checkpointing, finds its plan.
         planners: what makes the plan of a group whose first block was skipped, if one asks for it.
@@ -56,9 +64,11 @@ class CallScope:
         "keeps",
         "kept",
         "kept_by_stage",
+        "order",
         "planners",
         "plans",
         "stages",
+        "unmerged",
         "variant",
     )
 
@@ -69,10 +79,14 @@ class CallScope:
         kept: Plans | None = None,
         stage: str = "",
         keeps: bool = False,
+        unmerged: int = 0,
+        order: Tensor | None = None,
     ) -> None:
         self.variant = variant
         self.keeps = keeps
         self.grids = grids
+        self.unmerged = unmerged
+        self.order = order
         self.kept_by_stage = {} if kept is None else kept
         self.kept = self.kept_by_stage.get(stage, {})
         self.plans: dict[str, Plan] = dict(self.kept) if variant == REUSE else {}
@@ -85,8 +99,45 @@ class CallScope:
         return {path: dict(scope.plans) for path, scope in scopes.items() if scope.plans}
 
 
+class _Thread(threading.local):
+    # On the class, so that a guard of Dynamo holds in threads that never called a model.
+    scope: ClassVar[CallScope | None] = None
+
+
+_THREAD = _Thread()
+
+
+def current() -> CallScope | None:
+    """The scope of the call of a model that this thread is in."""
+    return _THREAD.scope
+
+
+def enter(scope: CallScope | None) -> CallScope | None:
+    """Let ``scope`` be that of this thread; returns the one before, to be entered again."""
+    before = _THREAD.scope
+    _THREAD.scope = scope  # type: ignore[misc]
+    return before
+
+
+class InScope:
+    """A block whose calls run in a scope, whichever thread makes them and whenever.
+
+    Gradient checkpointing runs a block again during the backward pass, when the call is over.
+    """
+
+    def __init__(self, block: Callable[..., Any], scope: CallScope | None) -> None:
+        self._block, self._scope = block, scope
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        before = enter(self._scope)
+        try:
+            return self._block(*args, **kwargs)
+        finally:
+            enter(before)
+
+
 def _scope(attention_kwargs: Mapping[str, Any] | None) -> CallScope | None:
-    return None if attention_kwargs is None else attention_kwargs.get(SCOPE)
+    return current() if attention_kwargs is None else attention_kwargs.get(SCOPE)
 
 
 def own_scope(attention_kwargs: Mapping[str, Any], stage: str) -> dict[str, Any]:
@@ -133,10 +184,40 @@ def region_layout(
     scope = _scope(attention_kwargs)
     count = tokens.shape[1]
     grids: tuple[int, ...] = (count,)
-    # A rank of context parallelism holds a part of the sequence, in which grids are unknown.
-    if scope is not None and scope.grids is not None and sum(scope.grids) == count:
-        grids = tuple(scope.grids)
+    # Some blocks take a part of the grids, those of the image or those of its references. A rank of
+    # context parallelism holds a part of the sequence, in which grids are unknown.
+    if scope is not None and scope.grids is not None:
+        given = tuple(scope.grids)
+        ends = range(len(given), -1, -1)
+        parts = [*(given[:end] for end in ends), *(given[start:] for start in range(1, len(given)))]
+        grids = next((part for part in parts if sum(part) == count), grids)
     return regions.layout(grids, region_tokens, ratio)
+
+
+def unmerged_tokens(attention_kwargs: Mapping[str, Any] | None) -> int:
+    """Image tokens that stay as they are, before all others."""
+    scope = _scope(attention_kwargs)
+    return 0 if scope is None else scope.unmerged
+
+
+def text_tokens(attention_kwargs: Mapping[str, Any] | None, tokens: Tensor) -> int:
+    """Text tokens in a sequence of image and text tokens.
+
+    Args:
+        attention_kwargs: of the call of the block; their scope knows the grids of the image.
+        tokens: ``(B, N + P, D)``.
+
+    Raises:
+        InputError: when the block is not called by a transformed model.
+    """
+    scope = _scope(attention_kwargs)
+    if scope is None or scope.grids is None:
+        raise InputError(
+            f"tokens of shape {tuple(tokens.shape)} hold image and text, and only the model knows "
+            "how many of each; call or export the whole model, not this block alone"
+        )
+    count: int = tokens.shape[1] - scope.unmerged - sum(scope.grids)
+    return count
 
 
 def share(attention_kwargs: Mapping[str, Any] | None, group: str, *plan: Tensor) -> Plan:
@@ -154,10 +235,12 @@ def is_due(attention_kwargs: Mapping[str, Any] | None, group: str) -> bool:
 
 
 def postpone(
-    attention_kwargs: Mapping[str, Any], group: str, planner: Callable[[], object]
+    attention_kwargs: Mapping[str, Any] | None, group: str, planner: Callable[[], object]
 ) -> None:
     """Let ``planner`` share the plan when a later block of the group asks for it."""
-    attention_kwargs[SCOPE].planners[group] = planner
+    scope = _scope(attention_kwargs)
+    assert scope is not None, "no plan is due outside of a call of the model"
+    scope.planners[group] = planner
 
 
 def shared(attention_kwargs: Mapping[str, Any] | None, group: str) -> Plan:
@@ -183,7 +266,8 @@ def kept_destinations(attention_kwargs: Mapping[str, Any] | None, group: str) ->
     """The destinations that an earlier call selected for the group, ``(B, R, m)`` int64."""
     scope = _scope(attention_kwargs)
     assert scope is not None, "this variant runs only in a call that brings kept plans"
-    return scope.kept[group][-1]
+    destinations: Tensor = scope.kept[group][-1]
+    return destinations
 
 
 def pass_on(attention_kwargs: Mapping[str, Any] | None, *refused: str) -> dict[str, Any]:
@@ -227,68 +311,6 @@ def pass_on_mask(mask: Tensor | None, name: str, merged_keys: bool) -> Tensor | 
             f"components={_LEFT_WITHOUT[merged_keys]!r} and region='stripe'"
         )
     return mask
-
-
-class _RotaryError(InputError, AttributeError):
-    """So that `hasattr` still answers."""
-
-
-class RotaryTable:
-    """Rotary values with a batch dimension, in the place of diffusers' table without one.
-
-    `apply_rotary_emb` takes ``cos[None, :, None, :]`` of a ``(tokens, head_dim)`` table to
-    ``(1, tokens, 1, head_dim)``. Destinations differ from image to image, so this table answers
-    the same index with ``(B, tokens, 1, head_dim)``. Casts and moves, which processors of other
-    libraries do first, give a table again.
-    """
-
-    __slots__ = ("values",)
-
-    def __init__(self, values_BSD: Tensor) -> None:
-        self.values = values_BSD
-
-    def __getitem__(self, index: tuple[slice | None, ...]) -> Tensor:
-        if index != (None, slice(None), None, slice(None)):
-            raise InputError(
-                f"rotary index {index!r} is not the [None, :, None, :] of Flux's attention "
-                "processors; use one of diffusers' own processors with merged tokens, or leave "
-                "its blocks out with skip"
-            )
-        return self.values[:, :, None, :]
-
-    def to(self, *args: Any, **kwargs: Any) -> "RotaryTable":
-        """As `torch.Tensor.to`."""
-        return RotaryTable(self.values.to(*args, **kwargs))
-
-    def float(self) -> "RotaryTable":
-        """As `torch.Tensor.float`."""
-        return RotaryTable(self.values.float())
-
-    @property
-    def shape(self) -> torch.Size:
-        """``(tokens, head_dim)``, as of diffusers' table."""
-        return self.values.shape[1:]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """As of a tensor."""
-        return self.values.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """As of a tensor."""
-        return self.values.device
-
-    def __getattr__(self, name: str) -> Any:
-        raise _RotaryError(
-            f"rotary values on merged tokens have no {name!r}, for they are one table for each "
-            "image; use one of diffusers' own processors, or leave its blocks out with skip"
-        )
-
-
-def rotary_tables(cos: Tensor, sin: Tensor) -> tuple[RotaryTable, RotaryTable]:
-    """What Flux's attention takes as ``image_rotary_emb`` on merged tokens."""
-    return RotaryTable(cos), RotaryTable(sin)
 
 
 def clip_float16(hidden_states: Tensor, low: float, high: float) -> Tensor:

@@ -52,6 +52,8 @@ def layout(segments: Sequence[int], region_tokens: int, ratio: float) -> tuple[i
     >>> layout([4096, 4087], WHOLE_IMAGE, 0.5)
     (4092, 8183, 8183, 1)
     """
+    if not segments:  # of a video whose frames are all given, nothing merges
+        return 1, 1
     if region_tokens == WHOLE_IMAGE:
         total = sum(segments)
         return kept_tokens(total, ratio), total, total, 1

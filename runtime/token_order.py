@@ -105,18 +105,74 @@ def tile_order(like: Tensor, height: int, width: int) -> Tensor:
     return _cached_grid_order(height, width, *key)
 
 
+def _video_order(
+    frames: int, height: int, width: int, first: int, chunk: int, device: torch.device
+) -> Tensor:
+    token = torch.arange(frames * height * width, device=device)
+    frame, position = token // (height * width), token % (height * width)
+    inside = (frame - first) % chunk
+    start = torch.where(frame < first, frame, frame - inside)
+    inside = torch.where(frame < first, 0, inside)
+    place = _place(start, position // width, position % width)
+    return (place * chunk + inside).argsort()
+
+
+@functools.lru_cache(maxsize=64)
+def _cached_video_order(
+    frames: int,
+    height: int,
+    width: int,
+    first: int,
+    chunk: int,
+    device: torch.device,
+    stream: int,
+) -> Tensor:
+    with torch.inference_mode(mode=False):
+        return _video_order(frames, height, width, first, chunk, device)
+
+
+def video_order(
+    like: Tensor, frames: int, height: int, width: int, first: int, chunk: int
+) -> Tensor:
+    """Token order of a video: chunks of frames, each on one Hilbert curve, through all its frames.
+
+    A run of ``chunk * 4**k`` tokens is a patch of ``2**k`` by ``2**k`` tokens through the frames of
+    a chunk. The first frames are in tile order each, since a video's first latent frame stands for
+    one frame where all others stand for several.
+
+    Args:
+        like: any tensor on the device of the result.
+        frames: of the token grid.
+        height: rows of a frame.
+        width: columns of a frame.
+        first: frames before the first chunk.
+        chunk: frames of a chunk; the last one may have fewer.
+
+    Returns:
+        ``(frames * height * width,)`` int64: for each place, the token's raster index.
+
+    >>> video_order(torch.empty(0), 3, 2, 2, 1, 2).tolist()
+    [0, 1, 3, 2, 4, 8, 5, 9, 7, 11, 6, 10]
+    """
+    key = kept_for(like)
+    if key is None:
+        return _video_order(frames, height, width, first, chunk, like.device)
+    return _cached_video_order(frames, height, width, first, chunk, *key)
+
+
 def tile_order_of_ids(ids: Tensor) -> Tensor:
     """Tile order of tokens that carry position ids, as Flux's image tokens do.
 
     Args:
-        ids: ``(N, 3)``: image number, row and column of each token. Tokens of different images
-            (Kontext's reference tokens have number 1) stay apart. Rows and columns are below 4096,
-            image numbers below 2**19, and there are at most 2**20 tokens.
+        ids: ``(N, 3)`` or more: image number, row and column of each token; columns behind those
+            count for nothing. Tokens of different images (Kontext's reference tokens have number 1)
+            stay apart. Rows and columns are below 4096, image numbers below 2**19, and there are at
+            most 2**20 tokens.
 
     Returns:
         ``(N,)`` int64: for each place in tile order, the token's index.
     """
-    place = _place(*ids.round().to(torch.int64).unbind(-1))
+    place = _place(*ids[:, :3].round().to(torch.int64).unbind(-1))
     # Tokens with equal ids stay as they were; ONNX has no stable sort.
     return ((place << _TIES) + torch.arange(place.shape[0], device=ids.device)).argsort()
 

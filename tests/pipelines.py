@@ -49,7 +49,7 @@ def _clip_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=PROMPT_TOKENS)
 
 
-def _t5_tokenizer() -> T5Tokenizer:
+def t5_tokenizer() -> T5Tokenizer:
     """Knows single letters and the start of a word."""
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     letters = [(letter, -2.0) for letter in ("\N{LOWER ONE EIGHTH BLOCK}", *LETTERS)]
@@ -85,7 +85,7 @@ def _t5() -> Any:
     return seeded(lambda: T5EncoderModel(config))
 
 
-def _vae() -> AutoencoderKL:
+def tiny_vae() -> AutoencoderKL:
     """Eight pixels per latent along a side, as in the large models."""
     return seeded(
         lambda: AutoencoderKL(
@@ -104,7 +104,7 @@ def _vae() -> AutoencoderKL:
 def tiny_sdxl_pipeline() -> StableDiffusionXLPipeline:
     """Stable Diffusion XL, each of whose two text encoders gives half of the text's width."""
     pipeline = StableDiffusionXLPipeline(
-        vae=_vae(),
+        vae=tiny_vae(),
         text_encoder=_clip(CLIPTextModel, TEXT_WIDTH // 2),
         text_encoder_2=_clip(CLIPTextModelWithProjection, TEXT_WIDTH // 2),
         tokenizer=_clip_tokenizer(),
@@ -120,11 +120,11 @@ def tiny_sdxl_pipeline() -> StableDiffusionXLPipeline:
 def tiny_flux_pipeline() -> FluxPipeline:
     """Flux, whose tokens are patches of 2x2 latents of 4 channels."""
     pipeline = FluxPipeline(
-        vae=_vae(),
+        vae=tiny_vae(),
         text_encoder=_clip(CLIPTextModel, TEXT_WIDTH),
         tokenizer=_clip_tokenizer(),
         text_encoder_2=_t5(),
-        tokenizer_2=_t5_tokenizer(),
+        tokenizer_2=t5_tokenizer(),
         transformer=tiny_flux(),
         scheduler=FlowMatchEulerDiscreteScheduler(),
     )

@@ -1,8 +1,7 @@
 """The method written a second time: plain PyTorch, slow and obvious, on real diffusers modules.
 
-Written from the paper alone and sharing no code with ``toma_fx``, so that the two can check each
-other. Every sample and every region is a loop turn, tokens stay in raster order, and the weights
-are dense matrices over the whole image, zero outside a token's region.
+Written from the paper alone, sharing no code with ``toma_fx``, so that the two check each other.
+Samples and regions are loop turns, tokens stay in raster order, and weights are dense matrices.
 
 Shapes: B batch, N image tokens, M destinations, D width, T text tokens, S = T + N or T + M,
 n tokens of a region, m destinations of a region.
@@ -89,15 +88,14 @@ def cosine_similarity(a_nD: Tensor, b_mD: Tensor) -> Tensor:
     return F.normalize(a_nD.float(), dim=-1) @ F.normalize(b_mD.float(), dim=-1).T
 
 
-def select(x_nD: Tensor, ratio: float) -> list[int]:
+def select(x_nD: Tensor, count: int) -> list[int]:
     """Destinations of one region by greedy facility location (Eq. 5, Alg. 2)."""
     similarity_nn = cosine_similarity(x_nD, x_nD)
     covered_n = torch.full_like(similarity_nn[0], -1.0)
     chosen: list[int] = []
-    for _ in range(max(1, math.floor(len(x_nD) * (1 - ratio) + 0.5))):
+    for _ in range(count):
         gain_n = (similarity_nn - covered_n[:, None]).clamp(min=0).sum(dim=0)
-        # Gains that differ by rounding noise count as equal, so that the first of them wins
-        # in every implementation.
+        # Gains that differ by rounding noise count as equal, so the first wins everywhere.
         gain_n = (gain_n * 4096).round()
         # In a flat area every gain is 0, and an unmasked maximum would repeat itself.
         gain_n[chosen] = -math.inf
@@ -119,7 +117,10 @@ def make_plan(x_BND: Tensor, regions: Regions, options: ReferenceOptions) -> Pla
     """Selects destinations and weighs every token's share in them (Eq. 6, Eq. 7)."""
     samples = []
     for x_ND in x_BND:
-        picks = [[region[i] for i in select(x_ND[region], options.ratio)] for region in regions]
+        picks = []
+        for region in regions:
+            count = max(1, math.floor(len(region) * (1 - options.ratio) + 0.5))
+            picks.append([region[i] for i in select(x_ND[region], count)])
         pairs = list(zip(picks, regions, strict=True))
         if options.merge_over == "image":
             pairs = [(list(chain(*picks)), list(chain(*regions)))]

@@ -16,7 +16,7 @@ import toma_fx
 
 ROOT = Path(__file__).parent.parent
 NAMES: list[str] = toma_fx.__all__  # type: ignore[attr-defined]
-BOTH = ["backend", "calibrate", "export", "report", "transform"]
+BOTH = ["backend", "calibrate", "derive", "export", "report", "transform"]
 """A function of the package, and the module that holds it."""
 
 PROGRAM = """

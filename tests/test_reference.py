@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from tests import reference
+from tests.choices import Choices
 from tests.reference import ReferenceOptions
 from tests.tiny import flux_inputs, tiny_flux, tiny_sd_unet, tiny_sdxl_unet, unet_inputs
 from toma_fx import MergeConfig, Schedule, transform
@@ -18,8 +18,6 @@ from toma_fx import MergeConfig, Schedule, transform
 # The similarities are rounded to about 1e-7, and a temperature of 0.001 makes 1e-4 of that in the
 # weights of a token midway between two destinations. Few tokens are; merging itself is at 1e-2.
 TOLERANCE = 2e-5
-# The step in which gains are compared, and half a step for the rounding of the gains themselves.
-GAIN_STEP = 1.5 / 4096
 
 
 @functools.cache
@@ -31,42 +29,6 @@ def build(family: str) -> Any:
         "flux": functools.partial(tiny_flux, num_layers=2, num_single_layers=2),
     }
     return makers[family]()
-
-
-class Choices(TorchFunctionMode):
-    """The destinations that a transformed model chose, region by region, for the reference.
-
-    Rounding decides between destinations that are equally good, and one other pick changes all that
-    follow. So the reference takes over each pick of the model, once it has seen that no other would
-    have gained more.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.made: list[tuple[Tensor, Tensor]] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func is torch.ops.toma.select.default:
-            regions = result.shape[1]  # which divide the tokens here
-            x_GnD = args[0].unflatten(1, (regions, -1)).flatten(0, 1)
-            self.made += zip(x_GnD, result.flatten(0, 1) % x_GnD.shape[1], strict=True)
-        return result
-
-    def follow(self, x_nD: Tensor, ratio: float) -> list[int]:
-        """What `tests.reference.select` is replaced by; every choice is followed once."""
-        same_size = [i for i, (y_nD, _) in enumerate(self.made) if y_nD.shape == x_nD.shape]
-        nearest = min(same_size, key=lambda i: float((self.made[i][0] - x_nD).abs().max()))
-        picks = self.made.pop(nearest)[1].tolist()
-        assert len(picks) == max(1, int(len(x_nD) * (1 - ratio) + 0.5))
-        similarity_nn = reference.cosine_similarity(x_nD, x_nD)
-        covered_n = torch.full_like(similarity_nn[0], -1.0)
-        for place, pick in enumerate(picks):
-            gain_n = (similarity_nn - covered_n[:, None]).clamp(min=0).sum(dim=0)
-            gain_n[picks[:place]] = -1.0
-            assert gain_n[pick] >= gain_n.max() - GAIN_STEP
-            covered_n = torch.maximum(covered_n, similarity_nn[:, pick])
-        return picks
 
 
 def difference(a: Tensor, b: Tensor) -> float:

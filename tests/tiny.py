@@ -26,7 +26,7 @@ def liven(model: nn.Module) -> None:
             nn.init.normal_(parameter, mean=1.0, std=0.1)
 
 
-def _build(cls: Any, seed: int, config: dict[str, Any]) -> Any:
+def build(cls: Any, seed: int, config: dict[str, Any]) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = cls(**config)
@@ -53,7 +53,7 @@ def tiny_sdxl_unet(seed: int = 0, **changes: Any) -> UNet2DConditionModel:
         "projection_class_embeddings_input_dim": TEXT_WIDTH + 6 * 8,
         **changes,
     }
-    return _build(UNet2DConditionModel, seed, config)
+    return build(UNet2DConditionModel, seed, config)
 
 
 def tiny_sd_unet(seed: int = 0) -> UNet2DConditionModel:
@@ -68,7 +68,7 @@ def tiny_sd_unet(seed: int = 0) -> UNet2DConditionModel:
         "attention_head_dim": 2,
         "cross_attention_dim": TEXT_WIDTH,
     }
-    return _build(UNet2DConditionModel, seed, config)
+    return build(UNet2DConditionModel, seed, config)
 
 
 def tiny_flux(
@@ -91,7 +91,7 @@ def tiny_flux(
         "axes_dims_rope": (4, 6, 6),
         **changes,
     }
-    return _build(FluxTransformer2DModel, seed, config)
+    return build(FluxTransformer2DModel, seed, config)
 
 
 def smallest_unet() -> UNet2DConditionModel:
@@ -106,7 +106,7 @@ def smallest_unet() -> UNet2DConditionModel:
         "attention_head_dim": 2,
         "cross_attention_dim": TEXT_WIDTH,
     }
-    return _build(UNet2DConditionModel, 0, config)
+    return build(UNet2DConditionModel, 0, config)
 
 
 def smallest_flux() -> FluxTransformer2DModel:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from toma_fx.calibrate import calibrate as calibrate
     from toma_fx.config import MergeConfig as MergeConfig
     from toma_fx.config import Schedule as Schedule
+    from toma_fx.derive import derive as derive
     from toma_fx.errors import TomaError as TomaError
     from toma_fx.errors import TomaWarning as TomaWarning
     from toma_fx.export import export as export
@@ -33,6 +34,7 @@ _MODULES = {
     "TomaWarning": "toma_fx.errors",
     "backend": "toma_fx.backend",
     "calibrate": "toma_fx.calibrate",
+    "derive": "toma_fx.derive",
     "export": "toma_fx.export",
     "report": "toma_fx.report",
     "restore": "toma_fx.transform",

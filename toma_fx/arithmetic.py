@@ -1,23 +1,28 @@
 """How much a denoising model computes for one call, as the pipeline makes it."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from toma_fx.build import take_off
 from toma_fx.calls import LastCall, forced
 from toma_fx.errors import TomaError
+from toma_fx.families import family_of, knows
 from toma_fx.inputs import unfit, weightless
 from toma_fx.policy import Decision, policy_of
 from toma_fx.recipe import Recipe
 from toma_fx.runtime.plan import MERGED, REUSE
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -148,12 +153,16 @@ def _count_variants(
 
 
 def _note_tokens(model: nn.Module, paths: Mapping[str, str]) -> dict[str, int]:
-    """Image tokens of each block, by its path: filled by the next call of the model."""
-    tokens: dict[str, int] = {}
+    """Image tokens of each block, by its path: filled by the next call of the model.
+
+    Of blocks that it leaves out, 0.
+    """
+    tokens = dict.fromkeys(paths, 0)
 
     def note(path: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            tokens[path] = (args[0] if args else kwargs["hidden_states"]).shape[1]
+            given = args[0] if args else next(iter(kwargs.values()))
+            tokens[path] = given.shape[1]
 
         return hook
 
@@ -178,15 +187,41 @@ def _parts(model: nn.Module, call: Call, paths: Sequence[str]) -> dict[str, int]
     counts = _counted(model, call).get_flop_counts()
     root = type(model).__name__
     names = {path: f"{root}.{path}" if path else root for path in paths}
-    return {path: sum(counts[name].values()) for path, name in names.items()}
+    # A call may leave parts out, as those for reference images.
+    return {path: sum(counts.get(name, {}).values()) for path, name in names.items()}
 
 
 def _counted(model: nn.Module, call: Call) -> Any:
     # The CPU's fused attention is an operator that the counter does not know.
     plain = sdpa_kernel(SDPBackend.MATH)
-    with plain, torch.no_grad(), FlopCounterMode(display=False) as counter:
+    words = _AllWords() if knows(model) and family_of(model).reads_values else nullcontext()
+    with plain, words, torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(*call.args, **call.kwargs)
     return counter
+
+
+class _AllWords(TorchDispatchMode):
+    """Lets a model without data pick the words of a text, and then the padding: all are words.
+
+    Which tokens are words changes no count, since the model goes on with both.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._padding: Any = WeakTensorKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not (args and isinstance(args[0], Tensor) and args[0].is_meta):
+            return func(*args, **(kwargs or {}))
+        if func is aten._local_scalar_dense.default and args[0].dtype == torch.bool:
+            return True
+        if func is aten.index.Tensor and args[1][0].dtype == torch.bool:
+            picked = 0 if args[1][0] in self._padding else args[0].shape[0]
+            return args[0].new_empty(picked, *args[0].shape[1:])
+        result = func(*args, **(kwargs or {}))
+        if func is aten.bitwise_not.default:
+            self._padding[result] = True
+        return result
 
 
 def _without_data(value: object) -> object:

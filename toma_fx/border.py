@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from toma_fx.config import MergeConfig
-from toma_fx.families.rows import Family, Stage, TokenSequence
+from toma_fx.families.rows import Family, Stage, TokenGrids, TokenSequence
 
 
 @dataclass(frozen=True)
@@ -17,12 +17,21 @@ class BorderKey:
     family: Family
     config: MergeConfig
     stage: Stage | None = None
-    """Of a stage; None for the model."""
+    """Of a stage."""
+    places: str | None = None
+    """Path of a module with places where tokens come into order, or leave it; None for a stage and
+    for the model."""
 
     @property
     def positions(self) -> TokenSequence | None:
         """The arguments with image tokens and their positions, for a model that takes such."""
         found = (each for each in self.family.borders if isinstance(each, TokenSequence))
+        return next(found, None)
+
+    @property
+    def grids(self) -> TokenGrids | None:
+        """Where tokens are, for a model whose grids follow from shapes."""
+        found = (each for each in self.family.borders if isinstance(each, TokenGrids))
         return next(found, None)
 
     @property
@@ -42,6 +51,9 @@ class Border:
 
     toma_base: ClassVar[Any]
     """The class that this one stands in for."""
+    toma_base_forward: Any
+    """Its forward, as a method: asked of the class, Dynamo would not trace that of a class that is
+    allowed in graphs."""
     toma_key: ClassVar[BorderKey]
     """All that makes this class."""
     toma_unpickled: ClassVar[Any]

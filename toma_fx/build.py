@@ -4,7 +4,11 @@ The model is copied, its recipe made, graphs are captured, rewritten and install
 forward, and classes stand in at its borders.
 """
 
+import functools
+import inspect
 from collections.abc import Iterator, Mapping
+from itertools import chain, takewhile
+from types import CodeType
 from typing import Any
 
 from torch import fx, nn
@@ -19,17 +23,23 @@ from toma_fx.hooks import attach_hooks, copied_with_hooks, follow_class
 from toma_fx.install_borders import install_borders, uninstall_borders
 from toma_fx.passes.capture import capture_block
 from toma_fx.passes.install import install, uninstall
+from toma_fx.passes.leaf_values import remembering, run_on_examples
 from toma_fx.passes.pipeline import Pass, run_passes
 from toma_fx.recipe import FoundBlock, Recipe, make_recipe, plain_path
 
 
-def recipe_of(model: nn.Module, config: MergeConfig, speedup: float | None = None) -> Recipe:
-    """The recipe of a model of a known family.
+def recipe_of(
+    model: nn.Module,
+    config: MergeConfig,
+    speedup: float | None = None,
+    family: Family | None = None,
+) -> Recipe:
+    """The recipe of a model of a family; of a known one when it is left out.
 
     Raises:
         ModelError: when the options name no block, or nothing would merge.
     """
-    family = family_of(model)
+    family = family_of(model) if family is None else family
     found = [
         FoundBlock(module=path, row=row, submodules=frozenset(n for n, _ in block.named_modules()))
         for path, block, row in _blocks(model, family)
@@ -38,18 +48,23 @@ def recipe_of(model: nn.Module, config: MergeConfig, speedup: float | None = Non
 
 
 def merged_copy(
-    model: nn.Module, config: MergeConfig, speedup: float | None = None, pipeline: Any = None
+    model: nn.Module,
+    config: MergeConfig,
+    speedup: float | None = None,
+    pipeline: Any = None,
+    family: Family | None = None,
 ) -> nn.Module:
     """`transform` of a model that can be transformed, without a word to the log.
 
     Args:
-        model: of a known family.
+        model: of a family.
         config: the options.
         speedup: what the ratio was chosen for, if it was.
         pipeline: that holds the model, if one does.
+        family: of the model, when it is not a known one.
     """
     copied, hooks = copied_with_hooks(model)
-    recipe = recipe_of(copied, config, speedup)
+    recipe = recipe_of(copied, config, speedup, family)
     check_copy(copied, recipe)
     if recipe.merged:
         install_blocks(copied, recipe)
@@ -111,13 +126,14 @@ def install_blocks(model: nn.Module, recipe: Recipe) -> None:
     graphs = _Graphs(recipe)
     for each in recipe.blocks:
         block = model.get_submodule(each.module)
-        leads = each.role == "lead"
+        leads, form = each.role == "lead", each.row.form
         install(
             block,
-            graphs.of(block, recipe.variants(each)),
+            graphs.of(block, each.row, recipe.variants(each)),
             attention_kwargs=each.row.flow.attention_kwargs,
+            form=None if form is None else ((form.argument, *form.more), form.of),
             leads=each.group.name if leads else "",
-            follower=graphs.of(block, recipe.followers(each)) if leads else None,
+            follower=graphs.of(block, each.row, recipe.followers(each)) if leads else None,
         )
 
 
@@ -129,47 +145,46 @@ class _Graphs:
         self._made: dict[Any, fx.GraphModule] = {}
 
     def of(
-        self, block: nn.Module, variants: Mapping[str, tuple[Pass, ...] | None]
+        self, block: nn.Module, row: Block, variants: Mapping[str, tuple[Pass, ...] | None]
     ) -> dict[str, fx.GraphModule | None]:
-        return {name: self._graph(block, passes) for name, passes in variants.items()}
+        forms = ("",) if row.form is None else row.form.names
+        return {
+            f"{name}{form}": None if passes is None else self._graph(block, passes, form)
+            for name, passes in variants.items()
+            for form in forms
+        }
 
-    def _graph(self, block: nn.Module, passes: tuple[Pass, ...] | None) -> fx.GraphModule | None:
-        if passes is None:
-            return None
-        key = _structure(block), passes
+    def _graph(self, block: nn.Module, passes: tuple[Pass, ...], form: str) -> fx.GraphModule:
+        key = _structure(block), passes, form
         if key not in self._made:
-            gm = captured(block, self._recipe.family)
+            gm = captured(block, self._recipe.family, form)
             self._made[key] = run_passes(gm, passes)
         return self._made[key]
 
 
-def captured(block: nn.Module, family: Family) -> fx.GraphModule:
-    """The graph of a block as diffusers wrote it."""
+def captured(block: nn.Module, family: Family, form: str | None = None) -> fx.GraphModule:
+    """The graph of a block as diffusers wrote it; of its first form, if it has several."""
     row = family.block_row(type(block))
     assert row is not None, f"{type(block)} is no block of {family.name}"
 
-    def leaf_value(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return example_of_leaf(family, module, args, kwargs)
-
-    return capture_block(block, row.examples(block), row.flow.attention_kwargs, leaf_value)
+    forms = () if row.form is None else (form or row.form.names[0],)
+    examples = row.examples(block, *forms)
+    leaf_value = remembering(functools.partial(example_of_leaf, family))
+    return capture_block(block, examples, row.flow.attention_kwargs, leaf_value, row.example_tokens)
 
 
 def example_of_leaf(
     family: Family, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """An example of what a block's submodule returns, without running it.
+    """An example of what a block's submodule returns, without its weights.
 
-    Not running it is what lets offloaded, quantised and adapted layers be captured like any other.
-    Unless the family says otherwise, a layer returns tokens like those it takes, as wide as its
-    ``out_features``.
+    So offloaded, quantised and adapted layers are captured like any other.
     """
     names = map(qualified_name, type(module).__mro__)
     value = next((family.leaf_values[n] for n in names if n in family.leaf_values), None)
     if value is not None:
         return value(module, *args, **kwargs)
-    tokens = args[0] if args else kwargs["hidden_states"]
-    width = getattr(module, "out_features", tokens.shape[-1])
-    return tokens.new_empty(*tokens.shape[:-1], width)
+    return run_on_examples(module, args, kwargs)
 
 
 def block_graphs(
@@ -202,10 +217,36 @@ def _stages(model: nn.Module, family: Family) -> list[str]:
 
 
 def _structure(block: nn.Module) -> Any:
-    """What decides the graph of a block: the classes in it and its plain attributes."""
+    """What decides the graph of a block: the classes in it, and the plain attributes it asks for.
+
+    Other attributes may number the blocks of a list, which are alike all the same.
+    """
     plain = str | int | float | bool | None
-    attributes = {k: v for k, v in vars(block).items() if isinstance(v, plain) and k != "training"}
+    asked = _names_in(type(block))
+    attributes = {
+        name: value
+        for name, value in vars(block).items()
+        if isinstance(value, plain) and name in asked and name != "training"
+    }
     classes = [
         (name, type(m), type(getattr(m, "processor", None))) for name, m in block.named_modules()
     ]
     return type(block), tuple(attributes.items()), tuple(classes)
+
+
+def _names_in(cls: type[nn.Module]) -> frozenset[str]:
+    """The names and strings in the methods of a class, ``__init__`` apart."""
+    own = takewhile(lambda base: base is not nn.Module, cls.__mro__)
+    members = chain.from_iterable(vars(base).items() for base in own)
+    functions = (
+        inspect.unwrap(getattr(each, "__func__", each))
+        for name, each in members
+        if name != "__init__"
+    )
+    codes = [each.__code__ for each in functions if hasattr(each, "__code__")]
+    names: set[str] = set()
+    while codes:
+        code = codes.pop()
+        codes += [each for each in code.co_consts if isinstance(each, CodeType)]
+        names.update(code.co_names, (each for each in code.co_consts if isinstance(each, str)))
+    return frozenset(names)

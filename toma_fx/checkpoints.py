@@ -9,15 +9,19 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from toma_fx.errors import ModelError
-from toma_fx.families import ARCHITECTURES, MODELS, load_family
+from toma_fx.families import MODELS, all_families
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 """By the names that the command line takes."""
 
-RANDOM = tuple(ARCHITECTURES)
-"""Names of published models whose architecture is known, for random weights."""
+FAMILIES = {name: family for family in all_families() for name in family.architectures}
+"""The family of a published model whose architecture is known, by the model's name."""
+
+RANDOM = tuple(FAMILIES)
+"""Names of those models, which can have random weights."""
 
 
 def model_class(name: str) -> tuple[Any, dict[str, Any]]:
@@ -26,7 +30,7 @@ def model_class(name: str) -> tuple[Any, dict[str, Any]]:
     Args:
         name: one of `RANDOM`.
     """
-    family = load_family(ARCHITECTURES[name])
+    family = FAMILIES[name]
     module, _, cls = family.cls.rpartition(".")
     return getattr(import_module(module), cls), dict(family.architectures[name])
 
@@ -88,9 +92,11 @@ def random_weights(
     cls: Any, config: dict[str, Any], dtype: torch.dtype, device: str = "cpu"
 ) -> nn.Module:
     """A model with weights that keep activations finite, filled in seconds at any size."""
-    with torch.device("meta"):
+    with _NothingEmpty():
         model: nn.Module = cls(**config)
     for module in model.modules():  # not model.to(dtype), whose advice is for pretrained weights
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
         for name, parameter in module.named_parameters(recurse=False):
             empty = torch.empty_like(parameter, dtype=dtype, device=device)
             setattr(module, name, nn.Parameter(empty, requires_grad=False))
@@ -105,6 +111,14 @@ def random_weights(
             piece = flat[start : start + pool.numel()]
             piece.copy_(scaled[: piece.numel()])
     return model.eval()
+
+
+class _NothingEmpty(TorchFunctionMode):
+    """Lets tensors that are made empty have no data: weights, and no tables of positions."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        more = {"device": "meta"} if func is torch.empty else {}
+        return func(*args, **{**(kwargs or {}), **more})
 
 
 def available_memory() -> int:

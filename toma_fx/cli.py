@@ -18,7 +18,10 @@ from toma_fx.errors import TomaError
 from toma_fx.lab.cli import add_commands
 from toma_fx.quiet import hush_libraries
 
-MODEL = "sdxl or flux (random weights, real size), or a folder or hub name that diffusers can load"
+MODEL = (
+    "sdxl, flux, flux2-dev, qwen-image, wan2.1-14b or another of docs/families.md (random weights, "
+    "real size), or a folder or hub name that diffusers can load"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -84,6 +87,7 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 def _add_size(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--height", type=int, help="of the image, in pixels (the model's own)")
     parser.add_argument("--width", type=int, help="of the image, in pixels (like the height)")
+    parser.add_argument("--frames", type=int, help="of a video (the model's own)")
 
 
 def _config(options: argparse.Namespace, ratio: float) -> MergeConfig:
@@ -110,4 +114,5 @@ def _report(options: argparse.Namespace) -> None:
     else:
         model = load_model(options.model, dtype=DTYPES[options.dtype])
     transformed = toma_fx.transform(model, config)
-    print(toma_fx.report(transformed, height=options.height, width=options.width))
+    size = {name: getattr(options, name) for name in ("height", "width", "frames")}
+    print(toma_fx.report(transformed, **size))

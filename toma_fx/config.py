@@ -120,6 +120,9 @@ class MergeConfig:
     grid have one token less, and a small grid is cut into regions of nearly this length. 16 is the
     paper's default (4x4 tiles). 64 has its best DINO and MSE (Table 3) and the best PSNR of our own
     measurement. ``region="image"`` does not use it."""
+    region_frames: int = 4
+    """Latent frames of a video that a tile reaches through: a region of 64 tokens is then 4 frames
+    of 4 x 4 tokens. The first latent frame is apart, as in the models' VAEs."""
     merge_over: MergeOver = "region"
     """The destinations that a token's weight is spread over: those of its own ``"region"``, or
     those of the whole ``"image"`` (the paper's plain ToMA, section 5.1)."""
@@ -162,6 +165,7 @@ class MergeConfig:
             "components": self._checked_components(),
             **{name: choice(name, getattr(self, name), each) for name, each in _CHOICES.items()},
             "region_tokens": count("region_tokens", self.region_tokens, 64),
+            "region_frames": count("region_frames", self.region_frames, 4),
             "temperature": number(self.temperature),
             "schedule": self._checked_schedule(),
             "merge_below": number(self.merge_below),

@@ -1,7 +1,8 @@
 """A transformed model as files that need neither toma_fx nor diffusers to run."""
 
+import contextlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,8 @@ def export(
     * ``merge_below``: ``"merged"`` below the noise level, ``"untouched"`` above it;
     * a schedule: ``"merged"`` makes a plan and returns ``(output, plan)``; ``"weigh"`` takes
       ``plan`` as one more argument, keeps its destinations and returns ``(output, plan)``;
-      ``"reuse"`` takes it and returns ``(output,)``. A request keeps its own plan, so that requests
-      can take turns.
+      ``"reuse"`` takes it and returns ``(output,)``; there is none where each token has a timestep,
+      which a plan would hold. A request keeps its own plan, so that requests can take turns.
 
     Args:
         model: a diffusers model, transformed or not, or a pipeline that holds one.
@@ -67,8 +68,10 @@ def export(
         program = _export(model, inputs, MERGED, None, dynamic_shapes)
         _save(program, path)
         return program
-    variants = policy_of(recipe.config).variants
-    kept = _example_plans(model, inputs) if REUSE in variants else None
+    variants = list(policy_of(recipe.config).variants)
+    if REUSE in variants and recipe.needs_new_rows(inputs):
+        variants.remove(REUSE)
+    kept = _example_plans(model, inputs) if WEIGH in variants else None
     programs = {}
     for variant in variants:
         programs[variant] = _export(model, inputs, variant, kept, dynamic_shapes)
@@ -101,10 +104,35 @@ def _export(
     if dynamic_shapes is not None:
         dynamic_shapes = {**pytree.tree_map(lambda _: None, dict(inputs)), **dynamic_shapes}
     program = _Program(model, call, list(inputs))
-    with torch.no_grad():
+    with torch.no_grad(), _parts_unchanged(model):
         return torch.export.export(
             program, (), dict(inputs), dynamic_shapes=dynamic_shapes, strict=False
         )
+
+
+@contextlib.contextmanager
+def _parts_unchanged(model: nn.Module) -> Iterator[None]:
+    """Within it, nothing is kept of what the parts of a model that are no modules remember.
+
+    Z-Image makes its table of positions at its first call. While that is traced, the table has no
+    values, and all later calls would use it.
+    """
+    parts = {
+        id(part): part
+        for module in model.modules()
+        for part in vars(module).values()
+        if type(part).__module__.startswith("diffusers.") and not isinstance(part, nn.Module)
+    }
+    before = [
+        (vars(part), dict(vars(part))) for part in parts.values() if hasattr(part, "__dict__")
+    ]
+    try:
+        yield
+    finally:
+        for now, then in before:
+            now.update(then)
+            for name in now.keys() - then.keys():
+                del now[name]
 
 
 def _save(program: ExportedProgram, path: str | Path | None, variant: str = "") -> None:

@@ -176,12 +176,17 @@ def _check_kwargs(recipe: Recipe, call: Mapping[str, Any]) -> None:
     if not recipe.merged:
         return
     for guard in {recipe.guard(block) for block in recipe.merged}:
-        kwargs = call.get(recipe.family.attention_kwargs)
-        plan.pass_on(kwargs, *guard.refused_kwargs)
+        plan.pass_on(_kwargs(recipe, call), *guard.refused_kwargs)
         for name, component in guard.masks:
             # Its rows are those of the image row by row, which is not the order of tiles.
             if component in guard.components or recipe.config.region == "tile":
                 plan.pass_on_mask(call.get(name), name, component == "self_attention")
+
+
+def _kwargs(recipe: Recipe, call: Mapping[str, Any]) -> Any:
+    """The attention kwargs of a call of the model, if it takes any."""
+    name = recipe.family.attention_kwargs
+    return None if name is None else call.get(name)
 
 
 def _check_masks(recipe: Recipe, call: Mapping[str, Any]) -> None:
@@ -193,7 +198,7 @@ def _check_masks(recipe: Recipe, call: Mapping[str, Any]) -> None:
     merged, in_order = set(recipe.config.components), recipe.config.region != "tile"
     if in_order and merged == {"mlp"}:
         return
-    kwargs = call.get(recipe.family.attention_kwargs) or {}
+    kwargs = _kwargs(recipe, call) or {}
     masks = {
         name: value
         for name, value in kwargs.items()

@@ -4,6 +4,7 @@ The values of made-up arguments mean nothing; their shapes are those that diffus
 to the model.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -15,7 +16,12 @@ from toma_fx.hooks import copied_without_hooks, is_cast
 
 
 def random_inputs(
-    model: nn.Module, *, height: int | None = None, width: int | None = None, batch: int = 1
+    model: nn.Module,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    frames: int | None = None,
+    batch: int = 1,
 ) -> dict[str, Any]:
     """Keyword arguments for a call of ``model``, on its device and in its dtype.
 
@@ -23,10 +29,12 @@ def random_inputs(
         model: of a known family.
         height: of the image, in pixels; the model's native size when left out.
         width: of the image, in pixels; like ``height`` when left out.
-        batch: images.
+        frames: of a video; the model's native number when left out.
+        batch: images, or videos.
 
     Raises:
-        ModelError: when the size is no multiple of what a token covers, or none can be made up.
+        ModelError: when the size is no multiple of what a token covers, frames are asked of a model
+            that draws images, or no call can be made up.
     """
     # What a model computes in, which is not the dtype of weights that are cast or quantised.
     from diffusers.models.modeling_utils import get_parameter_dtype
@@ -34,12 +42,21 @@ def random_inputs(
     device = next(model.parameters()).device
     like = torch.empty(0, device=device, dtype=get_parameter_dtype(model))
     width = height if width is None else width
+    family = family_of(model)
+    video = {} if frames is None else {"frames": frames}
+    if video and not draws_videos(model):
+        raise ModelError(f"{family.title} draws images; leave frames={frames!r} out")
     try:
-        return family_of(model).example_call(model, like, batch=batch, height=height, width=width)
+        return family.example_call(model, like, batch=batch, height=height, width=width, **video)
     except TomaError:
         raise
     except Exception as error:
         raise unfit(model, error) from error
+
+
+def draws_videos(model: nn.Module) -> bool:
+    """Whether a model of a known family draws videos."""
+    return "frames" in inspect.signature(family_of(model).example_call).parameters
 
 
 def unfit(model: nn.Module, error: Exception) -> ModelError:

@@ -15,9 +15,16 @@ from torch import nn
 
 from toma_fx.border import Border, BorderKey
 from toma_fx.calls import Arguments, named_arguments
-from toma_fx.families.rows import Stage, qualified_name
-from toma_fx.model_border import CachedModelBorder, ModelBorder, ParallelModelBorder
+from toma_fx.families.rows import Stage, TokenGrids, qualified_name
+from toma_fx.grids import method_in_order
+from toma_fx.model_border import (
+    CachedModelBorder,
+    CachedParallelModelBorder,
+    ModelBorder,
+    ParallelModelBorder,
+)
 from toma_fx.ordering import TOKEN_ORDER_HOOK, enter_in_order, known_order, leave_in_order
+from toma_fx.ranks import RANKS_HOOK
 from toma_fx.recipe import Recipe, plain_path
 from toma_fx.runtime.plan import SCOPE, own_scope
 from toma_fx.state import State
@@ -39,10 +46,10 @@ class StageBorder(Border):
         if SCOPE in (call.get(name) or {}):
             call[name] = own_scope(call[name], self.toma_stage)
         if self.toma_key.config.region != "tile":
-            return self.toma_base.forward(self, **call)
+            return self.toma_base_forward(**call)
         grid = next(iter(call.values()))
         with known_order(lambda: toma.tile_order(grid, *grid.shape[-2:])):
-            return self.toma_base.forward(self, **call)
+            return self.toma_base_forward(**call)
 
 
 _CLASSES: weakref.WeakValueDictionary[BorderKey, Any] = weakref.WeakValueDictionary()
@@ -54,34 +61,45 @@ def _class_of(key: BorderKey) -> Any:
     with _LOCK:
         cls = _CLASSES.get(key)
         if cls is None:
-            made = _new_model_class(key) if key.stage is None else _new_stage_class(key, key.stage)
-            cls = _CLASSES[key] = made
+            cls = _CLASSES[key] = _new_class_of(key)
         return cls
+
+
+def _new_class_of(key: BorderKey) -> Any:
+    if key.stage is not None:
+        return _new_stage_class(key, key.stage)
+    return _new_model_class(key) if key.places is None else _new_place_class(key)
 
 
 def _new_class(key: BorderKey, mixin: type[Border], attributes: Arguments) -> Any:
     base: Any = key.base
-    forward = _own_code(mixin.forward)  # type: ignore[attr-defined]
-    forward.__signature__ = inspect.signature(base.forward)
     common = {
         "__doc__": base.__doc__,
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "toma_base": base,
+        "toma_base_forward": base.forward,
         "toma_key": key,
         "toma_unpickled": staticmethod(_unpickled),
         "toma_named": staticmethod(named_arguments(base.forward)),
-        "forward": forward,
     }
+    if "forward" not in attributes:
+        common["forward"] = forward = _own_code(mixin.forward)  # type: ignore[attr-defined]
+        forward.__signature__ = inspect.signature(base.forward)
     return type(base.__name__, (mixin, base), {**common, **attributes})
 
 
+_MIXINS = {
+    (False, False): ModelBorder,
+    (False, True): ParallelModelBorder,
+    (True, False): CachedModelBorder,
+    (True, True): CachedParallelModelBorder,
+}
+"""By whether diffusers' caches know a model, and whether it can be split among ranks."""
+
+
 def _new_model_class(key: BorderKey) -> Any:
-    mixin: type[ModelBorder] = ModelBorder
-    if hasattr(key.base, "enable_cache"):
-        mixin = CachedModelBorder
-        if hasattr(key.base, "enable_parallelism"):
-            mixin = ParallelModelBorder
+    mixin = _MIXINS[hasattr(key.base, "enable_cache"), hasattr(key.base, "enable_parallelism")]
     attributes = {
         # Dynamo counts the graphs of a code object, and each configuration has graphs of its own.
         "_run": _own_code(ModelBorder._run),
@@ -89,6 +107,11 @@ def _new_model_class(key: BorderKey) -> Any:
         "_before": torch.compiler.disable(_own_code(ModelBorder._before)),
         "_after": torch.compiler.disable(_own_code(ModelBorder._after)),
     }
+    attributes |= _methods_in_order(key, "")
+    # What compile_repeated_blocks compiles; diffusers leaves some blocks out, or all.
+    blocks = [row.cls.rpartition(".")[2] for row in key.family.blocks]
+    repeated = getattr(key.base, "_repeated_blocks", None) or ()
+    attributes["_repeated_blocks"] = list(dict.fromkeys([*repeated, *blocks]))
     cls = _new_class(key, mixin, attributes)
     for frame in (cls.__call__, cls.forward):
         _decided_outside(frame)
@@ -102,6 +125,32 @@ def _new_stage_class(key: BorderKey, stage: Stage) -> Any:
         attributes[stage.enter] = enter_in_order(getattr(base, stage.enter))
         attributes[stage.leave] = leave_in_order(getattr(base, stage.leave))
     return _new_class(key, StageBorder, attributes)
+
+
+def _new_place_class(key: BorderKey) -> Any:
+    assert key.places is not None
+    attributes = _methods_in_order(key, key.places)
+    base: Any = key.base
+    attributes.setdefault("forward", base.forward)
+    return _new_class(key, Border, attributes)
+
+
+def _methods_in_order(key: BorderKey, module: str) -> Arguments:
+    """The methods of a module that take or return tokens, in order; the model's forward apart."""
+    if key.grids is None or key.config.region != "tile":
+        return {}
+    enter = [place for place in key.grids.enter if place.module == module]
+    leave = [place for place in key.grids.leave if place.module == module]
+    methods = {place.method for place in (*enter, *leave)}
+    return {
+        name: method_in_order(
+            getattr(key.base, name),
+            [place for place in enter if place.method == name],
+            [place for place in leave if place.method == name],
+        )
+        for name in methods
+        if module or name != "forward"
+    }
 
 
 def _own_code(function: Any) -> Any:
@@ -150,10 +199,23 @@ def install_borders(model: nn.Module, recipe: Recipe, pipeline: Any = None) -> N
             module.__class__ = _class_of(key)
             module.toma_stage = plain_path(path)
     border: Any = model
+    # Some configurations leave a module out, as one of learned positions.
+    for path in _places(recipe).intersection(path for path, _ in model.named_modules()):
+        at: Any = model.get_submodule(path)
+        at.__class__ = _class_of(BorderKey(type(at), recipe.family, recipe.config, places=path))
     border.__class__ = _class_of(BorderKey(type(model), recipe.family, recipe.config))
     border.toma_recipe = recipe
     border.toma_state = State()
     border.toma_reader = TimestepReader(pipeline)
+
+
+def _places(recipe: Recipe) -> set[str]:
+    """Paths of the modules in a model where tokens come into order or leave it."""
+    if recipe.config.region != "tile":
+        return set()
+    grids = [each for each in recipe.family.borders if isinstance(each, TokenGrids)]
+    places = [place for each in grids for place in (*each.enter, *each.leave)]
+    return {place.module for place in places if place.module}
 
 
 def uninstall_borders(model: nn.Module) -> None:
@@ -163,6 +225,11 @@ def uninstall_borders(model: nn.Module) -> None:
     """
     if vars(model).get("toma_ordered_by_hook"):
         model._diffusers_hook.remove_hook(TOKEN_ORDER_HOOK, recurse=False)  # type: ignore[operator, union-attr]
+    ranks = vars(model).get("toma_ranks")
+    if ranks is not None and ranks.arguments:
+        from diffusers.hooks import HookRegistry
+
+        HookRegistry.check_if_exists_or_initialize(model).register_hook(ranks.hook(), RANKS_HOOK)
     vars(model).pop("toma_recipe")
     for module in model.modules():
         cls: Any = type(module)

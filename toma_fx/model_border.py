@@ -6,9 +6,8 @@ something bigger that is compiled or exported, they are traced like all else, an
 needs values says what to do instead.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -19,10 +18,28 @@ from toma_fx.border import Border
 from toma_fx.calls import Arguments, LastCall, forced_now, is_empty, is_traced, to_meta
 from toma_fx.errors import InputError, ModelError
 from toma_fx.foreign import Watched, check_caches
-from toma_fx.ordering import TOKEN_ORDER_HOOK, in_token_order, token_order_hook
+from toma_fx.grids import image_sequence, run_in_order, token_order
+from toma_fx.ordering import (
+    TOKEN_ORDER_HOOK,
+    image_ids,
+    in_token_order,
+    known_order,
+    token_order_hook,
+)
 from toma_fx.policy import Always, Decision, ModelCall, policy_of
+from toma_fx.ranks import Ranks, check_family, part_of
 from toma_fx.recipe import Recipe
-from toma_fx.runtime.plan import MERGED, REUSE, SCOPE, CallScope, Plans
+from toma_fx.runtime.plan import (
+    MERGED,
+    REUSE,
+    SCOPE,
+    WEIGH,
+    CallScope,
+    InScope,
+    Plans,
+    current,
+    enter,
+)
 from toma_fx.state import State
 from toma_fx.timesteps import TimestepReader
 
@@ -37,6 +54,8 @@ class ModelBorder(Border):
     toma_watched: Watched | None = None
     # Not asked of the registry of hooks, which pipelines add between two calls of a compiled model.
     toma_ordered_by_hook = False
+    toma_ranks: Ranks | None = None
+    """Those that share the model, where its tokens follow from shapes."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As `torch.nn.Module`; a frame of its own, which Dynamo does not trace."""
@@ -71,18 +90,42 @@ class ModelBorder(Border):
             kept: plans of an earlier call.
             keep: whether the plans are returned too.
         """
-        scope = CallScope(variant, grids, kept, keeps=keep)
+        border, config = self.toma_key.grids, self.toma_key.config
         # A block that needs nothing of a call may be run, or exported, on its own.
-        alone = self.toma_key.config.share == "block" and (variant, grids) == (MERGED, None)
-        if not alone:
-            name = self.toma_key.family.attention_kwargs
+        alone = config.share == "block" and (variant, grids) == (MERGED, None) and border is None
+        unmerged, order = 0, None
+        if border is not None:
+            sequence = image_sequence(border, config, self, call)
+            grids, unmerged = sequence.segments, sequence.unmerged
+            if self.toma_ranks is not None:
+                unmerged, grids = part_of(unmerged, grids, self.toma_ranks, self.toma_recipe)
+            like = self.toma_key.family.image(call)
+            order = token_order(sequence, like, config, border.given_last)
+        elif grids is None and self.toma_key.positions is not None:
+            grids = (call[self.toma_key.positions.tokens].shape[1],)
+        scope = CallScope(variant, grids, kept, keeps=keep, unmerged=unmerged, order=order)
+        name = self.toma_key.family.attention_kwargs
+        if not alone and name is not None:
             call = {**call, name: {**(call.get(name) or {}), SCOPE: scope}}
-        sequence = None if self.toma_ordered_by_hook else self.toma_key.sequence
-        if sequence is None:
-            output = self.toma_base.forward(self, **call)
-        else:
-            output = in_token_order(partial(self.toma_base.forward, self), call, sequence)
+        before = enter(scope)
+        try:
+            output = self._run_in_order(call, order)
+        finally:
+            enter(before)
         return output, scope.made() if keep else {}
+
+    def _run_in_order(self, call: Arguments, order: Tensor | None) -> Any:
+        """Diffusers' forward, on tokens in the order that regions need."""
+        forward: Callable[..., Any] = self.toma_base_forward
+        border, sequence = self.toma_key.grids, self.toma_key.sequence
+        if self.toma_ranks is not None:
+            forward = _of_rank(forward, self.toma_ranks)
+        if border is not None and order is not None:
+            with known_order(lambda: order):
+                return run_in_order(forward, call, border, order, self.config)  # type: ignore[attr-defined]
+        if sequence is None or self.toma_ordered_by_hook:
+            return forward(**call)
+        return in_token_order(forward, call, sequence)
 
     def _before(self, args: tuple[Any, ...], kwargs: Arguments) -> tuple[Arguments, Decision]:
         """The call with names, and what it runs."""
@@ -100,6 +143,7 @@ class ModelBorder(Border):
             return call, self._decide_traced()
         if any(is_empty(t) for t in pytree.tree_leaves(call) if isinstance(t, Tensor)):
             return call, Decision()  # without data there is no deciding: a call that merges
+        call = self._read(call)
         self._check_checkpointing()
         if self.toma_watched is None:
             self.toma_watched = Watched(cast(nn.Module, self), self.toma_recipe)
@@ -107,6 +151,16 @@ class ModelBorder(Border):
         decision = self._decide(call)
         self.toma_last_call = LastCall(to_meta(call), decision.grids)
         return call, decision
+
+    def _read(self, call: Arguments) -> Arguments:
+        """The call with what it leaves to the values of a tensor."""
+        border = self.toma_key.grids
+        reading = None if border is None else border.reading
+        tensor = None if reading is None else call.get(reading.argument)
+        if reading is None or tensor is None:
+            return call
+        made = self.toma_state.read(tensor, reading.makes)
+        return {**call, **{name: v for name, v in made.items() if call.get(name) is None}}
 
     def _decide_traced(self) -> Decision:
         """What a call runs where no value is known.
@@ -132,16 +186,20 @@ class ModelBorder(Border):
         decision = Decision()
         if not isinstance(policy, Always):
             decision = policy.decide(self._facts(call), self.toma_state)
+        if decision.variant == REUSE and self.toma_recipe.needs_new_rows(call):
+            decision = replace(decision, variant=WEIGH)  # with which all rows are taken again
         return replace(decision, grids=grids_in(model, call))
 
     def _facts(self, call: Arguments) -> ModelCall:
         """What a policy may ask of a call."""
         family, reader = self.toma_recipe.family, self.toma_reader
-        timestep, image = call["timestep"], family.image(call)
+        timestep, image = family.timestep(call), family.image(call)
         given = pytree.tree_leaves([call.get(name) for name in family.prompt])
         prompt = next((each for each in given if isinstance(each, Tensor)), image.new_empty(0))
         return ModelCall(
-            timesteps=lambda: reader.read(timestep),
+            timesteps=lambda: [
+                -each if family.time_rises else each for each in reader.read(timestep)
+            ],
             levels=lambda: [
                 family.noise_level(each, reader.scheduler) for each in reader.read(timestep)
             ],
@@ -169,6 +227,19 @@ class ModelBorder(Border):
                 "torch.compile cannot take a whole model whose blocks share plans through gradient "
                 "checkpointing; compile its blocks instead: model.compile_repeated_blocks()"
             )
+
+    @property
+    def _gradient_checkpointing_func(self) -> Any:
+        """Diffusers' attribute: what runs a block under gradient checkpointing."""
+        checkpoint = vars(self).get("_gradient_checkpointing_func")
+        scope = current()
+        if checkpoint is None or scope is None:
+            return checkpoint
+        return lambda block, *args, **kwargs: checkpoint(InScope(block, scope), *args, **kwargs)
+
+    @_gradient_checkpointing_func.setter
+    def _gradient_checkpointing_func(self, checkpoint: Any) -> None:
+        vars(self)["_gradient_checkpointing_func"] = checkpoint
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the model for its own calls; arguments as `torch.compile` takes them."""
@@ -204,10 +275,10 @@ class CachedModelBorder(ModelBorder):
             raise
 
 
-class ParallelModelBorder(CachedModelBorder):
+class ParallelModelBorder(ModelBorder):
     """The border of a model whose tokens can be split among ranks."""
 
-    def enable_parallelism(self, *, config: Any, **options: Any) -> None:
+    def enable_parallelism(self, *, config: Any, cp_plan: Any = None) -> None:
         """As diffusers' method; the ranks of context parallelism get neighbouring tiles.
 
         Tokens are put in tile order before they are split, so that each rank holds a compact part
@@ -216,12 +287,52 @@ class ParallelModelBorder(CachedModelBorder):
         from diffusers.hooks import HookRegistry
 
         model: Any = super()
-        model.enable_parallelism(config=config, **options)
-        parallel: Any = self._parallel_config  # type: ignore[attr-defined]
-        if self.toma_key.sequence is not None and parallel.context_parallel_config is not None:
+        if self.toma_key.grids is not None and _is_context_parallel(config):
+            self._split_by_shapes(config, cp_plan)
+            return
+        model.enable_parallelism(config=config, cp_plan=cp_plan)
+        if self.toma_key.sequence is not None and _is_context_parallel(config):
             registry = HookRegistry.check_if_exists_or_initialize(self)
             registry.register_hook(token_order_hook(self.toma_key.sequence), TOKEN_ORDER_HOOK)
             self.toma_ordered_by_hook = True
+            parallel: Any = self._parallel_config  # type: ignore[attr-defined]
+            self.toma_ranks = Ranks(parallel.context_parallel_config, {})
+
+    def toma_check_ranks(self, call: Arguments) -> None:
+        """Refuse a call before it is split, when ranks would be left with unlike parts of it.
+
+        Raises:
+            InputError: when they would.
+        """
+        sequence = self.toma_key.sequence
+        if sequence is None or self.toma_ranks is None or call[sequence.ids].is_meta:
+            return
+        grids = self.toma_state.grids_of(call[sequence.ids], sort=True)
+        part_of(0, grids or (call[sequence.tokens].shape[1],), self.toma_ranks, self.toma_recipe)
+
+    def _split_by_shapes(self, config: Any, cp_plan: Any) -> None:
+        """Split a model whose tokens follow from shapes, and which is called with whole images."""
+        check_family(self.toma_key.family)
+        model: Any = super()
+        plan = dict((model._cp_plan if cp_plan is None else cp_plan) or {})
+        arguments = plan.pop("", {})
+        model.enable_parallelism(config=config, cp_plan=plan or None)
+        parallel: Any = self._parallel_config  # type: ignore[attr-defined]
+        self.toma_ranks = Ranks(parallel.context_parallel_config, arguments)
+
+
+class CachedParallelModelBorder(CachedModelBorder, ParallelModelBorder):
+    """The border of a model of which both hold."""
+
+
+def _is_context_parallel(config: Any) -> bool:
+    parallel = getattr(config, "context_parallel_config", config)
+    return parallel is not None and hasattr(parallel, "ulysses_degree")
+
+
+def _of_rank(forward: Callable[..., Any], ranks: Ranks) -> Callable[..., Any]:
+    """Diffusers' forward on the rows of a rank."""
+    return lambda **call: forward(**ranks.split(call))
 
 
 def grids_in(model: nn.Module, call: Mapping[str, Any]) -> tuple[int, ...] | None:
@@ -236,4 +347,12 @@ def grids_in(model: nn.Module, call: Mapping[str, Any]) -> tuple[int, ...] | Non
     border, region = model.toma_key.positions, model.toma_key.config.region
     if border is None or region == "image" or call[border.ids].is_meta:
         return None
-    return model.toma_state.grids_of(call[border.ids], sort=region == "tile")
+    named = [(border.tokens, border.ids)]
+    if border.references is not None and call.get(border.references[0]) is not None:
+        named.append(border.references)
+    found: list[int] = []
+    for tokens, name in named:
+        ids = image_ids(call, border, tokens, name)
+        grids = model.toma_state.grids_of(ids, sort=region == "tile", places=border.places)
+        found += grids or (ids.shape[0],)
+    return tuple(found) if len(found) > 1 else None

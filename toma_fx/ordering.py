@@ -6,7 +6,7 @@ model's family.
 
 import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any
 
@@ -23,14 +23,17 @@ toma = torch.ops.toma
 def in_token_order(forward: Callable[..., Any], call: Arguments, sequence: TokenSequence) -> Any:
     """A model on tokens in tile order; what comes out is in the caller's order."""
     call = dict(call)
-    ids = call[sequence.ids]
-    ids = ids if ids.ndim == 2 else ids[0]
-    order = toma.tile_order_of_ids(ids)
-    call[sequence.tokens] = toma.reorder(call[sequence.tokens], order)
-    call[sequence.ids] = ids[order]
+    order = _put_in_order(call, sequence, sequence.tokens, sequence.ids)
+    if sequence.references is not None and call.get(sequence.references[0]) is not None:
+        _put_in_order(call, sequence, *sequence.references)
     for name in sequence.more:
         if call.get(name) is not None:
             call[name] = [toma.reorder(each, order) for each in call[name]]
+    for name in sequence.joint:
+        if call.get(name) is not None:
+            text = call[name].shape[1] - order.shape[0]
+            image = call[name][:, text:].index_select(1, order)
+            call[name] = torch.cat([call[name][:, :text], image], dim=1)
     raster = order.argsort()
     with known_order(lambda: order):
         output = forward(**call)
@@ -38,6 +41,34 @@ def in_token_order(forward: Callable[..., Any], call: Arguments, sequence: Token
         return (toma.reorder(output[0], raster), *output[1:])
     output.sample = toma.reorder(output.sample, raster)
     return output
+
+
+def _put_in_order(call: Arguments, sequence: TokenSequence, tokens: str, ids: str) -> Tensor:
+    """Put tokens, and their ids, in tile order, which is returned."""
+    mine = image_ids(call, sequence, tokens, ids)
+    given = call[ids] if call[ids].ndim == 2 else call[ids][0]
+    order: Tensor = toma.tile_order_of_ids(sequence.places(mine))
+    call[tokens] = toma.reorder(call[tokens], order)
+    text = given[: given.shape[0] - mine.shape[0]]
+    placed = torch.cat([text, mine[order]]) if sequence.text_first else mine[order]
+    # With a dimension for samples where it had one, since hooks may split it.
+    call[ids] = placed if call[ids].ndim == 2 else placed.expand(call[ids].shape[0], -1, -1)
+    return order
+
+
+def image_ids(call: Mapping[str, Any], sequence: TokenSequence, tokens: str, ids: str) -> Tensor:
+    """The ids of image tokens, ``(N, 3)`` or more, without those of the text.
+
+    Args:
+        call: arguments of the model.
+        sequence: where they are.
+        tokens: the argument with the tokens.
+        ids: the argument with their ids.
+    """
+    given: Tensor = call[ids] if call[ids].ndim == 2 else call[ids][0]
+    if not sequence.text_first:
+        return given
+    return given[given.shape[0] - call[tokens].shape[1] :]
 
 
 def known_order(order: Callable[[], Tensor]) -> Any:
@@ -92,6 +123,8 @@ def token_order_hook(sequence: TokenSequence) -> Any:
 
         def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
             call = module.toma_named(args, kwargs)
+            if not torch.compiler.is_dynamo_compiling():
+                module.toma_check_ranks(call)
             forward = self.fn_ref.original_forward
             return in_token_order(forward, call, sequence)
 

@@ -7,7 +7,7 @@ models, captured graphs, reports, speed-ups, calibration and export all read it.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from tabulate import tabulate
 
@@ -104,6 +104,10 @@ class Recipe:
             made[WEIGH] = self._passes(block, kept_destinations=True)
             made[REUSE] = self._passes(replace(block, role="follow"))
         return made
+
+    def needs_new_rows(self, call: Mapping[str, Any]) -> bool:
+        """Whether a plan holds rows of tokens that are another call's at the next step."""
+        return self.config.placement == "block" and self.family.rows_change(call)
 
     def followers(self, block: BlockRecipe) -> dict[str, tuple[Pass, ...] | None]:
         """The variants of the blocks that use the plan of this one."""
@@ -210,7 +214,7 @@ def make_recipe(
     paths = [plain_path(block.module) for block in found]
     if config.merges and paths:
         _check_patterns(paths, config)
-    unmerged = _unmerged(paths, config, family)
+    unmerged = {**_unmerged(paths, config, family), **_never_merged(paths, family)}
     led: set[Group] = set()
     blocks = []
     for path, block in zip(paths, found, strict=True):
@@ -279,6 +283,15 @@ def _check_patterns(paths: Sequence[str], config: MergeConfig) -> None:
             f"block_ratios={hidden!r} names only blocks that patterns before it name, and the "
             "first that fits counts; put it before them"
         )
+
+
+def _never_merged(paths: Sequence[str], family: Family) -> Mapping[str, str]:
+    return {
+        path: reason
+        for pattern, reason in family.never_merged.items()
+        for path in paths
+        if matches(path, pattern)
+    }
 
 
 def _unmerged(paths: Sequence[str], config: MergeConfig, family: Family) -> Mapping[str, str]:

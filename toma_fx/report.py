@@ -11,6 +11,7 @@ from toma_fx.arithmetic import run_operations
 from toma_fx.build import recipe_of_transformed
 from toma_fx.calls import LastCall, to_meta
 from toma_fx.config import MergeConfig
+from toma_fx.grids import sequence_in
 from toma_fx.inputs import random_inputs, weightless
 from toma_fx.recipe import BlockRecipe, Recipe, plan_options
 from toma_fx.runtime import regions
@@ -58,6 +59,10 @@ class Report:
     groups: tuple[GroupReport, ...]
     flops_before: int
     flops_after: int
+    frames: int = 1
+    """Latent frames; 1 of an image."""
+    unmerged_frames: int = 0
+    """How many of them, from the first, are given and stay as they are."""
     asked: float | None = None
     """The ``speedup`` that the ratio was chosen for."""
 
@@ -93,8 +98,18 @@ class Report:
         return (
             f"{self.model}, {self.image}, {ratio}\n"
             f"{tabulate(rows, headers, disable_numparse=True)}\n"
-            f"plan: {_plan(self.config)}" + self._when() + self._prediction()
+            f"plan: {_plan(self.config)}" + self._video() + self._when() + self._prediction()
         )
+
+    def _video(self) -> str:
+        if self.frames == 1:
+            return ""
+        through = given = ""
+        if self.config.region == "tile":
+            through = f", tiles reach through {self.config.region_frames}, the first is apart"
+        if self.unmerged_frames:
+            given = f"; {self.unmerged_frames} of them may be given and never merge"
+        return f"\nvideo: {self.frames} latent frames{through}{given}"
 
     def _when(self) -> str:
         below = self.config.merge_below
@@ -120,6 +135,7 @@ def report(
     *,
     height: int | None = None,
     width: int | None = None,
+    frames: int | None = None,
     batch: int = 1,
     steps: int = STEPS,
     inputs: Mapping[str, Any] | None = None,
@@ -133,6 +149,7 @@ def report(
         model: a transformed model, or a pipeline that holds one; compiled or wrapped as may be.
         height: of the image, in pixels.
         width: of the image, in pixels; like ``height`` when left out.
+        frames: of a video.
         batch: images (with guidance, a UNet sees two for each).
         steps: of the denoising run, over which arithmetic is averaged.
         inputs: keyword arguments of a call.
@@ -144,22 +161,28 @@ def report(
     model = model_of(model)
     recipe = recipe_of_transformed(model)
     last = getattr(model, "toma_last_call", None)
-    sized = height is not None or width is not None or batch != 1
+    sized = any(size is not None for size in (height, width, frames)) or batch != 1
     if inputs is not None:
         call = LastCall(to_meta(inputs), None)
     elif last is not None and not sized:
         call = last
     else:
-        made = random_inputs(weightless(model), height=height, width=width, batch=batch)
-        call = LastCall(made, None)
+        size = {"height": height, "width": width, "frames": frames}
+        call = LastCall(random_inputs(weightless(model), batch=batch, **size), None)
     scheduler = getattr(getattr(model, "toma_reader", None), "scheduler", None)
     counted = run_operations(model, recipe, call, steps, scheduler)
     image = recipe.family.image(call.arguments)
+    sequence = sequence_in(model, call.arguments)
+    unmerged, grids = 0, call.grids
+    if sequence is not None:
+        unmerged, grids = sequence.unmerged, sequence.segments
+    whole = image.shape[1] if grids is None else unmerged + sum(grids)
     groups = []
     for parent, members in _alike(recipe):
         block = members[0]
-        given = counted.tokens[block.path]
-        left = tokens_after(given, recipe.config, block.ratio, call.grids)
+        given = whole if block.row.flow.joint else counted.tokens[block.path]
+        # Some blocks do not run in every call, as those for reference images.
+        left = tokens_after(given, recipe.config, block.ratio, grids, unmerged) if given else 0
         groups.append(
             GroupReport(
                 path=parent,
@@ -181,16 +204,34 @@ def report(
         groups=tuple(groups),
         flops_before=counted.before[""],
         flops_after=counted.after[""],
+        frames=1 if sequence is None else sequence.grids[0].frames,
+        unmerged_frames=0 if sequence is None else sequence.unmerged_frames,
         asked=recipe.speedup,
     )
 
 
 def tokens_after(
-    tokens: int, config: MergeConfig, ratio: float, grids: tuple[int, ...] | None = None
+    tokens: int,
+    config: MergeConfig,
+    ratio: float,
+    grids: tuple[int, ...] | None = None,
+    unmerged: int = 0,
 ) -> int:
-    """Image tokens that are left of ``tokens`` in a block that merges with a ratio."""
-    known = grids if grids is not None and sum(grids) == tokens else (tokens,)
-    return regions.kept(regions.layout(known, plan_options(config, ratio).region_tokens, ratio))
+    """Image tokens that are left of ``tokens`` in a block that merges with a ratio.
+
+    Args:
+        tokens: that go into the block.
+        config: of the model.
+        ratio: of the block.
+        grids: tokens of each grid of the sequence.
+        unmerged: tokens before those of the grids, which stay.
+    """
+    known = grids if grids is not None and unmerged + sum(grids) == tokens else (tokens,)
+    return (
+        tokens
+        - sum(known)
+        + regions.kept(regions.layout(known, plan_options(config, ratio).region_tokens, ratio))
+    )
 
 
 def _alike(recipe: Recipe) -> Iterator[tuple[str, list[BlockRecipe]]]:

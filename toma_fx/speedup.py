@@ -17,6 +17,7 @@ from toma_fx.build import merged_copy, recipe_of_transformed
 from toma_fx.calls import LastCall, to_meta
 from toma_fx.config import MergeConfig
 from toma_fx.errors import ConfigError, ModelError
+from toma_fx.families.rows import Family
 from toma_fx.inputs import random_inputs, weightless
 
 logger = logging.getLogger(__name__)
@@ -35,18 +36,20 @@ def for_speedup(
     speedup: float,
     inputs: Mapping[str, Any] | None = None,
     scheduler: Any = None,
+    family: Family | None = None,
 ) -> MergeConfig:
     """The configuration with the smallest ratio whose predicted arithmetic is small enough.
 
     Ratios are tried in steps of one token of a region.
 
     Args:
-        model: of a known family.
+        model: of a family.
         config: all options but the ratio.
         speedup: wanted arithmetic of the untouched model over that of the merged one, at least 1,
             averaged over a run.
         inputs: keyword arguments of a call; those of the model's native size when left out.
         scheduler: of the pipeline, which makes the run's timesteps; None for the usual ones.
+        family: of the model, when it is not a known one.
 
     Raises:
         ConfigError: when ``speedup`` is no number of at least 1.
@@ -62,7 +65,7 @@ def for_speedup(
     call = LastCall(random_inputs(skeleton) if inputs is None else to_meta(inputs), None)
 
     def reached(step: int) -> float:
-        merged = merged_copy(skeleton, replace(config, ratio=step / steps))
+        merged = merged_copy(skeleton, replace(config, ratio=step / steps), family=family)
         counted = run_operations(merged, recipe_of_transformed(merged), call, STEPS, scheduler)
         return counted.before[""] / counted.after[""]
 

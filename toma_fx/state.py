@@ -15,7 +15,9 @@ weights are shared, so it costs no memory.
 """
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,7 +76,7 @@ class State:
 
     def __init__(self) -> None:
         self._runs: list[Run] = []
-        self._grids: list[tuple[_Held, tuple[int, ...] | None]] = []
+        self._read: list[tuple[_Held, Any]] = []
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -106,25 +108,37 @@ class State:
             self._runs = [*others[1 - MOST_RUNS :], run]
         return run
 
-    def grids_of(self, ids: Tensor, *, sort: bool) -> tuple[int, ...] | None:
+    def grids_of(
+        self, ids: Tensor, *, sort: bool, places: Callable[[Tensor], Tensor] = lambda ids: ids
+    ) -> tuple[int, ...] | None:
         """Token counts of the grids in a sequence; None when it is one grid.
-
-        The ids are read once for each tensor, which a pipeline makes once an image.
 
         Args:
             ids: ``(N, 3)`` or ``(1, N, 3)``: image number, row and column of each token.
             sort: whether token order brings the tokens of an image together.
+            places: image number, row and column, of other ids.
+        """
+
+        def grids(ids: Tensor) -> tuple[int, ...]:
+            numbers = places(ids if ids.ndim == 2 else ids[0])[:, 0].round().tolist()
+            return grid_sizes(numbers, sort=sort)
+
+        found: tuple[int, ...] = self.read(ids, grids)
+        return found if len(found) > 1 else None
+
+    def read(self, tensor: Tensor, how: Callable[[Tensor], Any]) -> Any:
+        """What the values of a tensor say, which is asked once for each tensor.
+
+        A pipeline makes those that are read, positions of tokens, once an image.
         """
         with self._lock:
-            for known, grids in self._grids:
-                if known.has(ids):
-                    return grids
-        numbers = (ids if ids.ndim == 2 else ids[0])[:, 0].round().tolist()
-        found = grid_sizes(numbers, sort=sort)
-        grids = found if len(found) > 1 else None
+            for known, read in self._read:
+                if known.has(tensor):
+                    return read
+        read = how(tensor)
         with self._lock:
-            self._grids = [*self._grids[1 - MOST_RUNS :], (_Held(ids), grids)]
-        return grids
+            self._read = [*self._read[1 - MOST_RUNS :], (_Held(tensor), read)]
+        return read
 
     def keep(self, run: Run, plans: Plans) -> None:
         """Keep the plans of a call for those that follow in its run.
@@ -140,12 +154,12 @@ class State:
         thread = threading.get_ident()
         with self._lock:
             self._runs = [run for run in self._runs if run.thread != thread]
-            self._grids = []
+            self._read = []
 
     def nbytes(self) -> int:
         """Bytes of the plans that are kept."""
         plans = pytree.tree_leaves([run.plans for run in self._runs])
-        return sum(tensor.nbytes for tensor in plans)
+        return sum(each.nbytes for each in plans if isinstance(each, Tensor))
 
 
 def _version(tensor: Tensor) -> int:

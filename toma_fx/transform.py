@@ -7,8 +7,10 @@ the model's borders. ``restore`` takes all that off again.
 
 import contextlib
 import logging
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from torch import fx, nn
@@ -16,9 +18,9 @@ from torch.export import ExportedProgram
 
 from toma_fx.build import merged_copy, recipe_of_transformed, take_off
 from toma_fx.config import MergeConfig, build_config
-from toma_fx.errors import ConfigError, ModelError
+from toma_fx.errors import ConfigError, ModelError, TomaWarning
 from toma_fx.families import MODELS, family_of, knows
-from toma_fx.families.rows import qualified_name
+from toma_fx.families.rows import Family, TokenGrids, qualified_name
 from toma_fx.hooks import check_hooks
 from toma_fx.recipe import Recipe
 from toma_fx.speedup import for_speedup
@@ -32,6 +34,7 @@ def transform(
     model: Model,
     config: MergeConfig | None = None,
     *,
+    family: Family | None = None,
     speedup: float | None = None,
     inputs: Mapping[str, Any] | None = None,
     **options: Any,
@@ -48,6 +51,8 @@ def transform(
             returned, or a `torch.fx.GraphModule` from `toma_fx.trace`, from Dynamo, or from the
             ``module()`` of an exported program.
         config: what to do; `MergeConfig` with its defaults when left out.
+        family: what is known of the model, for one of a class that toma_fx does not know:
+            `toma_fx.derive` reads it off a call.
         speedup: in place of a ratio: take the smallest whose predicted arithmetic, at the model's
             native size and averaged over a run, is this many times less than the untouched model's.
             That is no promise of time; `report` says what was chosen.
@@ -96,10 +101,10 @@ def transform(
 
         return transform_flat(model, config)  # type: ignore[no-any-return]
     if isinstance(model, nn.Module):
-        return _transform_model(model, config, speedup, inputs)  # type: ignore[return-value]
+        return _transform_model(model, config, family, speedup, inputs)  # type: ignore[return-value]
     made = {
-        name: _transform_model(part, config, speedup, inputs, model)
-        for name, part in pipeline_models(model).items()
+        name: _transform_model(part, config, family, speedup, inputs, model)
+        for name, part in pipeline_models(model, family).items()
     }
     for name, part in made.items():
         setattr(model, name, part)
@@ -150,19 +155,27 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return inside[0] if len(inside) == 1 else model
 
 
-def pipeline_models(pipeline: object) -> dict[str, nn.Module]:
+def pipeline_models(pipeline: object, family: Family | None = None) -> dict[str, nn.Module]:
     """The denoising models of a pipeline, by the names under which it holds them.
+
+    Args:
+        pipeline: of diffusers.
+        family: of the models that are meant; any known one when left out.
 
     Raises:
         ModelError: when it holds none of a known family.
     """
     held = {name: value for name, value in _parts(pipeline) if isinstance(value, nn.Module)}
-    found = {name: value for name, value in held.items() if knows(unwrapped(value))}
+    if family is None:
+        found = {name: value for name, value in held.items() if knows(unwrapped(value))}
+    else:
+        found = {n: v for n, v in held.items() if qualified_name(type(v)) == family.cls}
     if not found:
         known = ", ".join(name.rpartition(".")[2] for name in MODELS)
         raise ModelError(
             f"{type(pipeline).__name__} is neither a torch module nor a pipeline that holds a "
-            f"model that toma_fx knows ({known}); pass the model itself"
+            f"model that toma_fx knows ({known}); pass the model itself, and, for a class that is "
+            "not known, what toma_fx.derive read off it: transform(model, family=...)"
         )
     return found
 
@@ -179,15 +192,18 @@ def _parts(pipeline: object) -> Iterator[tuple[str, object]]:
 def _transform_model(
     model: nn.Module,
     config: MergeConfig,
+    family: Family | None,
     speedup: float | None,
     inputs: Mapping[str, Any] | None,
     pipeline: Any = None,
 ) -> nn.Module:
-    _check_model(model)
+    _check_model(model, family)
+    family = family_of(model) if family is None else family
+    config = _possible(config, family)
     if speedup is not None:
         scheduler = getattr(pipeline, "scheduler", None)
-        config = for_speedup(model, config, speedup, inputs, scheduler)
-    copied = merged_copy(model, config, speedup, pipeline)
+        config = for_speedup(model, config, speedup, inputs, scheduler, family)
+    copied = merged_copy(model, config, speedup, pipeline, family)
     _log(recipe_of_transformed(copied), type(copied).__name__)
     return copied
 
@@ -224,7 +240,22 @@ def _log(recipe: Recipe, model: str) -> None:
         logger.debug("%s is left unmerged: %s", block.path, block.unmerged_because)
 
 
-def _check_model(model: nn.Module) -> None:
+def _possible(config: MergeConfig, family: Family) -> MergeConfig:
+    """The options, as far as a family knows what they need."""
+    ordered = any(not isinstance(each, TokenGrids) or each.enter for each in family.borders)
+    if ordered or config.region != "tile" or not config.merges:
+        return config
+    warnings.warn(
+        f"where the image tokens of {family.title} change their order is not known, so regions are "
+        "stripes and not tiles, which are closer to the untouched image; say so to silence this: "
+        "region='stripe'",
+        TomaWarning,
+        stacklevel=4,
+    )
+    return replace(config, region="stripe")
+
+
+def _check_model(model: nn.Module, family: Family | None) -> None:
     recipe = getattr(unwrapped(model), "toma_recipe", None)
     if recipe is not None:
         raise ModelError(
@@ -239,7 +270,8 @@ def _check_model(model: nn.Module) -> None:
             "call toma_fx.transform first and compile its result"
         )
     check_hooks(model)
-    family = family_of(model)
+    if family is None:
+        family = family_of(model)
     if qualified_name(type(model)) != family.cls:
         known = family.cls.rpartition(".")[2]
         raise ModelError(

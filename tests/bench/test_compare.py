@@ -13,6 +13,7 @@ from toma_fx.bench.timing import Contender, Timing
 from toma_fx.config import MergeConfig
 from toma_fx.lab.rivals import tomesd
 from toma_fx.lab.variants import Preset
+from toma_fx.runtime.regions import layout
 from toma_fx.transform import transform
 
 VARIANTS = tuple(Preset(name=name, preset=name) for name in ("lower_bound", "default"))
@@ -102,7 +103,9 @@ def test_plans_are_counted_once_for_each_group() -> None:
     setting = Setting(height=256, batch=2, dtype=torch.float32)
     plans = planned(transform(unet, config), setting)
     # 256 pixels are 32 latents; two levels of the UNet halve that once and twice.
-    assert set(plans) == {((2, 256, 32), 0.5), ((2, 64, 32), 0.5)}
+    assert set(plans) == {
+        ((2, tokens, 32), layout([tokens], config.region_tokens, 0.5)) for tokens in (256, 64)
+    }
     groups = [m for m in unet.modules() if type(m).__name__ == "Transformer2DModel"]
     assert plans.total() == len(groups)
 
@@ -111,7 +114,7 @@ def test_plans_of_blocks_with_their_own_ratio_are_timed_at_it() -> None:
     config = MergeConfig(ratio=0, block_ratios={"mid_block.*": 0.75})  # type: ignore[arg-type]
     setting = Setting(height=256, dtype=torch.float32)
     plans = planned(transform(tiny_sdxl_unet(), config), setting)
-    assert plans == {((1, 64, 32), 0.75): 1}
+    assert plans == {((1, 64, 32), layout([64], config.region_tokens, 0.75)): 1}
 
 
 @BUILDERS

@@ -28,6 +28,7 @@ from toma_fx.passes.plan_nodes import PlanOptions
 from toma_fx.passes.readable import readable
 from toma_fx.passes.sites import WHOLE_BLOCK, Site, choose_sites
 from toma_fx.runtime import plan
+from toma_fx.runtime.arguments import RotaryTable
 from toma_fx.runtime.regions import WHOLE_IMAGE
 
 Role = Literal["lead", "follow"]
@@ -56,9 +57,8 @@ def block_of(name: str, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def family_of(block: nn.Module) -> Family:
-    """The family whose table has the block's class."""
-    (family,) = (each for each in all_families() if each.block_row(type(block)) is not None)
-    return family
+    """The first family whose table has the block's class."""
+    return next(each for each in all_families() if each.block_row(type(block)) is not None)
 
 
 def row_of(block: nn.Module) -> Block:
@@ -148,9 +148,16 @@ def rewrite(block: nn.Module, *passes: Pass) -> fx.GraphModule:
     return run_passes(capture(block), passes)
 
 
+def kwargs_argument(block: nn.Module) -> str:
+    """The argument of a block with the attention kwargs."""
+    name = row_of(block).flow.attention_kwargs
+    assert name is not None
+    return name
+
+
 def scope_kwargs(block: nn.Module, scope: plan.CallScope) -> dict[str, Any]:
     """The argument that carries the scope in which blocks share a plan."""
-    return {row_of(block).flow.attention_kwargs: {plan.SCOPE: scope}}
+    return {kwargs_argument(block): {plan.SCOPE: scope}}
 
 
 def run(module: nn.Module, inputs: dict[str, Any], **more: Any) -> tuple[Tensor, ...]:
@@ -264,7 +271,7 @@ class _ValueCheck(fx.Interpreter):
                 self._expect(each, like, where)
             return
         assert type(example) is type(result), where
-        if isinstance(example, plan.RotaryTable):
+        if isinstance(example, RotaryTable):
             self._expect(example.values, result.values, where)
         elif isinstance(example, plan.CallScope):
             assert (example.variant, example.grids) == (result.variant, result.grids), where
@@ -279,7 +286,7 @@ class _ValueCheck(fx.Interpreter):
 def materialise(example: Any) -> Any:
     """A real value for an example value."""
     if isinstance(example, plan.CallScope):
-        scope = plan.CallScope(kept=materialise(example.kept_by_stage))
+        scope = plan.CallScope(grids=example.grids, kept=materialise(example.kept_by_stage))
         scope.plans = materialise(example.plans)
         return scope
     if isinstance(example, dict):

@@ -15,7 +15,7 @@ from toma_fx.passes.cleanup import Cleanup
 from toma_fx.passes.hand_on import HandOn
 from toma_fx.passes.merge import Merge
 from toma_fx.passes.one_plan import OnePlan
-from toma_fx.passes.pipeline import LEAF_VALUE, Pass, run_passes
+from toma_fx.passes.pipeline import EXAMPLE_SCOPE, LEAF_VALUE, Pass, run_passes
 from toma_fx.passes.plan_nodes import PlanOptions, TokenFlow
 from toma_fx.passes.readable import readable
 from toma_fx.passes.sites import Site
@@ -71,6 +71,7 @@ def written(block: nn.Module) -> fx.GraphModule:
     graph.output(graph.call_function(operator.add, (add, shrink)))
     gm = fx.GraphModule(block, graph)
     gm.meta[LEAF_VALUE] = call_layer
+    gm.meta[EXAMPLE_SCOPE] = CallScope()
     for node in graph.find_nodes(op="placeholder"):
         node.meta["val"] = tokens_of() if node.target == "x" else None
     return gm

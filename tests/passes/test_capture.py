@@ -3,6 +3,7 @@
 import copy
 import inspect
 import math
+import re
 import traceback
 from typing import Any
 
@@ -25,9 +26,9 @@ from tests.passes.blocks import (
     expect_text,
     inputs_of,
     is_equal,
+    kwargs_argument,
     left_behind,
     merge_pass,
-    row_of,
     run,
 )
 from tests.tiny import TEXT_WIDTH
@@ -99,7 +100,7 @@ def test_one_graph_serves_every_size(name: str, sizes: dict[str, Any]) -> None:
 )
 def test_attention_kwargs_reach_the_attention_layers(name: str, kwargs: Any) -> None:
     block, inputs = with_gain(block_of(name)), inputs_of(name)
-    argument = row_of(block).flow.attention_kwargs
+    argument = kwargs_argument(block)
     original = None if kwargs is None else {k: v for k, v in kwargs.items() if k != SCOPE}
     expected = run(block, inputs, **{argument: original})
     assert is_equal(run(capture(block), inputs, **{argument: kwargs}), expected)
@@ -383,6 +384,106 @@ class TakesAnyNumber(nn.Module):
 class TakesRoot(nn.Module):
     def forward(self, hidden_states: Any, attention_kwargs: Any = None) -> Any:
         return hidden_states / math.sqrt(hidden_states.shape[1])
+
+
+class OwnSubclass(BasicTransformerBlock):  # type: ignore[misc]
+    """Hands on what it is given."""
+
+    def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(hidden_states, *args, **kwargs)
+
+
+def test_a_subclass_that_takes_more_than_it_names() -> None:
+    block = OwnSubclass(32, 2, 16, cross_attention_dim=TEXT_WIDTH)
+    message = r"OwnSubclass.forward takes \*args: Any, \*\*kwargs: Any, and a graph .* names all"
+    with pytest.raises(CaptureError, match=message):
+        capture(block)
+
+
+class Extra(nn.Module):
+    """Takes more than it needs, as the MLP of diffusers does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, hidden_states: Any, *args: Any, scale: Any = None, **kwargs: Any) -> Any:
+        if len(args) > 0 or kwargs.get("gain") is not None:
+            hidden_states = 2 * hidden_states
+        return self.layer(hidden_states)
+
+
+def test_arguments_without_names() -> None:
+    """A graph has none of them, and says so when it is given some."""
+    module, x = Extra(), torch.randn(2, 4)
+    gm = capture_block(module, {"hidden_states": x}, None, example_of)
+    assert (
+        str(inspect.signature(gm.forward)) == "(hidden_states, *args, scale=None, **kwargs) -> Any"
+    )
+    assert torch.equal(gm(x), module(x))
+    assert torch.equal(gm(x, scale=3.0), module(x))
+    with pytest.raises(InputError, match=r"was given args \(1.0,\), and its graph is for \(\)"):
+        gm(x, 1.0)
+    with pytest.raises(InputError, match=r"was given kwargs {'gain': 2}, and its graph is for {}"):
+        gm(x, gain=2)
+
+
+class Decides(nn.Module):
+    """Its branches depend on arguments that are no tensors."""
+
+    def forward(
+        self, x: Any, mask: Any = None, flip: Any = False, index: Any = 0, how: Any = "add"
+    ) -> Any:
+        x = x if mask is None else x * mask
+        x = x.flip(0) if flip else x
+        return x + index if how == "add" else x * index
+
+
+@pytest.mark.parametrize(
+    "fixed",
+    [
+        {"mask": None, "flip": False, "index": 0, "how": "add"},
+        {"mask": None, "flip": True, "index": 3, "how": "multiply"},
+    ],
+    ids=str,
+)
+def test_what_decides_branches_is_fixed(fixed: dict[str, Any]) -> None:
+    module, x = Decides(), torch.randn(2, 4)
+    gm = capture_block(module, {"x": x, **fixed}, None, example_of)
+    assert calls(gm)["expect_value"] == len(fixed)
+    assert torch.equal(gm(x, **fixed), module(x, **fixed))
+    others = {"mask": torch.ones(2, 4), "flip": not fixed["flip"], "index": 7, "how": "divide"}
+    for name in fixed:
+        given = "of shape (2, 4)" if name == "mask" else repr(others[name])
+        message = (
+            f"a merged block was given {name} {given}, and its graph is for {fixed[name]!r}; leave "
+            "it out, or leave the block unmerged with skip"
+        )
+        with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+            gm(x, **{**fixed, name: others[name]})
+
+
+def test_a_fixed_argument_is_checked_in_a_compiled_graph() -> None:
+    module, x = Decides(), torch.randn(2, 4)
+    fixed = {"mask": None, "flip": True, "index": 3, "how": "add"}
+    compiled = torch.compile(
+        capture_block(module, {"x": x, **fixed}, None, example_of), backend="eager", fullgraph=True
+    )
+    assert torch.equal(compiled(x, **fixed), module(x, **fixed))
+    compiled = torch.compile(
+        capture_block(module, {"x": x, **fixed}, None, example_of), backend="eager"
+    )
+    with pytest.raises(InputError, match="its graph is for True"):
+        compiled(x, **{**fixed, "flip": False})
+
+
+def test_a_number_with_a_fraction_stays_an_argument() -> None:
+    module, x = Decides(), torch.randn(2, 4)
+    gm = capture_block(
+        module, {"x": x, "mask": None, "flip": False, "how": "add", "index": 0.5}, None, example_of
+    )
+    for index in (0.5, 2.5):
+        assert torch.equal(gm(x, index=index), module(x, index=index))
 
 
 @pytest.mark.parametrize(

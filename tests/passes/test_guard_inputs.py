@@ -16,9 +16,9 @@ from tests.passes.blocks import (
     guard_pass,
     inputs_of,
     is_equal,
+    kwargs_argument,
     merge_pass,
     rewrite,
-    row_of,
     run,
 )
 from toma_fx.errors import InputError
@@ -103,7 +103,7 @@ def test_a_mask_of_image_tokens_is_refused(mask: dict[str, Tensor]) -> None:
 )
 def test_attention_kwargs_about_image_tokens_are_refused(name: str, key: str) -> None:
     block = block_of(name)
-    kwargs: dict[str, Any] = {row_of(block).flow.attention_kwargs: {key: IMAGE_MASK}}
+    kwargs: dict[str, Any] = {kwargs_argument(block): {key: IMAGE_MASK}}
     with pytest.raises(InputError, match=f"^the attention kwarg '{key}' refers to the full grid"):
         run(guarded(block), inputs_of(name), **kwargs)
 

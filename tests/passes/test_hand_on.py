@@ -105,7 +105,7 @@ def test_what_is_changed(
     assert after["toma.select"] == selects
     assert after["toma.weigh"] == weighs
     assert after["kept_destinations"] == kept_destinations
-    assert after["toma.rotary_rows"] == (weighs * 2 if name != "unet" else 0)
+    assert after["toma.rows"] == (weighs * 2 if name != "unet" else 0)
     assert after["share"] == (role == "lead")
     assert after["shared"] == (role == "follow")
     assert after["toma.merge"] == after["toma.unmerge"] == before["toma.merge"]

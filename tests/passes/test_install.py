@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import fx, nn
+from torch._dynamo.testing import CompileCounter
 
 from tests.passes.blocks import (
     GROUP,
@@ -28,6 +29,7 @@ from tests.passes.blocks import (
     in_group,
     inputs_of,
     is_equal,
+    kwargs_argument,
     left_behind,
     merge_pass,
     rewrite,
@@ -197,7 +199,7 @@ def test_the_scope_does_not_reach_what_the_untouched_variant_calls(name: str) ->
     for path, module in block.named_modules():
         if path in ("attn", "attn1"):
             module.register_forward_pre_hook(note, with_kwargs=True)
-    argument = row_of(block).flow.attention_kwargs
+    argument = kwargs_argument(block)
     call = {**inputs_of(name), argument: {SCOPE: CallScope(UNTOUCHED)}}
     run(block, call)
     names = list(inspect.signature(block.forward).parameters)
@@ -244,7 +246,7 @@ def test_uninstall_gives_the_class_back(name: str, untouched: bool) -> None:
 
 def test_compiled_code_goes_when_a_block_is_uninstalled() -> None:
     block, inputs = installed("unet"), inputs_of("unet")
-    frames = torch._dynamo.testing.CompileCounter()
+    frames = CompileCounter()
     block.compile(backend=frames)
     run(block, inputs)
     uninstall(block)

@@ -139,7 +139,7 @@ def test_a_kept_residual_keeps_the_detail_of_the_tokens() -> None:
 
 
 # Flux also counts its text tokens and picks rotary values for attention.
-FLUX = {"getitem": 3, "getattr": 1, "toma.rotary_rows": 2, "rotary_tables": 1}
+FLUX = {"getitem": 3, "getattr": 1, "toma.rows": 2, "rotary_tables": 1}
 # Single-stream blocks make the plan from a slice, because text precedes the image in one sequence.
 SLICED = {**FLUX, "getitem": 4}
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from tests import reference
 from tests.runtime.tokens import cut, random_tokens
 from toma_fx.errors import InputError
-from toma_fx.runtime.merging import fixed_weights, gather, merge, rotary_rows, unmerge, weigh
+from toma_fx.runtime.merging import fixed_weights, gather, merge, rows, unmerge, weigh
 from toma_fx.runtime.regions import layout
 from toma_fx.runtime.selector import select
 
@@ -302,22 +302,108 @@ def test_fixed_weights_are_shares_like_those_of_weigh(dtype: torch.dtype) -> Non
 def test_gather_takes_each_images_own_rows() -> None:
     tokens = random_tokens(2, 48, 6)
     destinations = select(tokens, LAYOUT, "facility_location")
-    rows = gather(tokens, destinations)
+    own = gather(tokens, destinations)
     table = gather(tokens[0], destinations)
     for image in range(2):
         index = destinations[image].flatten()
-        assert torch.equal(rows[image], tokens[image, index])
+        assert torch.equal(own[image], tokens[image, index])
         assert torch.equal(table[image], tokens[0, index])
 
 
-def test_rotary_rows_are_the_texts_then_each_images_own() -> None:
-    table = random_tokens(5 + 48, 6)
+AROUND = pytest.mark.parametrize(("before", "after"), [(0, 0), (5, 0), (0, 3), (5, 3)])
+COMPLEX = [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64]
+
+
+def kept_rows(destinations: Tensor, image: int, before: int, after: int) -> Tensor:
+    """Indices of the rows that an image keeps, of 48 tokens between others."""
+    total = before + 48 + after
+    return torch.cat(
+        [
+            torch.arange(before),
+            before + destinations[image].flatten(),
+            torch.arange(total - after, total),
+        ]
+    )
+
+
+def values_of(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    values = random_tokens(*shape)
+    return torch.complex(values, values + 1) if dtype.is_complex else (9 * values).to(dtype)
+
+
+@AROUND
+@pytest.mark.parametrize("dtype", COMPLEX)
+@pytest.mark.parametrize("more", [(), (6,), (6, 4)], ids=str)
+def test_rows_of_a_table_are_each_images_own(
+    more: tuple[int, ...], dtype: torch.dtype, before: int, after: int
+) -> None:
+    table = values_of(before + 48 + after, *more, dtype=dtype)
     destinations = select(random_tokens(2, 48, 6), LAYOUT, "facility_location")
-    rows = rotary_rows(table, destinations, 5)
-    assert rows.shape == (2, 5 + 24, 6)
+    taken = rows(table, destinations, 0, before, after)
+    assert taken.shape == (2, before + 24 + after, *more)
     for image in range(2):
-        assert torch.equal(rows[image, :5], table[:5])
-        assert torch.equal(rows[image, 5:], table[5 + destinations[image].flatten()])
+        assert torch.equal(taken[image], table[kept_rows(destinations, image, before, after)])
+
+
+@AROUND
+@pytest.mark.parametrize("dtype", COMPLEX)
+@pytest.mark.parametrize("more", [(), (6,), (1, 6), (6, 4)], ids=str)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_rows_behind_a_batch(
+    batch: int, more: tuple[int, ...], dtype: torch.dtype, before: int, after: int
+) -> None:
+    """One sample's values serve all."""
+    values = values_of(batch, before + 48 + after, *more, dtype=dtype)
+    destinations = select(random_tokens(2, 48, 6), LAYOUT, "facility_location")
+    taken = rows(values, destinations, 1, before, after)
+    assert taken.shape == (2, before + 24 + after, *more)
+    for image in range(2):
+        kept = kept_rows(destinations, image, before, after)
+        assert torch.equal(taken[image], values.expand(2, *values.shape[1:])[image, kept])
+
+
+@AROUND
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+@pytest.mark.parametrize("more", [(), (1, 1), (2, 3)], ids=str)
+def test_rows_of_a_mask_of_keys(
+    more: tuple[int, ...], dtype: torch.dtype, before: int, after: int
+) -> None:
+    mask = values_of(2, *more, before + 48 + after, dtype=dtype)
+    destinations = select(random_tokens(2, 48, 6), LAYOUT, "facility_location")
+    taken = rows(mask, destinations, -1, before, after)
+    assert taken.shape == (2, *more, before + 24 + after)
+    for image in range(2):
+        kept = kept_rows(destinations, image, before, after)
+        assert torch.equal(taken[image], mask[image][..., kept])
+
+
+@pytest.mark.parametrize(("dim", "shape"), [(0, (56, 3)), (1, (2, 56, 3)), (-1, (2, 3, 56))])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_gradients_go_through_rows(dtype: torch.dtype, dim: int, shape: tuple[int, ...]) -> None:
+    destinations = select(random_tokens(2, 48, 6), LAYOUT, "facility_location")
+    values = values_of(*shape, dtype=dtype).to(dtype).requires_grad_()
+    assert torch.autograd.gradcheck(lambda each: rows(each, destinations, dim, 5, 3), values)
+
+
+@AROUND
+def test_tokens_around_those_that_merge_pass_through(before: int, after: int) -> None:
+    """As many as are said to stand behind; the others stand before."""
+    image, text = random_tokens(2, 48, 9), random_tokens(2, before + after, 9, seed=1)
+    first, last = text[:, :before], text[:, before:]
+    merging, spreading = plan_of(random_tokens(2, 48, 6), 0.1)
+    merged = merge(torch.cat([first, image, last], dim=1), merging, LAYOUT, after)
+    assert torch.equal(merged, torch.cat([first, merge(image, merging, LAYOUT), last], dim=1))
+    returned = unmerge(merged, spreading, LAYOUT, after)
+    alone = unmerge(merge(image, merging, LAYOUT), spreading, LAYOUT)
+    assert torch.equal(returned, torch.cat([first, alone, last], dim=1))
+
+
+def test_gradients_go_through_merge_and_unmerge_between_other_tokens() -> None:
+    weights = [weight.double() for weight in plan_of(random_tokens(2, 48, 6), 0.1)]
+    tokens = random_tokens(2, 2 + 48 + 3, 3).double().requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda tokens: unmerge(merge(tokens, weights[0], LAYOUT, 3), weights[1], LAYOUT, 3), tokens
+    )
 
 
 @pytest.mark.parametrize(
@@ -343,8 +429,12 @@ def test_destinations_of_other_tokens(
         fixed_weights(random_tokens(*shape), destinations, layout)
 
 
-@pytest.mark.parametrize("shape", [(3, 48, 6), (2, 23, 6)], ids=["batch", "tokens"])
-def test_a_weight_of_other_tokens(shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("shape", "after"),
+    [((3, 48, 6), 0), ((2, 23, 6), 0), ((2, 50, 6), 30)],
+    ids=["batch", "tokens", "after"],
+)
+def test_a_weight_of_other_tokens(shape: tuple[int, ...], after: int) -> None:
     merging, spreading = plan_of(random_tokens(2, 48, 6), 0.1)
     tokens = random_tokens(*shape)
     for operator, name, weight, count in (
@@ -356,7 +446,7 @@ def test_a_weight_of_other_tokens(shape: tuple[int, ...]) -> None:
             f"the tokens have shape {shape}; use the plan made from these tokens"
         )
         with pytest.raises(InputError, match=re.escape(message)):
-            operator(tokens, weight, LAYOUT)
+            operator(tokens, weight, LAYOUT, after)
 
 
 @pytest.mark.parametrize(

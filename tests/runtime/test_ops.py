@@ -28,6 +28,7 @@ IDS = torch.cartesian_prod(torch.zeros(1), torch.arange(8.0), torch.arange(8.0))
 
 ARGUMENTS: dict[str, list[tuple[Any, ...]]] = {
     "tile_order": [(TOKENS, 8, 8), (TOKENS, 3, 7)],
+    "video_order": [(TOKENS, 5, 3, 4, 1, 4), (TOKENS, 4, 4, 4, 0, 2)],
     "tile_order_of_ids": [(IDS,), (IDS.bfloat16(),)],
     "reorder": [(TOKENS, torch.arange(64).flip(0))],
     "select": [
@@ -43,16 +44,25 @@ ARGUMENTS: dict[str, list[tuple[Any, ...]]] = {
     ],
     "fixed_weights": [(TOKENS, DESTINATIONS, LAYOUT), (TOKENS, PADDED_DESTINATIONS, PADDED)],
     "gather": [(TOKENS, DESTINATIONS), (TOKENS[0], DESTINATIONS)],
-    "rotary_rows": [(random_tokens(3 + 64, 6), DESTINATIONS, 3)],
+    "rows": [
+        (random_tokens(3 + 64, 6), DESTINATIONS, 0, 3),
+        (random_tokens(1, 3 + 64 + 2, 1, 6), DESTINATIONS, 1, 3, 2),
+        (random_tokens(2, 1, 64 + 2) > 0, DESTINATIONS, -1, 0, 2),
+        (torch.complex(*random_tokens(2, 2, 64, 6)), DESTINATIONS, 1, 0),
+    ],
     "merge": [
         (TOKENS, WEIGHTS[0], LAYOUT),
         (torch.cat([TOKENS[:, :5], TOKENS], dim=1), WEIGHTS[0], LAYOUT),
         (torch.cat([TOKENS[:, :5], TOKENS], dim=1), PADDED_WEIGHTS[0], PADDED),
+        (torch.cat([TOKENS, TOKENS[:, :5]], dim=1), WEIGHTS[0], LAYOUT, 5),
+        (torch.cat([TOKENS[:, :2], TOKENS, TOKENS[:, :5]], dim=1), WEIGHTS[0], LAYOUT, 5),
     ],
     "unmerge": [
         (TOKENS[:, :32], WEIGHTS[1], LAYOUT),
         (TOKENS[:, :37], WEIGHTS[1], LAYOUT),
         (torch.cat([TOKENS[:, :5], PADDED_MERGED], dim=1), PADDED_WEIGHTS[1], PADDED),
+        (TOKENS[:, :37], WEIGHTS[1], LAYOUT, 5),
+        (TOKENS[:, :39], WEIGHTS[1], LAYOUT, 5),
     ],
 }
 
@@ -70,8 +80,9 @@ class AllOperators(nn.Module):
         return (
             toma.unmerge(merged, spreading, LAYOUT),
             toma.gather(tokens, destinations),
-            toma.rotary_rows(ids, destinations, 0),
+            toma.rows(ids, destinations, 0, 0),
             toma.tile_order_of_ids(ids),
+            toma.video_order(image, 4, 4, 4, 0, 4),
             fixed,
         )
 

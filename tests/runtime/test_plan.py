@@ -13,7 +13,8 @@ from tests.runtime.tokens import cut, random_tokens
 from tests.tiny import tiny_flux
 from toma_fx.errors import InputError
 from toma_fx.runtime import plan
-from toma_fx.runtime.merging import rotary_rows
+from toma_fx.runtime.arguments import rotary_tables
+from toma_fx.runtime.merging import rows
 from toma_fx.runtime.regions import layout
 from toma_fx.runtime.selector import select
 
@@ -222,9 +223,9 @@ def test_merged_tokens_are_rotated_by_the_values_of_their_destinations() -> None
     destinations = select(tokens, cut(tokens), "facility_location")
     query = random_tokens(2, text_tokens + 32, 2, rotary[0].shape[-1])
 
-    cos, sin = (rotary_rows(table, destinations, text_tokens) for table in rotary)
+    cos, sin = (rows(table, destinations, 0, text_tokens) for table in rotary)
     assert all(table.shape == (2, text_tokens + 32, rotary[0].shape[-1]) for table in (cos, sin))
-    rotated = apply_rotary_emb(query, plan.rotary_tables(cos, sin), sequence_dim=1)
+    rotated = apply_rotary_emb(query, rotary_tables(cos, sin), sequence_dim=1)
 
     for image in range(2):
         kept = torch.cat([torch.arange(text_tokens), text_tokens + destinations[image].flatten()])
@@ -234,10 +235,45 @@ def test_merged_tokens_are_rotated_by_the_values_of_their_destinations() -> None
 
 
 def test_a_processor_that_takes_rotary_values_in_another_way() -> None:
-    tables = plan.rotary_tables(torch.zeros(2, 8, 4), torch.zeros(2, 8, 4))
-    message = "is not the [None, :, None, :] of Flux's attention processors; use one of diffusers'"
-    with pytest.raises(InputError, match=re.escape(message)):
-        apply_rotary_emb(torch.zeros(2, 2, 8, 4), tables, sequence_dim=2)
+    (table,) = rotary_tables(torch.zeros(2, 8, 4))
+    message = (
+        "rotary index (None, slice(None, None, None)) is neither [None, :, None, :] nor "
+        "[None, None, :, :]; use one of diffusers' own processors with merged tokens, or leave its "
+        "blocks out with skip"
+    )
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+        table[None, :]
+    message = (
+        "rotary values on merged tokens have their heads at dimension 1, not 0; use one of "
+        "diffusers' own processors, or leave its blocks out with skip"
+    )
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+        table.unsqueeze(0)
+    message = (
+        "rotary values on merged tokens have no 'ndim', for they are one table for each image; use "
+        "one of diffusers' own processors, or leave its blocks out with skip"
+    )
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+        table.ndim  # noqa: B018
+    assert not hasattr(table, "ndim")
+
+
+def test_rotary_values_answer_as_diffusers_table_does() -> None:
+    """Heads come behind tokens, or before them."""
+    values = random_tokens(2, 8, 4)
+    (table,) = rotary_tables(values)
+    assert torch.equal(table[None, :, None, :], values[:, :, None])
+    assert torch.equal(table.unsqueeze(1), values[:, :, None])
+    assert torch.equal(table[None, None, :, :], values[:, None])
+    query = random_tokens(2, 2, 8, 4, seed=1)
+    tables = rotary_tables(values.cos(), values.sin())
+    rotated = apply_rotary_emb(query, tables, sequence_dim=2)
+    for image in range(2):
+        own = values[image].cos(), values[image].sin()
+        expected = apply_rotary_emb(query[image : image + 1], own, sequence_dim=2)
+        assert torch.equal(rotated[image : image + 1], expected)
+    assert (table.shape, table.dtype, table.device.type) == ((8, 4), torch.float32, "cpu")
+    assert table.to(torch.bfloat16).float().dtype == torch.float32
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,8 @@ def test_padding_costs_less_than_three_percent_of_the_tokens(
         pytest.param([988], WHOLE_IMAGE, (494, 988, 988, 1), id="whole image"),
         pytest.param([988, 12], WHOLE_IMAGE, (500, 1000, 1000, 1), id="whole sequence"),
         pytest.param([1], 64, (1, 1, 1, 1), id="one token"),
+        pytest.param([], 64, (1, 1), id="no tokens"),
+        pytest.param([], WHOLE_IMAGE, (1, 1), id="no image"),
     ],
 )
 def test_layouts(segments: list[int], wanted: int, expected: tuple[int, ...]) -> None:

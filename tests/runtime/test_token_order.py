@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from toma_fx.runtime.regions import layout, spread
-from toma_fx.runtime.token_order import reorder, tile_order, tile_order_of_ids
+from toma_fx.runtime.token_order import reorder, tile_order, tile_order_of_ids, video_order
 
 # SDXL's resolution buckets at both of its attention levels, then edge cases.
 BUCKETS = [(64, 64), (72, 56), (56, 72), (38, 26), (26, 38), (96, 40), (104, 60), (32, 32)]
@@ -117,6 +117,14 @@ def test_squares_come_row_by_row_in_the_largest_image() -> None:
     assert torch.equal(ids[shuffle][tile_order_of_ids(ids[shuffle])], ids)
 
 
+def test_columns_behind_the_position_count_for_nothing() -> None:
+    """FLUX.2's ids have a fourth, which numbers text tokens."""
+    ids = ids_of(12, 20)
+    assert torch.equal(
+        tile_order_of_ids(torch.cat([ids, torch.rand(240, 1)], dim=1)), tile_order_of_ids(ids)
+    )
+
+
 def test_ids_that_are_not_quite_whole() -> None:
     ids = ids_of(12, 20)
     for error in (-0.01, 0.01):
@@ -145,6 +153,98 @@ def test_reorder_round_trip(height: int, width: int) -> None:
     assert torch.equal(reorder(ordered, order.argsort()), tokens)
 
 
+VIDEOS = [
+    (1, 4, 4, 1, 4),
+    (5, 8, 8, 1, 4),
+    (21, 60, 104, 1, 4),
+    (6, 5, 7, 1, 4),
+    (7, 3, 5, 2, 3),
+    (4, 13, 9, 0, 4),
+    (9, 1, 7, 1, 1),
+]
+"""Frames, rows, columns, frames before the first chunk and frames of a chunk."""
+
+
+def video_cells(frames: int, height: int, width: int, first: int, chunk: int) -> Tensor:
+    """Frame, row and column of each token in the order of a video, ``(N, 3)``."""
+    order = video_order(torch.empty(0), frames, height, width, first, chunk)
+    area = height * width
+    return torch.stack([order // area, order % area // width, order % width], dim=1)
+
+
+@pytest.mark.parametrize("video", VIDEOS, ids=str)
+def test_every_token_of_a_video_has_one_place(video: tuple[int, int, int, int, int]) -> None:
+    order = video_order(torch.empty(0), *video)
+    assert order.dtype == torch.int64
+    assert torch.equal(order.sort().values, torch.arange(video[0] * video[1] * video[2]))
+
+
+@given(
+    frames=st.integers(1, 9),
+    height=st.integers(1, 20),
+    width=st.integers(1, 20),
+    first=st.integers(0, 3),
+    chunk=st.integers(1, 5),
+)
+def test_a_video_of_any_size_is_ordered_chunk_by_chunk(
+    frames: int, height: int, width: int, first: int, chunk: int
+) -> None:
+    order = video_order(torch.empty(0), frames, height, width, first, chunk)
+    assert sorted(order.tolist()) == list(range(frames * height * width))
+    frame = order // (height * width)
+    chunks = torch.where(frame < first, frame, first + (frame - first) // chunk)
+    assert (chunks.diff() >= 0).all()
+
+
+@pytest.mark.parametrize("video", VIDEOS, ids=str)
+def test_the_first_frames_are_apart_and_in_tile_order(
+    video: tuple[int, int, int, int, int],
+) -> None:
+    frames, height, width, first, _ = video
+    order, area = video_order(torch.empty(0), *video), height * width
+    for frame in range(min(first, frames)):
+        own = order[frame * area : (frame + 1) * area]
+        assert torch.equal(own, frame * area + order_of(height, width))
+
+
+@pytest.mark.parametrize(
+    ("frames", "height", "width", "first"), [(5, 8, 8, 1), (9, 60, 104, 1), (8, 12, 4, 0)]
+)
+def test_runs_of_64_tokens_are_4_by_4_through_4_frames(
+    frames: int, height: int, width: int, first: int
+) -> None:
+    cells = video_cells(frames, height, width, first, 4)[first * height * width :]
+    runs = cells.reshape(-1, 64, 3)
+    tiles = (runs - torch.tensor([first, 0, 0])) // 4
+    assert torch.equal(tiles, tiles[:, :1].expand_as(tiles))
+    # As many different tiles as runs: no tile is visited twice.
+    assert len(tiles[:, 0].unique(dim=0)) == len(runs)
+    # Along the curve, all frames of a place follow one another.
+    places = runs.reshape(-1, 4, 3)[..., 1:]
+    assert torch.equal(places, places[:, :1].expand_as(places))
+
+
+@pytest.mark.parametrize(("height", "width"), [(30, 52), (26, 38), (45, 80), (17, 23)])
+def test_regions_of_a_video_are_compact_where_tiles_do_not_divide_it(
+    height: int, width: int
+) -> None:
+    area = height * width
+    cells = video_cells(7, height, width, 1, 4)
+    for start, frames in ((1, 4), (5, 2)):  # a whole chunk, and what is left for the last
+        chunk = cells[start * area : (start + frames) * area]
+        assert chunk[:, 0].unique().tolist() == list(range(start, start + frames))
+        cut = layout([frames * area], 64, 0.5)
+        (regions,) = spread(chunk[None], cut)
+        square = (64 / frames - 1) / 6  # the spread of a square of so many cells
+        spreads = mean_squares(regions[..., 1:]).sort().values
+        assert spreads[:-2].mean() < 2.5 * square
+
+
+def test_a_video_of_one_frame_is_an_image() -> None:
+    order = video_order(torch.empty(0), 1, 13, 29, 1, 4)
+    assert torch.equal(order, order_of(13, 29))
+
+
 # The order of a grid is kept between calls. Each of the following uses a size of its own, so that
 # its first call is the first of all.
 def test_an_order_first_made_in_inference_mode_serves_a_call_with_gradients() -> None:
@@ -164,3 +264,11 @@ def test_an_order_first_made_under_tracing_is_not_kept() -> None:
 
 def test_the_order_of_a_grid_is_made_once() -> None:
     assert order_of(5, 43) is order_of(5, 43)
+
+
+def test_the_order_of_a_video_is_made_once() -> None:
+    like = torch.empty(0)
+    assert video_order(like, 3, 5, 43, 1, 4) is video_order(like, 3, 5, 43, 1, 4)
+    with FakeTensorMode():
+        video_order(torch.empty(0), 3, 5, 47, 1, 4)
+    assert type(video_order(like, 3, 5, 47, 1, 4)) is Tensor

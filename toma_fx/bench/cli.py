@@ -16,7 +16,12 @@ def add_bench(commands: Any, model_help: str) -> None:
         "untouched model, eager and compiled.",
     )
     add = parser.add_argument
-    add("model", nargs="?", default="sdxl", help=f"{model_help} (sdxl)")
+    add(
+        "model",
+        nargs="?",
+        default="sdxl",
+        help=f"{model_help} (sdxl); other published models go by names such as qwen-image",
+    )
     add("--level", choices=LEVELS, default="model", help="what one call is (model)")
     add("--ratio", type=float, nargs="+", default=[0.5], help="one or more, such as 0.25 0.5 0.75")
     add(
@@ -28,9 +33,17 @@ def add_bench(commands: Any, model_help: str) -> None:
     add("--rival", type=Path, nargs="+", default=[], metavar="FILE", help="Python files with more")
     add("--size", "--height", type=int, dest="height", help="in pixels (the model's own)")
     add("--width", type=int, help="in pixels (like the height)")
+    add("--frames", type=int, nargs="+", default=[None], help="of videos, one or more numbers")
     add("--batch", type=int, nargs="+", default=[1], help="images, one or more numbers (1)")
     add("--dtype", choices=DTYPE_NAMES, default="bfloat16")
-    add("--blocks", type=int, nargs=2, metavar="N", help="double- and single-stream ones, of flux")
+    add(
+        "--blocks",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="for random weights, of each list in turn, such as double- and single-stream ones, or "
+        "one number for all (all, or one where they do not fit into memory)",
+    )
     add("--repeats", type=int, default=3, help="counted calls of each (3)")
     add("--steps", type=int, default=4, help="of denoising, at the level of images (4)")
     add("--eager", action="store_true", help="do not compile")

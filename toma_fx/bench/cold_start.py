@@ -28,7 +28,7 @@ def cold_starts(setting: Setting) -> list[Timing]:
         setting: model, size, ratios, merging variants, and how often each is started.
 
     Raises:
-        ConfigError: when blocks are counted in a model other than Flux.
+        ConfigError: when the numbers of blocks do not fit the lists that the model has.
         RuntimeError: when a process dies.
     """
     configs = {

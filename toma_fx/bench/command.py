@@ -11,7 +11,7 @@ import torch
 
 from toma_fx.bench.cold_start import cold_starts
 from toma_fx.bench.compare import compare, planning_seconds, table
-from toma_fx.bench.contenders import Setting, load
+from toma_fx.bench.contenders import Setting, fitted, load
 from toma_fx.bench.image import images
 from toma_fx.bench.levels import blocks, models, stages
 from toma_fx.bench.operators import SHAPES, Shape, operators
@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> None:
     failed = False
     if options.cold:
         (batch,) = options.batch
-        print(table(cold_starts(replace(_setting(options), batch=batch))))
+        print(table(cold_starts(replace(fitted(_setting(options)), batch=batch))))
     elif options.preset is not None:
         how = {"tiny": options.tiny, "compiled": not options.eager, "minutes": options.minutes}
         for each in run_preset(options.preset, record, **how):
@@ -64,8 +64,8 @@ def _check(options: argparse.Namespace) -> None:
     for name in ("repeats", "steps"):
         if getattr(options, name) < 1:
             raise ConfigError(f"{name}={getattr(options, name)} must be at least 1")
-    for name in ("batch", "tokens", "region_tokens"):
-        if any(value < 1 for value in getattr(options, name) or ()):
+    for name in ("batch", "frames", "tokens", "region_tokens"):
+        if any(value is not None and value < 1 for value in getattr(options, name) or ()):
             raise ConfigError(f"{name}={getattr(options, name)} must be at least 1")
     if options.cpu_time and (options.cold or options.preset or torch.cuda.is_available()):
         raise ConfigError(
@@ -86,8 +86,9 @@ def _check_cold(options: argparse.Namespace) -> None:
                 f"{name}={value} has no meaning with --cold, which prints the first calls of whole "
                 "models of ours, compiled, and records nothing; leave one of the two out"
             )
-    if len(options.batch) != 1:
-        raise ConfigError(f"batch={options.batch} must be one number with --cold")
+    for name in ("batch", "frames"):
+        if len(getattr(options, name)) != 1:
+            raise ConfigError(f"{name}={getattr(options, name)} must be one number with --cold")
 
 
 def _setting(options: argparse.Namespace) -> Setting:
@@ -111,6 +112,7 @@ def _setting(options: argparse.Namespace) -> Setting:
         tiny=options.tiny,
         height=height,
         width=options.width,
+        frames=options.frames[0],
         dtype=DTYPES[options.dtype],
         ratios=tuple(options.ratio),
         variants=(*variants, *map(load_rival, options.rival)),
@@ -127,8 +129,9 @@ def _tables(options: argparse.Namespace) -> Iterator[Table]:
     if options.level == "op":
         yield _operators(options, setting)
         return
-    for batch in options.batch:
-        yield from _compared(options, replace(setting, batch=batch))
+    setting = fitted(setting)
+    for frames, batch in itertools.product(options.frames, options.batch):
+        yield from _compared(options, replace(setting, frames=frames, batch=batch))
 
 
 def _compared(options: argparse.Namespace, setting: Setting) -> Iterator[Table]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from toma_fx.bench.contenders import (
     BASELINES,
@@ -18,11 +19,9 @@ from toma_fx.bench.contenders import (
 from toma_fx.bench.levels import Timed
 from toma_fx.bench.record import Column, Table, mebibytes, number, percent, seconds, span, times
 from toma_fx.bench.timing import Contender, Timing, interleaved, notes_on, peak_memory
-from toma_fx.build import merged_copy, recipe_of_transformed
+from toma_fx.build import merged_copy
 from toma_fx.config import MergeConfig
 from toma_fx.inputs import random_inputs, weightless
-from toma_fx.recipe import plan_options
-from toma_fx.runtime.regions import layout
 from toma_fx.transform import transform
 
 COLUMNS = (
@@ -152,7 +151,7 @@ def planning_seconds(
         if config.selector == "fixed":
             continue  # its weights look at no token, so there is nothing to plan
         plans = planned(merged_copy(model, config), setting)
-        calls = [_plan_call(shape, ratio, config, setting) for shape, ratio in plans]
+        calls = [_plan_call(shape, layout, config, setting) for shape, layout in plans]
         timings = interleaved(calls, repeats, at_least=0.02, clock=setting.clock)
         found[name, config.ratio] = sum(
             count * timing.median for count, timing in zip(plans.values(), timings, strict=True)
@@ -160,38 +159,43 @@ def planning_seconds(
     return found
 
 
-def planned(merged: nn.Module, setting: Setting) -> Counter[tuple[tuple[int, ...], float]]:
-    """The plans that a call makes: shapes ``(B, N, D)`` of their tokens, and ratios; how often."""
-    plans: Counter[tuple[tuple[int, ...], float]] = Counter()
+Plans = Counter[tuple[tuple[int, ...], tuple[int, ...]]]
+"""Shapes ``(B, N, D)`` of tokens, and how they are cut into regions: how often."""
 
-    def hook(ratio: float) -> Any:
-        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            plans[tuple((args[0] if args else kwargs["hidden_states"]).shape), ratio] += 1
 
-        return note
+class _Selections(TorchFunctionMode):
+    """Notes every selection."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.plans: Plans = Counter()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.toma.select, torch.ops.toma.select.default):
+            tokens, layout = args[:2]
+            self.plans[tuple(tokens.shape), tuple(layout)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def planned(merged: nn.Module, setting: Setting) -> Plans:
+    """The plans that a call makes."""
     model = weightless(merged)
-    for block in recipe_of_transformed(merged).merged:
-        if block.role != "follow":
-            module = model.get_submodule(block.module)
-            module.register_forward_pre_hook(hook(block.ratio), with_kwargs=True)
-    with torch.no_grad():
+    with torch.no_grad(), _Selections() as selections:
         model(**random_inputs(model, **setting.size))
-    return plans
+    found: Plans = selections.plans
+    return found
 
 
 def _plan_call(
-    shape: tuple[int, ...], ratio: float, config: MergeConfig, setting: Setting
+    shape: tuple[int, ...], regions: tuple[int, ...], config: MergeConfig, setting: Setting
 ) -> Contender:
-    options = plan_options(config, ratio)
-    regions = layout([shape[1]], options.region_tokens, options.ratio)
     tokens = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     tokens = tokens.to(setting.device, setting.dtype)
 
     def plan(tokens: torch.Tensor) -> Any:
-        chosen = torch.ops.toma.select(tokens, regions, options.selector)
+        chosen = torch.ops.toma.select(tokens, regions, config.selector)
         return torch.ops.toma.weigh(
-            tokens, chosen, regions, options.temperature, options.merge_over, options.unmerge
+            tokens, chosen, regions, config.temperature, config.merge_over, config.unmerge
         )
 
     call = torch.compile(plan, fullgraph=True, dynamic=False) if setting.compiled else plan

@@ -10,10 +10,11 @@ import diffusers
 import torch
 from torch import nn
 
+from toma_fx.bench.small import counted, one_of_each, tiny
 from toma_fx.bench.timing import WALL, Clock, Contender
 from toma_fx.checkpoints import RANDOM, available_memory, load_model, model_class
 from toma_fx.config import MergeConfig, Schedule
-from toma_fx.errors import ConfigError, ModelError
+from toma_fx.errors import ModelError
 from toma_fx.lab.variants import UNTOUCHED, Merging, Rival
 from toma_fx.transform import transform
 
@@ -23,45 +24,23 @@ BASELINES = (EAGER, COMPILED)
 """The faster of the two is what others are compared with."""
 
 
-TINY: dict[str, dict[str, Any]] = {
-    "sdxl": {
-        "sample_size": 16,
-        "block_out_channels": (16, 32, 32),
-        "norm_num_groups": 8,
-        "layers_per_block": 1,
-        "transformer_layers_per_block": (1, 1, 2),
-        "attention_head_dim": (2, 2, 4),
-        "cross_attention_dim": 32,
-        "addition_time_embed_dim": 8,
-        "projection_class_embeddings_input_dim": 32 + 6 * 8,
-    },
-    "flux": {
-        "num_layers": 2,
-        "num_single_layers": 2,
-        "attention_head_dim": 16,
-        "num_attention_heads": 2,
-        "axes_dims_rope": (4, 6, 6),
-        "joint_attention_dim": 32,
-        "pooled_projection_dim": 32,
-    },
-}
-"""Configurations that run in a test."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Setting:
     """What is timed, whoever computes it."""
 
     model: str = "sdxl"
     """As `toma_fx.checkpoints.load_model` takes it."""
-    blocks: tuple[int, int] | None = None
-    """Double-stream and single-stream blocks of a Flux with random weights; all when left out."""
+    blocks: tuple[int, ...] | None = None
+    """Blocks of each list of a model with random weights, or one number for every list; all when
+    left out, or one of each where all do not fit into memory."""
     tiny: bool = False
     """Whether random weights are those of a model that is small enough for a test."""
     height: int | None = None
     """In pixels; the model's own when left out."""
     width: int | None = None
     """In pixels; like the height when left out."""
+    frames: int | None = None
+    """Of a video; the model's own when left out."""
     batch: int = 1
     dtype: torch.dtype = torch.bfloat16
     ratios: tuple[float, ...] = (0.5,)
@@ -83,40 +62,41 @@ class Setting:
     @property
     def label(self) -> str:
         """In words, for the title of a table."""
-        depth = "" if self.blocks is None else f", {self.blocks[0]} + {self.blocks[1]} blocks"
+        depth = "" if self.blocks is None else f", {self._depth}"
         high, wide = self.height, self.width or self.height
         size = "own size" if high is None else f"{high} x {wide} pixels"
+        if self.frames is not None:
+            size += f", {self.frames} frame{'s' * (self.frames > 1)}"
         dtype = str(self.dtype).removeprefix("torch.")
         tiny = "tiny " if self.tiny else ""
         return f"{tiny}{self.model}{depth}, {size}, batch {self.batch}, {dtype}"
+
+    @property
+    def _depth(self) -> str:
+        counts = self.blocks or ()
+        noun = "block" if counts == (1,) else "blocks"
+        each = " in each list" if len(counts) == 1 else ""
+        return f"{' + '.join(map(str, counts))} {noun}{each}"
 
     @property
     def changes(self) -> dict[str, Any]:
         """What differs in the configuration of random weights.
 
         Raises:
-            ConfigError: when a model that is loaded is to be tiny, or blocks are counted in a model
-                other than Flux.
+            ConfigError: when no tiny one is known, or the numbers of blocks do not fit the lists
+                that a model has.
         """
-        if self.tiny and self.model not in TINY:
-            raise ConfigError(
-                f"tiny=True is for {' and '.join(TINY)} with random weights; leave it out for "
-                f"{self.model}"
-            )
-        changes: dict[str, Any] = dict(TINY[self.model]) if self.tiny else {}
+        changes: dict[str, Any] = {}
+        if self.tiny:
+            changes |= tiny(self.model)
         if self.blocks is not None:
-            if self.model != "flux":
-                raise ConfigError(
-                    f"blocks={self.blocks} counts those of flux with random weights; leave it out "
-                    f"for {self.model}"
-                )
-            changes |= dict(zip(("num_layers", "num_single_layers"), self.blocks, strict=True))
+            changes |= counted(self.model, self.blocks)
         return changes
 
     @property
     def size(self) -> dict[str, Any]:
-        """Height, width and batch, as `toma_fx.inputs.random_inputs` takes them."""
-        return {"height": self.height, "width": self.width, "batch": self.batch}
+        """Height, width, frames and batch, as `toma_fx.inputs.random_inputs` takes them."""
+        return {name: getattr(self, name) for name in ("height", "width", "frames", "batch")}
 
 
 @dataclass(frozen=True)
@@ -139,18 +119,36 @@ def load(setting: Setting) -> nn.Module:
     Raises:
         ModelError: when there is none, or when random weights would not fit into memory.
     """
-    if setting.model in RANDOM:
-        cls, config = model_class(setting.model)
-        with torch.device("meta"):
-            count = sum(p.numel() for p in cls(**{**config, **setting.changes}).parameters())
-        needed, there = count * setting.dtype.itemsize, _free_memory(setting.device)
-        if needed > there:
-            raise ModelError(
-                f"{setting.model} with {count / 1e9:.1f} billion parameters needs "
-                f"{needed / 2**30:.1f} GiB and {there / 2**30:.1f} are free; take fewer blocks, "
-                "such as --blocks 3 6"
-            )
+    if setting.model in RANDOM and not _fits(setting):
+        needed, there = _needed_memory(setting), _free_memory(setting.device)
+        raise ModelError(
+            f"{setting.model} with {needed / setting.dtype.itemsize / 1e9:.1f} billion parameters "
+            f"needs {needed / 2**30:.1f} GiB and {there / 2**30:.1f} are free; take fewer blocks, "
+            "such as --blocks 1"
+        )
     return load_model(setting.model, dtype=setting.dtype, device=setting.device, **setting.changes)
+
+
+def fitted(setting: Setting) -> Setting:
+    """The setting, with one block of each list where not all fit into memory.
+
+    One of each has the sizes of all, and a plan of its own, which all of a list would share.
+    """
+    if setting.model not in RANDOM or setting.blocks is not None or _fits(setting):
+        return setting
+    blocks = one_of_each(setting.model)
+    return replace(setting, blocks=blocks) if blocks else setting
+
+
+def _fits(setting: Setting) -> bool:
+    return _needed_memory(setting) <= _free_memory(setting.device)
+
+
+def _needed_memory(setting: Setting) -> int:
+    cls, config = model_class(setting.model)
+    with torch.device("meta"):
+        model: nn.Module = cls(**{**config, **setting.changes})
+    return setting.dtype.itemsize * sum(each.numel() for each in model.parameters())
 
 
 def _free_memory(device: str) -> int:

@@ -15,7 +15,8 @@ from toma_fx.bench.levels import Timed
 from toma_fx.bench.timing import Contender
 from toma_fx.checkpoints import DTYPES, RANDOM, random_weights
 from toma_fx.choices import PROMPT
-from toma_fx.inputs import random_inputs
+from toma_fx.errors import ConfigError
+from toma_fx.inputs import draws_videos, random_inputs
 from toma_fx.lab.compare import psnr
 from toma_fx.lab.draw import load_pipeline
 from toma_fx.transform import model_of, pipeline_models
@@ -66,7 +67,17 @@ def studio(setting: Setting) -> Studio:
     Args:
         setting: model, size, dtype and steps. Where weights are random, so are the embeddings that
             text encoders would give, which take a share of the time that is not counted.
+
+    Raises:
+        ConfigError: when no VAE is known to go with random weights, or videos are drawn.
     """
+    if setting.model in RANDOM and setting.model not in VAES:
+        raise ConfigError(
+            f"images of random weights are drawn by {' and '.join(VAES)}, not by {setting.model}; "
+            "time one forward, --level model, or give a folder or hub name of a pipeline"
+        )
+    if setting.frames is not None:
+        raise ConfigError(f"frames={setting.frames} are those of a video, and images are drawn")
     size = {"num_inference_steps": setting.steps, "num_images_per_prompt": setting.batch}
     size |= {k: v for k in ("height", "width") if (v := getattr(setting, k)) is not None}
     if "height" in size:
@@ -74,6 +85,8 @@ def studio(setting: Setting) -> Studio:
     if setting.model not in RANDOM:
         dtype = next(name for name, dtype in DTYPES.items() if dtype == setting.dtype)
         pipeline = load_pipeline(setting.model, dtype=dtype, device=setting.device)
+        if draws_videos(model_of(pipeline)):
+            raise ConfigError(f"{setting.model} draws videos; time one forward, --level model")
         return Studio(pipeline=pipeline, call={"prompt": PROMPT, **size})
     model = load(setting)
     vae: Any = random_weights(

@@ -13,10 +13,15 @@ from torch.utils._pytree import tree_map
 from toma_fx.arithmetic import Call
 from toma_fx.bench.contenders import Setting, entrants, rival_contenders
 from toma_fx.bench.timing import Contender
+from toma_fx.errors import ConfigError
 from toma_fx.families import family_of
 from toma_fx.inputs import random_inputs, weightless
 from toma_fx.lab.variants import Rival
 from toma_fx.runtime.plan import SCOPE, CallScope
+
+PLANS = "each merging contender makes its plan in every call that is timed"
+SPOKEN_TO = ("unet", "flux")
+"""Families whose blocks are told everything by their arguments, so that one can run alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +46,13 @@ def models(model: nn.Module, setting: Setting) -> Iterator[Timed]:
     yield Timed(
         title="one forward",
         contenders=(*ours, *rival_contenders(model, setting, call)),
-        notes=("each merging contender makes its plan in every call that is timed",),
+        notes=(_attended(model, inputs), PLANS),
     )
+
+
+def _attended(model: nn.Module, inputs: dict[str, Any]) -> str:
+    counts = sorted(family_of(model).sequence_lengths(inputs))
+    return f"tokens in attention: {', '.join(map(str, counts))}, text included where it joins"
 
 
 def blocks(model: nn.Module, setting: Setting) -> Iterator[Timed]:
@@ -89,6 +99,12 @@ def _groups(model: nn.Module) -> dict[str, list[str]]:
 
 def _parts(model: nn.Module, setting: Setting, parts: dict[str, str]) -> Iterator[Timed]:
     """Parts of the model, one of each kind, each with the leader whose plan it follows, if any."""
+    family = family_of(model)
+    if family.name not in SPOKEN_TO:
+        raise ConfigError(
+            f"blocks of {family.title} run in a call of their model alone; time one of each list "
+            "with --level model --blocks 1"
+        )
     all_entrants = list(entrants(model, setting))
     calls = _recorded(model, parts, setting)
     seen = set()
@@ -116,22 +132,27 @@ def _parts(model: nn.Module, setting: Setting, parts: dict[str, str]) -> Iterato
 def _runner(model: nn.Module, path: str, leader: str, call: Call) -> Callable[[], object]:
     part = model.get_submodule(path)
     module = Chain(part) if isinstance(part, nn.ModuleList) else part
-    name = family_of(model).attention_kwargs
+    name = str(family_of(model).attention_kwargs)
     recipe = getattr(model, "toma_recipe", None)
     if recipe is None or not recipe.merged:
         return lambda: module(*call.args, **call.kwargs)
 
-    def kwargs(scope: CallScope) -> dict[str, Any]:
-        return {**call.kwargs, name: {**(call.kwargs.get(name) or {}), SCOPE: scope}}
+    def run_in(scope: CallScope, part: nn.Module) -> object:
+        given = call.kwargs.get(name) or {}
+        return part(*call.args, **{**call.kwargs, name: {**given, SCOPE: scope}})
 
     if not leader:
-        return lambda: module(*call.args, **kwargs(CallScope()))
+        return lambda: run_in(CallScope(), module)
     scope = CallScope()
+    # Blocks before the one that makes the plan may be spared.
+    own = next(each for each in recipe.blocks if each.module == path)
+    leaders = [e.module for e in recipe.merged if (e.group, e.role) == (own.group, "lead")]
+    first = model.get_submodule((*leaders, leader)[0])
 
     def run() -> object:
         if not scope.plans:  # the first call, which is not counted
-            model.get_submodule(leader)(*call.args, **kwargs(scope))
-        return module(*call.args, **kwargs(scope))
+            run_in(scope, first)
+        return run_in(scope, module)
 
     return run
 

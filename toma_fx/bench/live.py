@@ -67,22 +67,26 @@ def peak_of_model(
     *,
     dtype: torch.dtype = torch.bfloat16,
     height: int | None = None,
+    width: int | None = None,
+    frames: int | None = None,
     batch: int = 1,
     **changes: Any,
 ) -> int:
     """`live_peak` of one eager forward on the CPU, from shapes alone.
 
     Args:
-        name: ``"sdxl"`` or ``"flux"``.
+        name: of a published model, such as ``"sdxl"`` or ``"flux"``.
         config: how to merge; the model is untouched without it. The call merges, and makes plans.
         dtype: of the model.
-        height: of a square image, in pixels; the model's own when left out.
-        batch: images.
+        height: in pixels; the model's own when left out.
+        width: in pixels; like ``height`` when left out.
+        frames: of a video; the model's own when left out.
+        batch: images, or videos.
         **changes: of the model's configuration, such as ``num_layers=3``.
     """
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         model = load_model(name, dtype=dtype, **changes)
-        inputs = random_inputs(model, height=height, batch=batch)
+        inputs = random_inputs(model, height=height, width=width, frames=frames, batch=batch)
         if config is None:
             return live_peak(lambda: model(**inputs))
         merged = transform(model, config)

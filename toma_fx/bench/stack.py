@@ -31,6 +31,7 @@ from toma_fx.bench.record import Table
 from toma_fx.bench.timing import Contender
 from toma_fx.config import MergeConfig
 from toma_fx.errors import ConfigError
+from toma_fx.families import family_of
 from toma_fx.inputs import random_inputs
 from toma_fx.lab.compare import psnr
 from toma_fx.lab.variants import Merging
@@ -39,6 +40,8 @@ from toma_fx.transform import model_of, transform
 MERGED = "merged"
 BACKENDS = ("native", "_native_flash", "_native_cudnn", "_native_efficient", "flash", "sage")
 MODES = ("reduce-overhead", "max-autotune-no-cudagraphs")
+KNOWN = ("unet", "flux")
+"""Families whose layers and outputs are those that additions expect."""
 CACHE_THRESHOLD = 0.1
 """Of the first-block cache: a step is skipped when the first block's output changed by less."""
 
@@ -200,10 +203,14 @@ def stacked(setting: Setting, *, image: bool) -> Iterator[Table]:
             relative error of its output.
 
     Raises:
-        ConfigError: when no variant merges.
+        ConfigError: when no variant merges, or the family's additions are not known.
     """
     room = studio(setting) if image else None
     model = load(setting) if room is None else model_of(room.pipeline)
+    if family_of(model).name not in KNOWN:
+        raise ConfigError(
+            f"--stack adds to SDXL and Flux; additions to {family_of(model).title} are not known"
+        )
     merging = (v for v in setting.variants if isinstance(v, Merging) and v.name != LOWER_BOUND)
     variant = next(merging, None)
     if variant is None:

@@ -15,14 +15,32 @@ if TYPE_CHECKING:
 
     from toma_fx.families.rows import Block, Family
 
+_HUNYUAN = "diffusers.models.transformers.transformer_hunyuan"
+
 MODELS = {
     "diffusers.models.unets.unet_2d_condition.UNet2DConditionModel": "unet",
     "diffusers.models.transformers.transformer_flux.FluxTransformer2DModel": "flux",
+    "diffusers.models.transformers.transformer_flux2.Flux2Transformer2DModel": "flux2",
+    "diffusers.models.transformers.transformer_qwenimage.QwenImageTransformer2DModel": "qwen_image",
+    "diffusers.models.transformers.transformer_z_image.ZImageTransformer2DModel": "z_image",
+    "diffusers.models.transformers.transformer_wan.WanTransformer3DModel": "wan",
+    "diffusers.models.transformers.transformer_wan_vace.WanVACETransformer3DModel": "wan_vace",
+    "diffusers.models.transformers.transformer_sd3.SD3Transformer2DModel": "sd3",
+    "diffusers.models.transformers.transformer_chroma.ChromaTransformer2DModel": "chroma",
+    f"{_HUNYUAN}_video.HunyuanVideoTransformer3DModel": "hunyuan_video",
+    f"{_HUNYUAN}_video15.HunyuanVideo15Transformer3DModel": "hunyuan_video15",
+    f"{_HUNYUAN}image.HunyuanImageTransformer2DModel": "hunyuan_image",
+    "diffusers.models.transformers.pixart_transformer_2d.PixArtTransformer2DModel": "pixart",
+    "diffusers.models.transformers.transformer_ltx.LTXVideoTransformer3DModel": "ltx",
+    "diffusers.models.transformers.cogvideox_transformer_3d.CogVideoXTransformer3DModel": (
+        "cogvideox"
+    ),
+    "diffusers.models.transformers.transformer_ltx2.LTX2VideoTransformer3DModel": "ltx2",
+    "diffusers.models.transformers.transformer_krea2.Krea2Transformer2DModel": "krea2",
+    "diffusers.models.transformers.transformer_cosmos.CosmosTransformer3DModel": "cosmos",
+    "diffusers.models.transformers.transformer_flux3.Flux3Transformer2DModel": "flux3",
 }
 """The file of a model's family, by the qualified name of the model's class."""
-
-ARCHITECTURES = {"sdxl": "unet", "flux": "flux"}
-"""The file of a family, by the names of published models that the command line takes."""
 
 
 def load_family(name: str) -> "Family":
@@ -36,9 +54,9 @@ def all_families() -> "list[Family]":
     return [load_family(file) for file in dict.fromkeys(MODELS.values())]
 
 
-def load_block(cls: str) -> "Block":
-    """The row of the block class with this qualified name."""
-    return next(row for family in all_families() for row in family.blocks if row.cls == cls)
+def load_block(family: str, cls: str) -> "Block":
+    """A family's row of the block class with this qualified name, which others may have too."""
+    return next(row for row in load_family(family).blocks if row.cls == cls)
 
 
 def find_family(names: Iterable[str]) -> "Family | None":
@@ -54,11 +72,15 @@ def knows(model: object) -> bool:
 
 
 def family_of(model: "nn.Module") -> "Family":
-    """The family of a model.
+    """The family of a model; of a transformed one, that of its recipe.
 
     Raises:
         ModelError: when the model is of no known family.
     """
+    recipe = getattr(model, "toma_recipe", None)
+    if recipe is not None:
+        given: Family = recipe.family
+        return given
     family = find_family(map(_name, type(model).__mro__))
     if family is not None:
         return family

@@ -1,6 +1,7 @@
 """What the example calls of all families have in common."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,12 @@ def random_tensors(like: Tensor) -> Callable[..., Tensor]:
     return random
 
 
+def rotary_tables(attention: Any, tokens: int) -> tuple[Tensor, Tensor]:
+    """Example tables of cosines and sines, ``(tokens, head_dim)``, for diffusers' attention."""
+    table = torch.empty(tokens, attention.inner_dim // attention.heads, device="meta")
+    return table, table
+
+
 def check_size(height: int, width: int, step: int) -> None:
     """Refuse an image size that tokens do not cover.
 
@@ -36,3 +43,18 @@ def check_size(height: int, width: int, step: int) -> None:
             f"an image of {height} x {width} pixels must be a multiple of {step} pixels along each "
             f"side, such as {max(1, height // step) * step} x {max(1, width // step) * step}"
         )
+
+
+def check_frames(frames: int, step: int) -> int:
+    """The number of latent frames of a video: one for its first frame, then one for each ``step``.
+
+    Raises:
+        ModelError: when there is no such number.
+    """
+    if frames < 1 or (frames - 1) % step:
+        nearest = max(0, frames - 1) // step * step + 1
+        raise ModelError(
+            f"a video of {frames} frames must have one frame and a multiple of {step} more, such "
+            f"as {nearest} or {nearest + step}"
+        )
+    return (frames - 1) // step + 1

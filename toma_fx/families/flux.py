@@ -10,7 +10,7 @@ from torch import Tensor
 from toma_fx.families import noise
 from toma_fx.families.example_tensors import check_size, random_tensors
 from toma_fx.families.rows import Block, Family, TokenSequence
-from toma_fx.passes.plan_nodes import TokenFlow
+from toma_fx.passes.plan_nodes import Rows, TokenFlow
 from toma_fx.passes.sites import Site
 
 NATIVE_PIXELS = 1024
@@ -125,6 +125,7 @@ def _image_ids(rows: int, columns: int, like: Tensor) -> Tensor:
 
 _BLOCK = "diffusers.models.transformers.transformer_flux"
 _NORM = "diffusers.models.normalization"
+_ROTARY = Rows(argument="image_rotary_emb", items=(0, 1), dim=0, joint=True)
 _REFUSED = ("ip_adapter_masks", "attention_mask")
 
 FAMILY = Family(
@@ -138,7 +139,7 @@ FAMILY = Family(
                 attention_kwargs="joint_attention_kwargs",
                 output=1,
                 text="encoder_hidden_states",
-                rotary="image_rotary_emb",
+                rows=(_ROTARY,),
             ),
             refused_by_attention=_REFUSED,
             examples=lambda block: _examples(block.norm2.normalized_shape[0]),
@@ -154,7 +155,7 @@ FAMILY = Family(
                 output=1,
                 text="encoder_hidden_states",
                 text_first=True,
-                rotary="image_rotary_emb",
+                rows=(_ROTARY,),
             ),
             refused_by_attention=_REFUSED,
             examples=lambda block: _examples(block.proj_out.out_features),
@@ -196,5 +197,9 @@ FAMILY = Family(
     sequence_lengths=_sequence_lengths,
     image=lambda call: call["hidden_states"],
     architectures={"flux": {"guidance_embeds": True}},
+    block_counts={
+        "transformer_blocks": "num_layers",
+        "single_transformer_blocks": "num_single_layers",
+    },
 )
 """``architectures``: FLUX.1-dev's transformer, where it differs from diffusers' defaults."""

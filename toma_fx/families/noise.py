@@ -52,6 +52,20 @@ def level_of_sigma(timestep: float, scheduler: Any) -> float:
     return timestep
 
 
+def level_of_clean_share(timestep: float, scheduler: Any) -> float:
+    """The noise level of a timestep that is the share of the image, 0 for pure noise.
+
+    Raises:
+        InputError: when the timestep is none.
+    """
+    if not 0 <= timestep <= 1:
+        raise InputError(
+            f"timestep {timestep:g} is no share of the image; the model takes timesteps of 0 to 1, "
+            "(1000 - t) / 1000 for t of diffusers' schedulers"
+        )
+    return 1 - timestep
+
+
 def levels_of_run(scheduler: Any, steps: int, scale: float, **options: Any) -> list[float] | None:
     """The timesteps that a scheduler makes for a run, as the model takes them.
 
@@ -63,9 +77,70 @@ def levels_of_run(scheduler: Any, steps: int, scale: float, **options: Any) -> l
     """
     if scheduler is None:
         return None
-    planned = copy.deepcopy(scheduler)
-    planned.set_timesteps(steps, **options)
-    return [float(t) / scale for t in planned.timesteps]
+    return [float(t) / scale for t in planned(scheduler, steps, **options).timesteps]
+
+
+def planned(scheduler: Any, steps: int, **options: Any) -> Any:
+    """A copy of a scheduler, set to a run.
+
+    Args:
+        scheduler: of a pipeline.
+        steps: of the run.
+        **options: what the scheduler takes beside the number of steps.
+    """
+    copied = copy.deepcopy(scheduler)
+    copied.set_timesteps(steps, **options)
+    return copied
+
+
+def flow_scheduler(**config: Any) -> Any:
+    """A scheduler of flow matching, for families whose own one is not known in a run.
+
+    Args:
+        **config: with which the family was published.
+    """
+    # Here, since tables of families are read before any scheduler is needed.
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return FlowMatchEulerDiscreteScheduler(**config)
+
+
+def even_sigmas(steps: int) -> list[float]:
+    """The sigmas of a run before its scheduler shifts them, as most pipelines pass them."""
+    return [1 - step / steps for step in range(steps)]
+
+
+def shift_of_size(scheduler: Any, tokens: int) -> float:
+    """The shift ``mu`` of diffusers' ``calculate_shift``, greater for greater images.
+
+    Args:
+        scheduler: whose configuration has the numbers.
+        tokens: of the image.
+    """
+    config = scheduler.config
+    few, most = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    return float(low + (high - low) * (tokens - few) / (most - few))
+
+
+def levels_of_flow(
+    scheduler: Any, steps: int, *, sigmas: list[float] | None = None, mu: float | None = None
+) -> list[float]:
+    """Noise levels of a run of flow matching, in which a scheduler's timesteps are 0 to 1000.
+
+    Args:
+        scheduler: as made by ``flow_scheduler``, or of a pipeline; it is copied, not changed.
+        steps: of the run.
+        sigmas: as the pipeline passes them; a scheduler with flow sigmas of its own needs none.
+        mu: the shift, for schedulers that take it.
+    """
+    options: dict[str, Any] = {}
+    if sigmas is not None and not scheduler.config.get("use_flow_sigmas"):
+        options["sigmas"] = sigmas
+    if mu is not None and scheduler.config.get("use_dynamic_shifting"):
+        options["mu"] = mu
+    trained = scheduler.config.get("num_train_timesteps", 1000)
+    return [float(t) / trained for t in planned(scheduler, steps, **options).timesteps]
 
 
 def _is_log_sigma(scheduler: Any) -> bool:

@@ -4,16 +4,32 @@ Classes are named by their qualified names, so that a table of families needs no
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from operator import itemgetter
 from typing import Any
 
+from tabulate import tabulate
 from torch import Tensor, nn
 
 from toma_fx.passes.plan_nodes import TokenFlow
 from toma_fx.passes.sites import Site
 
+NOT_MEASURED = "the first quarter of a list is spared, since the family was not measured"
+
 LeafValue = Callable[..., Any]
 """Takes a submodule and the arguments of its call; gives an example of what it returns."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """Arguments whose kind decides the branches of a block, which has a graph for each."""
+
+    argument: str
+    more: tuple[str, ...] = ()
+    of: Callable[..., str]
+    """The form of their values. A function that has a name, since pickles hold it."""
+    names: tuple[str, ...]
+    """All forms; the first is that of a block that is looked at on its own."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -26,20 +42,41 @@ class Block:
     """What can be merged; the sites of one component before those of several."""
     flow: TokenFlow
     """Where tokens are, by the names of the block's arguments."""
-    examples: Callable[[Any], dict[str, Any]]
-    """Example arguments of a block, on the meta device. They decide the graph's branches."""
+    examples: Callable[..., dict[str, Any]]
+    """Example arguments of a block, on the meta device. They decide the graph's branches. Where the
+    block has forms, it is given the form too."""
+    form: Form | None = None
+    """What decides branches when the block runs."""
     masks: tuple[tuple[str, str], ...] = ()
     """Each attention mask argument, and the component that it goes to."""
     refused: tuple[str, ...] = ()
     """Attention kwargs that no merged block can carry."""
     refused_by_attention: tuple[str, ...] = ()
     """Attention kwargs that refer to single image tokens."""
+    example_tokens: int = 0
+    """Image tokens in the examples, where the block's tokens are those of the text too."""
 
     def __reduce__(self) -> Any:
         # Rows hold functions, so a pickle holds the name.
-        from toma_fx.families import load_block
+        from toma_fx.families import all_families, load_block
 
-        return load_block, (self.cls,)
+        family = next(each for each in all_families() if self in each.blocks)
+        return load_block, (family.name, self.cls)
+
+
+def _rebuilt(cls: Any, values: dict[str, Any]) -> Any:
+    return cls(**values)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DerivedBlock(Block):
+    """A row that no file states."""
+
+    def __reduce__(self) -> Any:
+        return _rebuilt, (
+            type(self),
+            {each.name: getattr(self, each.name) for each in fields(self)},
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +95,10 @@ class Stage:
     """The method that makes a grid of tokens: it takes the tokens, then a grid of the same size."""
 
 
+def _as_they_are(ids: Tensor) -> Tensor:
+    return ids
+
+
 @dataclass(frozen=True, kw_only=True)
 class TokenSequence:
     """A model that takes its image tokens as a sequence, with the position of each.
@@ -72,12 +113,125 @@ class TokenSequence:
     column."""
     more: tuple[str, ...] = ()
     """Arguments with lists of tensors that have a row for each token in dimension 1."""
+    joint: tuple[str, ...] = ()
+    """Arguments with a tensor that has a row for each token in dimension 1, those of the text
+    first."""
+    text_first: bool = False
+    """Whether the ids have rows of text tokens before those of the image tokens."""
+    references: tuple[str, str] | None = None
+    """Arguments with tokens of further images, and their ids; they are put in order by themselves,
+    and the model returns none for them."""
+    places: Callable[[Tensor], Tensor] = _as_they_are
+    """Image number, row and column of each token, in whole numbers, of the ids, ``(N, 3)``."""
     enter: str
     """Path of the module that takes the tokens, in a graph that others captured."""
     leave: str
     """Path of the module that returns them."""
     positions: str
     """Path of the module that takes the ids of text and image."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A grid of image tokens in raster order: frame by frame, row by row."""
+
+    rows: int
+    columns: int
+    frames: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """How many there are."""
+        return self.frames * self.area
+
+    @property
+    def area(self) -> int:
+        """Tokens of a frame."""
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A tensor at a border that has a row for each image token."""
+
+    module: str = ""
+    """Path of the module that takes or returns it; ``""`` is the model."""
+    method: str = "forward"
+    argument: str | None = None
+    """Name of the argument that it is, or"""
+    output: int | None = None
+    """its place among the outputs."""
+    dim: int = 1
+    """Dimension of the rows. Behind them may be rows of other tokens."""
+    last: bool = False
+    """Whether those of other tokens are before them instead."""
+    dims: int = 1
+    """How many dimensions the rows are spread over, ``dim`` and those behind it."""
+    ndim: int | None = None
+    """Dimensions of the tensor, where one of others has no rows for tokens."""
+    patches: bool = False
+    """Whether the tensor is the image itself, ``(..., H, W)`` or ``(..., F, H, W)``, of which each
+    patch becomes a token."""
+    listed: bool = False
+    """Whether it is a list or a tuple of such tensors, or a dictionary: one for each sample or
+    block."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """Arguments of a model that it takes or leaves, and that the values of another one tell."""
+
+    argument: str
+    """The other one, a tensor."""
+    makes: Callable[[Tensor], Mapping[str, Any]]
+    """The arguments, of that tensor."""
+
+
+def _no_patch(config: Any) -> tuple[int, ...]:
+    return 1, 1
+
+
+def _never(call: Mapping[str, Any]) -> bool:
+    return False
+
+
+def _none_unmerged(model: Any, call: Mapping[str, Any]) -> int:
+    return 0
+
+
+def _no(model: Any, call: Mapping[str, Any]) -> bool:
+    return False
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TokenGrids:
+    """A model whose grids of image tokens follow from the shapes of its arguments.
+
+    The image tokens are put in token order at places, all before the first block or behind the
+    last: what has a row for each of them where it comes in, and what comes out.
+    """
+
+    grids: Callable[[Any, Mapping[str, Any]], tuple[Grid, ...]]
+    """The grids of a call, ``(model, call)``: the output's first, then those of references."""
+    enter: tuple[Place, ...]
+    leave: tuple[Place, ...]
+    patch: Callable[[Any], tuple[int, ...]] = _no_patch
+    """The size of a token, in what the model takes, ``(H, W)`` or ``(F, H, W)``; of its config."""
+    unmerged_frames: Callable[[Any, Mapping[str, Any]], int] = _none_unmerged
+    """How many frames, from the first, stay as they are in a call, ``(model, call)``: those that
+    are given and not drawn."""
+    last_frame_given: Callable[[Any, Mapping[str, Any]], bool] = _no
+    """Whether the last frame stays as it is too, ``(model, call)``. Token order puts it behind the
+    first ones; where tokens stay in their order, it merges."""
+    frames_apart: Callable[[Any, Mapping[str, Any]], bool] = _no
+    """Whether each frame is put in order by itself in a call, ``(model, call)``, since the model
+    makes something for each token of a frame where no place reaches it."""
+    given_tokens: Callable[[Any, Mapping[str, Any]], int] = _none_unmerged
+    """How many tokens of no grid there are in a call, ``(model, call)``, which stay as they are."""
+    given_last: bool = False
+    """Whether they are behind those of the grids, and not before."""
+    reading: Reading | None = None
+    """What a call may leave to the values of a tensor."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -90,10 +244,18 @@ class Family:
     title: str
     """What people call the models."""
     blocks: tuple[Block, ...]
-    borders: tuple[Stage | TokenSequence, ...]
+    borders: tuple[Stage | TokenSequence | TokenGrids, ...]
     """Where tokens come into token order and leave it."""
-    attention_kwargs: str
-    """The model's argument with the attention kwargs, which reach every block."""
+    attention_kwargs: str | None = None
+    """The model's argument with the attention kwargs, which reach every block; None where none
+    does."""
+    timestep: Callable[[Mapping[str, Any]], Any] = itemgetter("timestep")
+    """The timestep of a call, one for each row of the batch or one for all."""
+    time_rises: bool = False
+    """Whether timesteps rise from noise to the image."""
+    rows_change: Callable[[Mapping[str, Any]], bool] = _never
+    """Whether tokens have rows in a call that change from step to step, as a timestep's of each
+    token do, so that a plan that is kept needs new ones."""
     prompt: tuple[str, ...]
     """The model's arguments with the prompt's embeddings. The first tensor in those that are given
     tells one denoising run from another."""
@@ -103,6 +265,8 @@ class Family:
     """Blocks that stay unmerged unless ``skip`` says otherwise: of the list at a path, the first
     ``a`` of ``b``, and as large a share of a list of another length."""
     unmerged_because: str = ""
+    never_merged: Mapping[str, str] = field(default_factory=dict)
+    """Blocks that cannot merge, by a pattern on their paths, each with the reason."""
     noise_level: Callable[[float, Any], float]
     """The noise level of a timestep, 1 for pure noise and 0 for the image, under a scheduler; the
     scheduler is None where it is not known."""
@@ -116,8 +280,14 @@ class Family:
     """Numbers of tokens in the sequences that attention sees in a call."""
     image: Callable[[Mapping[str, Any]], Tensor]
     """The argument of a call that holds the image."""
+    reads_values: bool = False
+    """Whether the model picks the words of a text by its mask, and so cannot run on tensors without
+    data unless it is told which they are."""
     architectures: Mapping[str, Mapping[str, Any]]
     """Configurations of published models, by the names that the command line takes."""
+    block_counts: Mapping[str, str] = field(default_factory=dict)
+    """By the path of each list of blocks that merge, the field of the model's configuration that
+    says how many they are: a number, or a list with an item for each."""
 
     def block_row(self, cls: type[nn.Module]) -> Block | None:
         """The row of a block class, or of the first class that it derives from."""
@@ -129,6 +299,40 @@ class Family:
         from toma_fx.families import load_family
 
         return load_family, (self.name,)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DerivedFamily(Family):
+    """A family that no file states: `toma_fx.derive`."""
+
+    def __reduce__(self) -> Any:
+        return _rebuilt, (
+            type(self),
+            {each.name: getattr(self, each.name) for each in fields(self)},
+        )
+
+    def __str__(self) -> str:
+        """What was derived: of each class of block, and of the order of tokens."""
+        rows = [(each.cls.rpartition(".")[2], *_described(each)) for each in self.blocks]
+        headers = ("block", "image tokens", "text", "a row for each token")
+        ordered = any(not isinstance(each, TokenGrids) or each.enter for each in self.borders)
+        order = "found, and checked" if ordered else "not found: regions are stripes"
+        never = "".join(f"\n{path}: {why}" for path, why in self.never_merged.items())
+        return (
+            f"{self.name}\n{tabulate(rows, headers)}\nwhere tokens are put in order: {order}{never}"
+        )
+
+
+def _described(block: Block) -> tuple[str, str, str]:
+    flow = block.flow
+    text = flow.text or ""
+    if flow.joint:
+        text = "in one sequence, " + ("behind the image" if flow.image_first else "before it")
+    items = [
+        f"{row.argument}{list(row.items) if row.items else ''}{' with text' if row.joint else ''}"
+        for row in flow.rows
+    ]
+    return flow.tokens, text, ", ".join(items)
 
 
 def qualified_name(cls: type) -> str:

@@ -207,6 +207,11 @@ def _image_embeds(projection: nn.Module, random: Callable[..., Tensor], batch: i
     return random(batch, images, *shape, layer.in_features)
 
 
+def _attention(module: object, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+    """Whatever the processor; one of others may be no good on tensors without data."""
+    return hidden_states.new_empty(hidden_states.shape)
+
+
 FAMILY = Family(
     name="unet",
     cls="diffusers.models.unets.unet_2d_condition.UNet2DConditionModel",
@@ -237,6 +242,7 @@ FAMILY = Family(
         ),
     ),
     attention_kwargs="cross_attention_kwargs",
+    leaf_values={"diffusers.models.attention_processor.Attention": _attention},
     prompt=("encoder_hidden_states", "added_cond_kwargs", "class_labels"),
     noise_level=noise.level_of_thousand,
     run_levels=_run_levels,

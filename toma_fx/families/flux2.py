@@ -1,0 +1,213 @@
+"""The transformer of FLUX.2: dev and klein."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from toma_fx.families import noise
+from toma_fx.families.example_tensors import check_size, random_tensors
+from toma_fx.families.rows import NOT_MEASURED, Block, Family, TokenSequence
+from toma_fx.passes.plan_nodes import Rows, TokenFlow
+from toma_fx.passes.sites import Site
+
+NATIVE_PIXELS = 1024
+PIXELS_PER_TOKEN = 16
+"""Along a side: 8 per latent, and 2 latents per token."""
+TEXT_TOKENS = 512
+
+SCHEDULER: dict[str, Any] = {"use_dynamic_shifting": True}
+"""The configuration of the published models' schedulers."""
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "flux2-dev": {},
+    "flux2-klein-4b": {
+        "num_layers": 5,
+        "num_single_layers": 20,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 7680,
+        "guidance_embeds": False,
+    },
+    "flux2-klein-9b": {
+        "num_layers": 8,
+        "num_single_layers": 24,
+        "num_attention_heads": 32,
+        "joint_attention_dim": 12288,
+        "guidance_embeds": False,
+    },
+}
+"""Published transformers, where they differ from diffusers' defaults."""
+
+_noise_level = noise.level_of_sigma
+
+
+def _run_levels(scheduler: Any, steps: int, call: Mapping[str, Any]) -> list[float]:
+    planned = noise.flow_scheduler(**SCHEDULER) if scheduler is None else scheduler
+    mu = _shift(call["hidden_states"].shape[1], steps)
+    return noise.levels_of_flow(planned, steps, sigmas=noise.even_sigmas(steps), mu=mu)
+
+
+def _shift(tokens: int, steps: int) -> float:
+    """The shift of a run: diffusers' ``compute_empirical_mu``, a fit to the authors' own runs."""
+    of_200 = 0.00016927 * tokens + 0.45666666
+    if tokens > 4300:
+        return of_200
+    of_10 = 8.73809524e-05 * tokens + 1.89833333
+    return of_200 + (of_200 - of_10) / 190 * (steps - 200)
+
+
+def _sequence_lengths(call: Mapping[str, Any]) -> set[int]:
+    image, text = call["hidden_states"].shape[1], call["encoder_hidden_states"].shape[1]
+    return {image + text}
+
+
+def _image(call: Mapping[str, Any]) -> Tensor:
+    image: Tensor = call["hidden_states"]
+    return image
+
+
+def example_call(
+    model: Any, like: Tensor, *, batch: int, height: int | None, width: int | None
+) -> dict[str, Any]:
+    """Keyword arguments of one call of a FLUX.2 transformer; their values mean nothing.
+
+    Args:
+        model: the transformer, which may have no data.
+        like: an empty tensor with the device and dtype in which the transformer computes.
+        batch: images.
+        height: of the image, in pixels; 1024 when left out.
+        width: of the image, in pixels; the height when left out.
+
+    Raises:
+        ModelError: when the size is no multiple of a token's.
+    """
+    config = model.config
+    device, dtype = like.device, like.dtype
+    rows, columns = _grid(height, width)
+    random = random_tensors(like)
+    call: dict[str, Any] = {
+        "hidden_states": random(batch, rows * columns, config.in_channels),
+        "encoder_hidden_states": random(batch, TEXT_TOKENS, config.joint_attention_dim),
+        "timestep": torch.full((batch,), 0.5, device=device, dtype=dtype),
+        "img_ids": _image_ids(rows, columns, device).expand(batch, -1, -1),
+        "txt_ids": _text_ids(device).expand(batch, -1, -1),
+    }
+    if config.guidance_embeds:
+        call["guidance"] = torch.full((batch,), 4.0, device=device, dtype=torch.float32)
+    return call
+
+
+def _grid(height: int | None, width: int | None) -> tuple[int, int]:
+    height = NATIVE_PIXELS if height is None else height
+    width = height if width is None else width
+    step = PIXELS_PER_TOKEN
+    check_size(height, width, step)
+    return height // step, width // step
+
+
+def _image_ids(rows: int, columns: int, device: torch.device) -> Tensor:
+    """Image number, row, column, and a position in text, which is 0."""
+    row = torch.arange(rows, device=device)[:, None].expand(rows, columns)
+    column = torch.arange(columns, device=device).expand(rows, columns)
+    zero = torch.zeros_like(row)
+    return torch.stack([zero, row, column, zero], dim=-1).flatten(0, 1)
+
+
+def _text_ids(device: torch.device) -> Tensor:
+    position = torch.arange(TEXT_TOKENS, device=device)
+    zero = torch.zeros_like(position)
+    return torch.stack([zero, zero, zero, position], dim=-1)
+
+
+_MODULE = "diffusers.models.transformers.transformer_flux2"
+_ROTARY = Rows(argument="image_rotary_emb", items=(0, 1), dim=0, joint=True)
+EXAMPLE_TOKENS = 64
+
+
+def _like() -> Tensor:
+    # float16, because FLUX.2 clips float16 overflow, and the graph must show it.
+    return torch.empty(0, dtype=torch.float16, device="meta")
+
+
+def _double_examples(block: Any) -> dict[str, Any]:
+    like, width = _like(), block.norm1.normalized_shape[0]
+    rotary = like.new_empty(8 + EXAMPLE_TOKENS, block.attn.head_dim)
+    return {
+        "hidden_states": like.new_empty(2, EXAMPLE_TOKENS, width),
+        "encoder_hidden_states": like.new_empty(2, 8, width),
+        "temb_mod_img": like.new_empty(2, 6 * width),
+        "temb_mod_txt": like.new_empty(2, 6 * width),
+        "image_rotary_emb": (rotary, rotary),
+    }
+
+
+def _single_examples(block: Any) -> dict[str, Any]:
+    like, width = _like(), block.norm.normalized_shape[0]
+    rotary = like.new_empty(8 + EXAMPLE_TOKENS, block.attn.head_dim)
+    return {
+        "hidden_states": like.new_empty(2, 8 + EXAMPLE_TOKENS, width),
+        "encoder_hidden_states": None,
+        "temb_mod": like.new_empty(2, 3 * width),
+        "image_rotary_emb": (rotary, rotary),
+        "split_hidden_states": False,
+        "text_seq_len": None,
+    }
+
+
+FAMILY = Family(
+    name="flux2",
+    cls=f"{_MODULE}.Flux2Transformer2DModel",
+    title="FLUX.2 dev and klein",
+    blocks=(
+        Block(
+            cls=f"{_MODULE}.Flux2TransformerBlock",
+            flow=TokenFlow(
+                attention_kwargs="joint_attention_kwargs",
+                output=1,
+                text="encoder_hidden_states",
+                rows=(_ROTARY,),
+            ),
+            refused=("kv_cache",),
+            refused_by_attention=("attention_mask",),
+            examples=_double_examples,
+            sites=(
+                Site(components=("self_attention",), enter=("attn",), leave="attn", outputs=(0,)),
+                Site(components=("mlp",), enter=("ff",), leave="ff"),
+            ),
+        ),
+        Block(
+            cls=f"{_MODULE}.Flux2SingleTransformerBlock",
+            flow=TokenFlow(attention_kwargs="joint_attention_kwargs", joint=True, rows=(_ROTARY,)),
+            refused=("kv_cache",),
+            refused_by_attention=("attention_mask",),
+            examples=_single_examples,
+            example_tokens=EXAMPLE_TOKENS,
+            # Attention and MLP are one layer, whose input projections are fused.
+            sites=(Site(components=("self_attention", "mlp"), enter=("attn",), leave="attn"),),
+        ),
+    ),
+    borders=(
+        TokenSequence(
+            tokens="hidden_states",
+            ids="img_ids",
+            enter="x_embedder",
+            leave="proj_out",
+            positions="pos_embed",
+        ),
+    ),
+    attention_kwargs="joint_attention_kwargs",
+    prompt=("encoder_hidden_states",),
+    unmerged_by_default={"transformer_blocks": (1, 4), "single_transformer_blocks": (1, 4)},
+    unmerged_because=NOT_MEASURED,
+    noise_level=_noise_level,
+    run_levels=_run_levels,
+    example_call=example_call,
+    sequence_lengths=_sequence_lengths,
+    image=_image,
+    architectures=ARCHITECTURES,
+    block_counts={
+        "transformer_blocks": "num_layers",
+        "single_transformer_blocks": "num_single_layers",
+    },
+)

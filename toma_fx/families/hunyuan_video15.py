@@ -1,0 +1,192 @@
+"""The transformer of HunyuanVideo 1.5: from text, and from an image."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from toma_fx.families import noise
+from toma_fx.families.example_tensors import check_frames, check_size, random_tensors, rotary_tables
+from toma_fx.families.rows import NOT_MEASURED, Block, Family, Grid, Place, TokenGrids
+from toma_fx.passes.plan_nodes import Rows, TokenFlow
+from toma_fx.passes.sites import Site
+
+NATIVE_SIZES = {640: (480, 848), 960: (720, 1280)}
+"""Height and width in pixels, by the ``target_size`` of a model's config."""
+NATIVE_FRAMES = 121
+PIXELS_PER_LATENT = 16
+FRAMES_PER_LATENT = 4
+TEXT_TOKENS, GLYPH_TOKENS, IMAGE_TOKENS = 1000, 256, 729
+"""Of the prompt, of what it wants written, and of the image to start from."""
+
+SCHEDULER: dict[str, Any] = {"shift": 5.0}
+"""The configuration of the schedulers published with the models for 480 rows."""
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "hunyuan-video-1.5-480p-t2v": {"task_type": "t2v"},
+    "hunyuan-video-1.5-480p-i2v": {},
+    "hunyuan-video-1.5-720p-t2v": {"target_size": 960, "task_type": "t2v"},
+    "hunyuan-video-1.5-720p-i2v": {"target_size": 960},
+    "hunyuan-video-1.5-480p-i2v-step-distilled": {"use_meanflow": True},
+}
+"""Published transformers, where they differ from diffusers' defaults."""
+
+_noise_level = noise.level_of_thousand
+
+
+def _run_levels(scheduler: Any, steps: int, call: Mapping[str, Any]) -> list[float]:
+    planned = noise.flow_scheduler(**SCHEDULER) if scheduler is None else scheduler
+    return noise.levels_of_flow(planned, steps, sigmas=noise.even_sigmas(steps))
+
+
+def _sequence_lengths(call: Mapping[str, Any]) -> set[int]:
+    more = ("encoder_hidden_states", "encoder_hidden_states_2", "image_embeds")
+    text = sum(call[name].shape[1] for name in more)
+    return {math.prod(call["hidden_states"].shape[-3:]) + text}
+
+
+def _image(call: Mapping[str, Any]) -> Tensor:
+    image: Tensor = call["hidden_states"]
+    return image
+
+
+def example_call(
+    model: Any,
+    like: Tensor,
+    *,
+    batch: int,
+    height: int | None,
+    width: int | None,
+    frames: int | None = None,
+) -> dict[str, Any]:
+    """Keyword arguments of one call of a HunyuanVideo 1.5 transformer; their values mean nothing.
+
+    A model that starts from text gets an image of zeros, which is how it is told that there is
+    none.
+
+    Args:
+        model: the transformer, which may have no data.
+        like: an empty tensor with the device and dtype in which the transformer computes.
+        batch: videos.
+        height: of the video, in pixels; the model's native size when left out.
+        width: of the video, in pixels; the height, or the native size, when left out.
+        frames: of the video; 121 when left out.
+
+    Raises:
+        ModelError: when the size is no multiple of a token's, or the frames no multiple of a
+            latent frame's and one more.
+    """
+    config = model.config
+    device, dtype = like.device, like.dtype
+    random = random_tensors(like)
+    image = random(batch, IMAGE_TOKENS, config.image_embed_dim)
+    size = _latent_size(config, height, width, frames)
+    call: dict[str, Any] = {
+        # The latents, those of an image to start from, and where there is one.
+        "hidden_states": random(batch, config.in_channels, *size),
+        "image_embeds": image if config.task_type == "i2v" else torch.zeros_like(image),
+        "timestep": torch.full((batch,), 500.0, device=device, dtype=dtype),
+        "encoder_hidden_states": random(batch, TEXT_TOKENS, config.text_embed_dim),
+        # 1 for a token that is no padding.
+        "encoder_attention_mask": torch.ones(batch, TEXT_TOKENS, device=device, dtype=dtype),
+        "encoder_hidden_states_2": random(batch, GLYPH_TOKENS, config.text_embed_2_dim),
+        "encoder_attention_mask_2": torch.zeros(batch, GLYPH_TOKENS, device=device, dtype=dtype),
+    }
+    if config.use_meanflow:  # the timestep of the next step
+        call["timestep_r"] = torch.full((batch,), 400.0, device=device, dtype=dtype)
+    return call
+
+
+def _latent_size(
+    config: Any, height: int | None, width: int | None, frames: int | None
+) -> tuple[int, int, int]:
+    native_height, native_width = NATIVE_SIZES.get(config.target_size, NATIVE_SIZES[640])
+    if height is None:
+        height, width = native_height, native_width if width is None else width
+    width = height if width is None else width
+    check_size(height, width, PIXELS_PER_LATENT * config.patch_size)
+    latent_frames = check_frames(NATIVE_FRAMES if frames is None else frames, FRAMES_PER_LATENT)
+    return latent_frames, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT
+
+
+_MODULE = "diffusers.models.transformers.transformer_hunyuan_video15"
+
+
+def _examples(block: Any) -> dict[str, Any]:
+    like = torch.empty(0, dtype=torch.float16, device="meta")
+    width = block.attn.query_dim
+    return {
+        "hidden_states": like.new_empty(2, 64, width),
+        "encoder_hidden_states": like.new_empty(2, 8, width),
+        "temb": like.new_empty(2, width),
+        # Of the text alone: attention takes all tokens of the video for given.
+        "attention_mask": like.new_empty(2, 8, dtype=torch.bool),
+        "freqs_cis": rotary_tables(block.attn, 64),
+    }
+
+
+def _grids(model: Any, call: Mapping[str, Any]) -> tuple[Grid, ...]:
+    of_frame, of_row, of_column = _patch(model.config)
+    frames, rows, columns = call["hidden_states"].shape[-3:]
+    return (Grid(rows // of_row, columns // of_column, frames // of_frame),)
+
+
+def _patch(config: Any) -> tuple[int, int, int]:
+    return (config.patch_size_t, config.patch_size, config.patch_size)
+
+
+def _unmerged_frames(model: Any, call: Mapping[str, Any]) -> int:
+    """The first frame, in models made to start from an image.
+
+    Whether a call has an image is in its values alone, so the model's config decides.
+    """
+    return int(model.config.task_type != "t2v")
+
+
+FAMILY = Family(
+    name="hunyuan_video15",
+    cls=f"{_MODULE}.HunyuanVideo15Transformer3DModel",
+    title="HunyuanVideo 1.5",
+    blocks=(
+        Block(
+            cls=f"{_MODULE}.HunyuanVideo15TransformerBlock",
+            flow=TokenFlow(
+                output=0,
+                text="encoder_hidden_states",
+                image_first=True,
+                rows=(Rows(argument="freqs_cis", items=(0, 1), dim=0),),
+                prefix=True,
+            ),
+            examples=_examples,
+            sites=(
+                Site(components=("self_attention",), enter=("attn",), leave="attn", outputs=(0,)),
+                Site(components=("mlp",), enter=("ff",), leave="ff"),
+            ),
+        ),
+    ),
+    borders=(
+        TokenGrids(
+            grids=_grids,
+            enter=(
+                Place(argument="hidden_states", patches=True),
+                Place(module="rope", output=0, dim=0),
+                Place(module="rope", output=1, dim=0),
+            ),
+            leave=(Place(patches=True),),
+            patch=_patch,
+            unmerged_frames=_unmerged_frames,
+        ),
+    ),
+    prompt=("encoder_hidden_states",),
+    unmerged_by_default={"transformer_blocks": (1, 4)},
+    unmerged_because=NOT_MEASURED,
+    noise_level=_noise_level,
+    run_levels=_run_levels,
+    example_call=example_call,
+    sequence_lengths=_sequence_lengths,
+    image=_image,
+    reads_values=True,
+    architectures=ARCHITECTURES,
+)

@@ -1,0 +1,246 @@
+"""The transformer of LTX-Video."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from toma_fx.errors import InputError
+from toma_fx.families import noise
+from toma_fx.families.example_tensors import check_frames, check_size, random_tensors
+from toma_fx.families.rows import NOT_MEASURED, Block, Family, Grid, Place, Reading, TokenGrids
+from toma_fx.passes.plan_nodes import Rows, TokenFlow
+from toma_fx.passes.sites import Site
+
+NATIVE_SIZE = (512, 704, 161)
+"""Height and width in pixels, and frames."""
+PIXELS_PER_LATENT = 32
+FRAMES_PER_LATENT = 8
+FRAME_RATE = 25
+TEXT_TOKENS = 128
+
+SCHEDULER: dict[str, Any] = {
+    "use_dynamic_shifting": True,
+    "base_shift": 0.95,
+    "max_shift": 2.05,
+    "base_image_seq_len": 1024,
+    "max_image_seq_len": 4096,
+    "shift_terminal": 0.1,
+}
+"""The configuration of the scheduler of the first models; later ones are published unshifted."""
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "ltx-video": {},
+    "ltx-video-0.9.7": {
+        "attention_head_dim": 128,
+        "cross_attention_dim": 4096,
+        "num_layers": 48,
+    },
+}
+"""Published transformers, where they differ from diffusers' defaults."""
+
+_noise_level = noise.level_of_thousand
+
+
+def _run_levels(scheduler: Any, steps: int, call: Mapping[str, Any]) -> list[float]:
+    planned = noise.flow_scheduler(**SCHEDULER) if scheduler is None else scheduler
+    mu = noise.shift_of_size(planned, call["hidden_states"].shape[1])
+    return noise.levels_of_flow(planned, steps, sigmas=noise.even_sigmas(steps), mu=mu)
+
+
+def _sequence_lengths(call: Mapping[str, Any]) -> set[int]:
+    return {call["hidden_states"].shape[1]}
+
+
+def _image(call: Mapping[str, Any]) -> Tensor:
+    image: Tensor = call["hidden_states"]
+    return image
+
+
+def _timestep(call: Mapping[str, Any]) -> Tensor:
+    """The timestep of each video in a batch; of those that tokens have, the last token's.
+
+    With an image to start from, the tokens of the first frame are held at timestep 0.
+    """
+    timestep: Tensor = call["timestep"]
+    return timestep if timestep.ndim < 2 else timestep[:, -1]
+
+
+def example_call(
+    model: Any,
+    like: Tensor,
+    *,
+    batch: int,
+    height: int | None,
+    width: int | None,
+    frames: int | None = None,
+) -> dict[str, Any]:
+    """Keyword arguments of one call of an LTX-Video transformer; their values mean nothing.
+
+    Args:
+        model: the transformer, which may have no data.
+        like: an empty tensor with the device and dtype in which the transformer computes.
+        batch: videos.
+        height: of the video, in pixels; 512 when left out.
+        width: of the video, in pixels; the height, or 704, when left out.
+        frames: of the video; 161 when left out.
+
+    Raises:
+        ModelError: when the size is no multiple of a token's, or the frames no multiple of a
+            latent frame's and one more.
+    """
+    config = model.config
+    latent_frames, rows, columns = _latent_size(height, width, frames)
+    tokens = latent_frames * rows * columns
+    random = random_tensors(like)
+    return {
+        "hidden_states": random(batch, tokens, config.in_channels),
+        "encoder_hidden_states": random(batch, TEXT_TOKENS, config.caption_channels),
+        "timestep": torch.full((batch,), 500.0, device=like.device, dtype=torch.float32),
+        "encoder_attention_mask": torch.ones(
+            batch, TEXT_TOKENS, device=like.device, dtype=torch.bool
+        ),
+        "num_frames": latent_frames,
+        "height": rows,
+        "width": columns,
+        "rope_interpolation_scale": (
+            FRAMES_PER_LATENT / FRAME_RATE,
+            PIXELS_PER_LATENT,
+            PIXELS_PER_LATENT,
+        ),
+    }
+
+
+def _latent_size(height: int | None, width: int | None, frames: int | None) -> tuple[int, int, int]:
+    native_height, native_width, native_frames = NATIVE_SIZE
+    if height is None:
+        height, width = native_height, native_width if width is None else width
+    width = height if width is None else width
+    check_size(height, width, PIXELS_PER_LATENT)
+    latent_frames = check_frames(native_frames if frames is None else frames, FRAMES_PER_LATENT)
+    return latent_frames, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT
+
+
+def _examples(block: Any) -> dict[str, Any]:
+    like = torch.empty(0, dtype=torch.float16, device="meta")
+    width, tokens = block.scale_shift_table.shape[-1], 64
+    rotary = like.new_empty(2, tokens, width)
+    return {
+        "hidden_states": like.new_empty(2, tokens, width),
+        "encoder_hidden_states": like.new_empty(2, 8, block.attn2.cross_attention_dim),
+        "temb": like.new_empty(2, tokens, 6 * width),
+        "image_rotary_emb": (rotary, rotary),
+    }
+
+
+def grids(model: Any, call: Mapping[str, Any]) -> tuple[Grid, ...]:
+    """The video's tokens.
+
+    Raises:
+        InputError: when the call does not say how many frames, rows and columns there are.
+    """
+    frames, rows, columns = (call.get(name) for name in ("num_frames", "height", "width"))
+    if frames is None or rows is None or columns is None:
+        raise InputError(
+            f"a call with num_frames={frames}, height={rows} and width={columns} does not say "
+            "where its tokens are; pass all three, of the latent video, with video_coords too"
+        )
+    return (Grid(rows, columns, frames),)
+
+
+def given_tokens(model: Any, call: Mapping[str, Any]) -> int:
+    """Those of frames that are given for places inside the video.
+
+    Raises:
+        InputError: when there are fewer tokens than the video has.
+    """
+    (video,) = grids(model, call)
+    given: int = call["hidden_states"].shape[1] - video.tokens
+    if given < 0:
+        raise InputError(
+            f"hidden_states has {given + video.tokens} tokens, but {video} has {video.tokens}; "
+            "pass num_frames, height and width of the latent video"
+        )
+    return given
+
+
+def unmerged_frames(model: Any, call: Mapping[str, Any]) -> int:
+    """The first frame, where tokens have a timestep each: it may be given."""
+    return int(call["timestep"].ndim == 2)
+
+
+def _video_of(coords: Tensor) -> dict[str, int]:
+    """Frames, rows and columns of a video, of the positions of its tokens.
+
+    Args:
+        coords: ``(B, 3, N)``: time, row and column of each token, in raster order at the end. The
+            first frame is at time 0, and no given frame before the video is.
+    """
+    times, rows, _ = coords[0].tolist()
+    area = _run(times)
+    columns = _run(rows)
+    frames = 1
+    while times[-1 - area * (frames - 1)] > 0 and len(times) >= area * (frames + 1):
+        frames += 1
+    return {"num_frames": frames, "height": area // columns, "width": columns}
+
+
+def _run(numbers: list[float]) -> int:
+    """How many numbers at the end are equal."""
+    return next(
+        (i for i, each in enumerate(reversed(numbers)) if each != numbers[-1]), len(numbers)
+    )
+
+
+_MODULE = "diffusers.models.transformers.transformer_ltx"
+
+FAMILY = Family(
+    name="ltx",
+    cls=f"{_MODULE}.LTXVideoTransformer3DModel",
+    title="LTX-Video",
+    blocks=(
+        Block(
+            cls=f"{_MODULE}.LTXVideoTransformerBlock",
+            flow=TokenFlow(
+                rows=(
+                    Rows(argument="image_rotary_emb", items=(0, 1)),
+                    Rows(argument="temb", optional=True),
+                ),
+                prefix=True,
+            ),
+            examples=_examples,
+            masks=(("encoder_attention_mask", "cross_attention"),),
+            sites=(
+                Site(components=("self_attention",), enter=("attn1",), leave="attn1"),
+                Site(components=("cross_attention",), enter=("attn2",), leave="attn2"),
+                Site(components=("mlp",), enter=("ff",), leave="ff"),
+            ),
+        ),
+    ),
+    borders=(
+        TokenGrids(
+            grids=grids,
+            enter=(
+                Place(argument="hidden_states"),
+                Place(argument="timestep", ndim=2),
+                Place(module="rope", output=0),
+                Place(module="rope", output=1),
+            ),
+            leave=(Place(),),
+            unmerged_frames=unmerged_frames,
+            given_tokens=given_tokens,
+            reading=Reading(argument="video_coords", makes=_video_of),
+        ),
+    ),
+    timestep=_timestep,
+    prompt=("encoder_hidden_states",),
+    unmerged_by_default={"transformer_blocks": (1, 4)},
+    unmerged_because=NOT_MEASURED,
+    noise_level=_noise_level,
+    run_levels=_run_levels,
+    example_call=example_call,
+    sequence_lengths=_sequence_lengths,
+    image=_image,
+    architectures=ARCHITECTURES,
+)

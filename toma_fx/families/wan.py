@@ -1,0 +1,259 @@
+"""The transformers of Wan 2.1 and 2.2, VACE among them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from toma_fx.families import noise
+from toma_fx.families.example_tensors import check_frames, check_size, random_tensors
+from toma_fx.families.rows import (
+    NOT_MEASURED,
+    Block,
+    Family,
+    Form,
+    Grid,
+    Place,
+    TokenGrids,
+)
+from toma_fx.passes.plan_nodes import Rows, TokenFlow
+from toma_fx.passes.sites import Site
+
+NATIVE_SIZE = (480, 832, 81)
+"""Height and width in pixels, and frames."""
+NATIVE_SIZE_5B = (704, 1280, 121)
+PIXELS_PER_LATENT, PIXELS_PER_LATENT_5B = 8, 16
+FRAMES_PER_LATENT = 4
+LATENTS_PER_TOKEN = (1, 2, 2)
+"""Along frames, rows and columns, in all published models."""
+CHANNELS_5B = 48
+"""Of the latents of Wan 2.2 TI2V 5B, which alone has an autoencoder of its own."""
+TEXT_TOKENS = 512
+IMAGE_TOKENS = 257
+"""Tokens of an image in CLIP's hidden states."""
+
+SMALL: dict[str, Any] = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
+_IMAGE: dict[str, Any] = {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "wan2.1-1.3b": SMALL,
+    "wan2.1-14b": {},
+    "wan2.1-i2v-14b": _IMAGE,
+    "wan2.1-flf2v-14b": {**_IMAGE, "pos_embed_seq_len": 2 * IMAGE_TOKENS},
+    "wan2.2-a14b": {},
+    "wan2.2-i2v-a14b": {"in_channels": 36},
+    "wan2.2-5b": {
+        "num_attention_heads": 24,
+        "in_channels": CHANNELS_5B,
+        "out_channels": CHANNELS_5B,
+        "ffn_dim": 14336,
+        "num_layers": 30,
+    },
+}
+"""Published transformers, where they differ from diffusers' defaults."""
+
+_noise_level = noise.level_of_thousand
+
+
+def _run_levels(scheduler: Any, steps: int, call: Mapping[str, Any]) -> list[float]:
+    if scheduler is None:
+        scheduler = _usual_scheduler(call["hidden_states"].shape[1])
+    return noise.levels_of_flow(scheduler, steps)
+
+
+def _usual_scheduler(channels: int) -> Any:
+    """The scheduler with which the models are published in diffusers' format."""
+    # Here, since tables of families are read before any scheduler is needed.
+    from diffusers import UniPCMultistepScheduler
+
+    return UniPCMultistepScheduler(
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=5.0 if channels == CHANNELS_5B else 3.0,
+    )
+
+
+def _tokens(latents_BCFHW: Tensor) -> int:
+    frames, rows, columns = latents_BCFHW.shape[-3:]
+    of_frame, of_row, of_column = LATENTS_PER_TOKEN
+    return (frames // of_frame) * (rows // of_row) * (columns // of_column)
+
+
+def _sequence_lengths(call: Mapping[str, Any]) -> set[int]:
+    return {_tokens(call["hidden_states"])}
+
+
+def _image(call: Mapping[str, Any]) -> Tensor:
+    image: Tensor = call["hidden_states"]
+    return image
+
+
+def _timestep(call: Mapping[str, Any]) -> Tensor:
+    """The timestep of each video in a batch; of those that tokens have, the last token's.
+
+    With an image to start from, TI2V 5B holds the tokens of the first frame at timestep 0.
+    """
+    timestep: Tensor = call["timestep"]
+    return timestep if timestep.ndim < 2 else timestep[:, -1]
+
+
+def _rows_change(call: Mapping[str, Any]) -> bool:
+    """Whether each token has a timestep, whose modulation is a row of it."""
+    timestep: Tensor = call["timestep"]
+    return timestep.ndim == 2
+
+
+def example_call(
+    model: Any,
+    like: Tensor,
+    *,
+    batch: int,
+    height: int | None,
+    width: int | None,
+    frames: int | None = None,
+) -> dict[str, Any]:
+    """Keyword arguments of one call of a Wan transformer; their values mean nothing.
+
+    Args:
+        model: the transformer, which may have no data.
+        like: an empty tensor with the device and dtype in which the transformer computes.
+        batch: videos.
+        height: of the video, in pixels; the model's native size when left out.
+        width: of the video, in pixels; the height, or the native size, when left out.
+        frames: of the video; the model's native number when left out.
+
+    Raises:
+        ModelError: when the size is no multiple of a token's, or the frames no multiple of a
+            latent frame's and one more.
+    """
+    config = model.config
+    random = random_tensors(like)
+    latents = random(batch, config.in_channels, *_latent_size(config, height, width, frames))
+    call: dict[str, Any] = {
+        "hidden_states": latents,
+        "timestep": torch.full((batch,), 500, device=like.device, dtype=torch.int64),
+        "encoder_hidden_states": random(batch, TEXT_TOKENS, config.text_dim),
+    }
+    if config.in_channels == CHANNELS_5B:  # a timestep for each token
+        each = (batch, _tokens(latents))
+        call["timestep"] = torch.full(each, 500.0, device=like.device, dtype=torch.float32)
+    if config.image_dim is not None:
+        images = (config.pos_embed_seq_len or IMAGE_TOKENS) // IMAGE_TOKENS
+        call["encoder_hidden_states_image"] = random(batch * images, IMAGE_TOKENS, config.image_dim)
+    if "vace_layers" in config:
+        call["control_hidden_states"] = random(batch, config.vace_in_channels, *latents.shape[2:])
+        call["control_hidden_states_scale"] = like.new_ones(len(config.vace_layers))
+    return call
+
+
+def _latent_size(
+    config: Any, height: int | None, width: int | None, frames: int | None
+) -> tuple[int, int, int]:
+    large = config.in_channels == CHANNELS_5B
+    native_height, native_width, native_frames = NATIVE_SIZE_5B if large else NATIVE_SIZE
+    if height is None:
+        height, width = native_height, native_width if width is None else width
+    width = height if width is None else width
+    frames = native_frames if frames is None else frames
+    pixels = PIXELS_PER_LATENT_5B if large else PIXELS_PER_LATENT
+    check_size(height, width, pixels * config.patch_size[1])
+    latent_frames = check_frames(frames, FRAMES_PER_LATENT)
+    return latent_frames, height // pixels, width // pixels
+
+
+_MODULE = "diffusers.models.transformers.transformer_wan"
+ROTARY = Rows(argument="rotary_emb", items=(0, 1))
+SITES = (
+    Site(components=("self_attention",), enter=("attn1",), leave="attn1"),
+    Site(components=("cross_attention",), enter=("attn2",), leave="attn2"),
+    Site(components=("mlp",), enter=("ffn",), leave="ffn"),
+)
+PER_TOKEN = " of each token"
+
+
+def form_of(temb: Tensor) -> str:
+    """Whether each token has a modulation of its own, ``(B, N, 6, D)``, or the video has one."""
+    return PER_TOKEN if temb.ndim == 4 else ""
+
+
+def examples(block: Any, form: str = "") -> dict[str, Any]:
+    """Example arguments of a block."""
+    like = torch.empty(0, dtype=torch.float16, device="meta")
+    width, tokens = block.scale_shift_table.shape[-1], 64
+    rotary = like.new_empty(1, tokens, 1, block.attn1.inner_dim // block.attn1.heads)
+    return {
+        "hidden_states": like.new_empty(2, tokens, width),
+        "encoder_hidden_states": like.new_empty(2, 520, width),
+        "temb": like.new_empty(2, *([tokens] if form else []), 6, width),
+        "rotary_emb": (rotary, rotary),
+    }
+
+
+def grids(model: Any, call: Mapping[str, Any]) -> tuple[Grid, ...]:
+    """The video's tokens."""
+    sizes = call["hidden_states"].shape[-3:]
+    frames, rows, columns = (
+        size // step for size, step in zip(sizes, model.config.patch_size, strict=True)
+    )
+    return (Grid(rows, columns, frames),)
+
+
+def unmerged_frames(model: Any, call: Mapping[str, Any]) -> int:
+    """The first frame, where it may be given.
+
+    It may be with more channels than are drawn, and with a timestep for each token.
+    """
+    config = model.config
+    given = config.in_channels != (config.out_channels or config.in_channels)
+    return int(given or call["timestep"].ndim == 2)
+
+
+def last_frame_given(model: Any, call: Mapping[str, Any]) -> bool:
+    """Of a model that looks at two images: those from which and to which it draws."""
+    return model.config.pos_embed_seq_len is not None and call["hidden_states"].shape[2] > 1
+
+
+BORDER = TokenGrids(
+    grids=grids,
+    enter=(
+        Place(argument="hidden_states", patches=True),
+        Place(argument="timestep", ndim=2),
+        Place(module="rope", output=0),
+        Place(module="rope", output=1),
+    ),
+    leave=(Place(patches=True),),
+    patch=lambda config: tuple(config.patch_size),
+    unmerged_frames=unmerged_frames,
+    last_frame_given=last_frame_given,
+)
+
+FAMILY = Family(
+    name="wan",
+    cls=f"{_MODULE}.WanTransformer3DModel",
+    title="Wan 2.1 and 2.2",
+    blocks=(
+        Block(
+            cls=f"{_MODULE}.WanTransformerBlock",
+            flow=TokenFlow(
+                rows=(ROTARY, Rows(argument="temb", ndim=4, optional=True)), prefix=True
+            ),
+            examples=examples,
+            form=Form(argument="temb", of=form_of, names=("", PER_TOKEN)),
+            sites=SITES,
+        ),
+    ),
+    borders=(BORDER,),
+    timestep=_timestep,
+    rows_change=_rows_change,
+    prompt=("encoder_hidden_states",),
+    unmerged_by_default={"blocks": (1, 4)},
+    unmerged_because=NOT_MEASURED,
+    noise_level=_noise_level,
+    run_levels=_run_levels,
+    example_call=example_call,
+    sequence_lengths=_sequence_lengths,
+    image=_image,
+    architectures=ARCHITECTURES,
+    block_counts={"blocks": "num_layers"},
+)
