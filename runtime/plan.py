@@ -36,8 +36,6 @@ WEIGH = "weigh"
 """The variant that keeps an earlier call's destinations and computes their weights again."""
 REUSE = "reuse"
 """The variant that merges by the plan of an earlier call."""
-VARIANTS = MERGED, UNTOUCHED, WEIGH, REUSE
-"""All of them. A block has those that differ for it, and its first stands for the others."""
 
 
 class CallScope:
