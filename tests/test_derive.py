@@ -20,6 +20,9 @@ from toma_fx.families import family_of, knows
 from toma_fx.families.rows import Family, TokenGrids
 from toma_fx.passes.plan_nodes import Rows, TokenFlow
 
+# Torch says once a process that a norm in float32 has a weight of another type.
+pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+
 SIZE = {"height": 7, "width": 10}
 """In tokens: no number of tokens is then a width of a tiny model."""
 
@@ -97,7 +100,6 @@ def said_of(flow: TokenFlow, given: dict[str, Any], tokens: int) -> dict[str, An
     }
 
 
-@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 @pytest.mark.parametrize("name", [name for name in ALL if name not in STATED_BY_HAND])
 def test_what_is_derived_is_what_the_files_state(name: str) -> None:
     model, inputs = example(name)

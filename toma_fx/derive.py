@@ -96,7 +96,7 @@ def derive(model: nn.Module, example: Mapping[str, Any], *, image: str | None = 
         noise_level=_unknown_level,
         run_levels=_unknown_levels,
         example_call=_no_example,
-        sequence_lengths=_Lengths(count),
+        sequence_lengths=_unknown_lengths,
         image=_Argument((name,)),
         architectures={},
     )
@@ -204,19 +204,17 @@ def _block_row(call: BlockCall, found: _ImageRows) -> Block:
     rows = [row for name in call.arguments if name not in taken for row in _rows(call, name, sizes)]
     if text is not None and not any(row.joint for row in rows):
         text = None  # not of one sequence with the image: a cross-attention's
-    output, also = _outputs(call, found)
     kwargs = [name for name in call.arguments if name.endswith("attention_kwargs")]
     return DerivedBlock(
         cls=qualified_name(type(call.block)),
         flow=TokenFlow(
             attention_kwargs=kwargs[0] if kwargs else None,
             tokens=found.argument,
-            output=output,
+            output=_output(call, found),
             text=text,
             joint=joint,
             image_first=joint and found.first == 0,
             rows=tuple(rows),
-            also_returned=also,
         ),
         examples=_Examples(_without_data(call.arguments, kwargs)),
         example_tokens=found.count,
@@ -258,10 +256,10 @@ def _rows(call: BlockCall, name: str, sizes: Mapping[int, bool]) -> Iterator[Row
         yield Rows(argument=name, items=tuple(indices) if listed else (), dim=dim, joint=joint)
 
 
-def _outputs(call: BlockCall, found: _ImageRows) -> tuple[int | None, tuple[int, ...]]:
-    """Which output is the image tokens, and which further ones are of the same grid."""
+def _output(call: BlockCall, found: _ImageRows) -> int | None:
+    """Which output is the image tokens; None where there is one."""
     if isinstance(call.output, Tensor):
-        return None, ()
+        return None
     shape = call.arguments[found.argument].shape
     alike = [i for i, o in enumerate(call.output) if isinstance(o, Tensor) and o.shape == shape]
     if len(alike) != 1:
@@ -269,7 +267,7 @@ def _outputs(call: BlockCall, found: _ImageRows) -> tuple[int | None, tuple[int,
             f"{call.path} returns {len(alike)} outputs of shape {tuple(shape)}, of which one must "
             "be the image tokens; state the row of its class by hand"
         )
-    return alike[0], ()
+    return alike[0]
 
 
 def _sites(call: BlockCall) -> Iterator[Site]:
@@ -323,12 +321,8 @@ class _Argument:
         raise InputError(f"the call has none of {', '.join(self.names)}; it has {', '.join(call)}")
 
 
-@dataclass(frozen=True)
-class _Lengths:
-    count: int
-
-    def __call__(self, call: Mapping[str, Any]) -> set[int]:
-        return set()
+def _unknown_lengths(call: Mapping[str, Any]) -> set[int]:
+    return set()  # no mask in the attention kwargs is taken for one over all tokens
 
 
 def _unknown_level(timestep: float, scheduler: Any) -> float:

@@ -63,7 +63,7 @@ def test_a_made_up_call_fits_the_model(name: str) -> None:
     elif tiny.output:
         assert shapes(output) == shapes(call[tiny.output])
     assert module._sequence_lengths(call) == tiny.lengths
-    assert module._image(call).shape[0] == 2
+    assert module.FAMILY.image(call).shape[0] == 2
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -192,7 +192,7 @@ def test_the_made_up_timestep_is_in_the_middle(name: str) -> None:
     call = module.example_call(
         build(tiny.cls, tiny.config, "meta"), torch.empty(0), batch=2, **tiny.size
     )
-    read = getattr(module, "_timestep", lambda call: call["timestep"])
+    read = module.FAMILY.timestep
     assert read(call).shape == (2,)
     assert set(call) >= {argument}
     assert [module._noise_level(float(t), None) for t in read(call)] == [0.5, 0.5]

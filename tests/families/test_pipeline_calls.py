@@ -294,7 +294,7 @@ def test_a_pipeline_makes_the_made_up_call(name: str) -> None:
 
     levels = module._run_levels(scheduler(), STEPS, made)
     assert levels == pytest.approx([float(t) / 1000 for t in pipe.scheduler.timesteps])
-    timestep = getattr(module, "_timestep", lambda call: call["timestep"])(made)
+    timestep = module.FAMILY.timestep(made)
     assert [module._noise_level(float(t), scheduler()) for t in timestep] == pytest.approx(
         levels[:1], abs=4e-3
     )

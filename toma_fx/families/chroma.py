@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from toma_fx.families import noise
-from toma_fx.families.example_tensors import check_size, random_tensors, rotary_tables
+from toma_fx.families.example_tensors import image_ids, random_tensors, rotary_tables, token_grid
 from toma_fx.families.rows import NOT_MEASURED, Block, Family, Form, TokenSequence
 from toma_fx.passes.plan_nodes import Rows, TokenFlow
 from toma_fx.passes.sites import Site
@@ -37,11 +37,6 @@ def _sequence_lengths(call: Mapping[str, Any]) -> set[int]:
     return {image + text}
 
 
-def _image(call: Mapping[str, Any]) -> Tensor:
-    image: Tensor = call["hidden_states"]
-    return image
-
-
 def example_call(
     model: Any, like: Tensor, *, batch: int, height: int | None, width: int | None
 ) -> dict[str, Any]:
@@ -59,7 +54,7 @@ def example_call(
     """
     config = model.config
     device, dtype = like.device, like.dtype
-    rows, columns = _grid(height, width)
+    rows, columns = token_grid(height, width, NATIVE_PIXELS, PIXELS_PER_TOKEN)
     image = rows * columns
     random = random_tensors(like)
     return {
@@ -67,25 +62,10 @@ def example_call(
         "timestep": torch.full((batch,), 0.5, device=device, dtype=dtype),
         "encoder_hidden_states": random(batch, TEXT_TOKENS, config.joint_attention_dim),
         "txt_ids": torch.zeros(TEXT_TOKENS, 3, device=device, dtype=dtype),
-        "img_ids": _image_ids(rows, columns, like),
+        "img_ids": image_ids(rows, columns, device).to(dtype),
         # 1 for a token that is no padding.
         "attention_mask": torch.ones(batch, TEXT_TOKENS + image, device=device, dtype=dtype),
     }
-
-
-def _grid(height: int | None, width: int | None) -> tuple[int, int]:
-    height = NATIVE_PIXELS if height is None else height
-    width = height if width is None else width
-    step = PIXELS_PER_TOKEN
-    check_size(height, width, step)
-    return height // step, width // step
-
-
-def _image_ids(rows: int, columns: int, like: Tensor) -> Tensor:
-    row = torch.arange(rows, device=like.device)[:, None].expand(rows, columns)
-    column = torch.arange(columns, device=like.device).expand(rows, columns)
-    ids = torch.stack([torch.zeros_like(row), row, column], dim=-1).flatten(0, 1)
-    return ids.to(like.dtype)
 
 
 _MODULE = "diffusers.models.transformers.transformer_chroma"
@@ -196,6 +176,5 @@ FAMILY = Family(
     run_levels=_run_levels,
     example_call=example_call,
     sequence_lengths=_sequence_lengths,
-    image=_image,
     architectures=ARCHITECTURES,
 )

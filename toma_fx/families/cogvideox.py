@@ -60,11 +60,6 @@ def _sequence_lengths(call: Mapping[str, Any]) -> set[int]:
     return {frames * (rows // LATENTS_PER_TOKEN) * (columns // LATENTS_PER_TOKEN) + text}
 
 
-def _image(call: Mapping[str, Any]) -> Tensor:
-    image: Tensor = call["hidden_states"]
-    return image
-
-
 def example_call(
     model: Any,
     like: Tensor,
@@ -200,6 +195,5 @@ FAMILY = Family(
     run_levels=_run_levels,
     example_call=example_call,
     sequence_lengths=_sequence_lengths,
-    image=_image,
     architectures=ARCHITECTURES,
 )

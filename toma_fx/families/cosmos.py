@@ -102,11 +102,6 @@ def _sequence_lengths(call: Mapping[str, Any]) -> set[int]:
     return {(frames // of_frame) * (rows // of_row) * (columns // of_column)}
 
 
-def _image(call: Mapping[str, Any]) -> Tensor:
-    image: Tensor = call["hidden_states"]
-    return image
-
-
 def _timestep(call: Mapping[str, Any]) -> Tensor:
     """The timestep of each video in a batch; of those that frames have, the last frame's.
 
@@ -288,6 +283,5 @@ FAMILY = Family(
     run_levels=_run_levels,
     example_call=example_call,
     sequence_lengths=_sequence_lengths,
-    image=_image,
     architectures=ARCHITECTURES,
 )

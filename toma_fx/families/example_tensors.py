@@ -26,6 +26,31 @@ def random_tensors(like: Tensor) -> Callable[..., Tensor]:
     return random
 
 
+def token_grid(height: int | None, width: int | None, native: int, step: int) -> tuple[int, int]:
+    """Rows and columns of tokens of an image.
+
+    Args:
+        height: in pixels; ``native`` when left out.
+        width: in pixels; the height when left out.
+        native: the model's own size along a side.
+        step: pixels of a token along a side.
+
+    Raises:
+        ModelError: when a side is no multiple of a token's.
+    """
+    height = native if height is None else height
+    width = height if width is None else width
+    check_size(height, width, step)
+    return height // step, width // step
+
+
+def image_ids(rows: int, columns: int, device: torch.device) -> Tensor:
+    """Image number, row and column of each token of one image, ``(rows * columns, 3)`` int64."""
+    row = torch.arange(rows, device=device)[:, None].expand(rows, columns)
+    column = torch.arange(columns, device=device).expand(rows, columns)
+    return torch.stack([torch.zeros_like(row), row, column], dim=-1).flatten(0, 1)
+
+
 def rotary_tables(attention: Any, tokens: int) -> tuple[Tensor, Tensor]:
     """Example tables of cosines and sines, ``(tokens, head_dim)``, for diffusers' attention."""
     table = torch.empty(tokens, attention.inner_dim // attention.heads, device="meta")

@@ -1,6 +1,5 @@
 """The transformer of FLUX.1: dev, schnell, Fill, Kontext and what was made from them."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor
 
 from toma_fx.families import noise
-from toma_fx.families.example_tensors import check_size, random_tensors
+from toma_fx.families.example_tensors import image_ids, random_tensors, token_grid
 from toma_fx.families.rows import Block, Family, TokenSequence
 from toma_fx.passes.plan_nodes import Rows, TokenFlow
 from toma_fx.passes.sites import Site
@@ -49,20 +48,9 @@ def _examples(width: int) -> dict[str, Any]:
 
 
 def _run_levels(scheduler: Any, steps: int, call: Mapping[str, Any]) -> list[float]:
-    tokens = call["hidden_states"].shape[1]
-    config = {} if scheduler is None else scheduler.config
-    # As diffusers' pipelines: `calculate_shift`, with the numbers of FLUX.1-dev, and even sigmas.
-    few, most = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-    mu = low + (high - low) * (tokens - few) / (most - few)
-    even = [1 - step / steps for step in range(steps)]
-    options: dict[str, Any] = {} if config.get("use_flow_sigmas") else {"sigmas": even}
-    if config.get("use_dynamic_shifting"):
-        options["mu"] = mu
-    timesteps = noise.levels_of_run(scheduler, steps, 1000, **options)
-    if timesteps is not None:
-        return timesteps
-    return [math.exp(mu) / (math.exp(mu) + (1 / sigma - 1)) for sigma in even]
+    planned = noise.flow_scheduler(use_dynamic_shifting=True) if scheduler is None else scheduler
+    mu = noise.shift_of_size(planned, call["hidden_states"].shape[1])
+    return noise.levels_of_flow(planned, steps, sigmas=noise.even_sigmas(steps), mu=mu)
 
 
 def _sequence_lengths(call: Mapping[str, Any]) -> set[int]:
@@ -87,7 +75,7 @@ def example_call(
     """
     config = model.config
     device, dtype = like.device, like.dtype
-    rows, columns = _grid(height, width)
+    rows, columns = token_grid(height, width, NATIVE_PIXELS, PIXELS_PER_TOKEN)
     random = random_tensors(like)
     call: dict[str, Any] = {
         # The layer, since a Control LoRA widens it.
@@ -95,7 +83,7 @@ def example_call(
         "encoder_hidden_states": random(batch, TEXT_TOKENS, config.joint_attention_dim),
         "pooled_projections": random(batch, config.pooled_projection_dim),
         "timestep": torch.full((batch,), 0.5, device=device, dtype=dtype),
-        "img_ids": _image_ids(rows, columns, like),
+        "img_ids": image_ids(rows, columns, device).to(dtype),
         "txt_ids": torch.zeros(TEXT_TOKENS, 3, device=device, dtype=dtype),
     }
     if config.guidance_embeds:
@@ -106,21 +94,6 @@ def example_call(
         embeds = [random(batch, 1, layer.in_features) for layer in layers]
         call["joint_attention_kwargs"] = {"ip_adapter_image_embeds": embeds}
     return call
-
-
-def _grid(height: int | None, width: int | None) -> tuple[int, int]:
-    height = NATIVE_PIXELS if height is None else height
-    width = height if width is None else width
-    step = PIXELS_PER_TOKEN
-    check_size(height, width, step)
-    return height // step, width // step
-
-
-def _image_ids(rows: int, columns: int, like: Tensor) -> Tensor:
-    row = torch.arange(rows, device=like.device)[:, None].expand(rows, columns)
-    column = torch.arange(columns, device=like.device).expand(rows, columns)
-    ids = torch.stack([torch.zeros_like(row), row, column], dim=-1).flatten(0, 1)
-    return ids.to(like.dtype)
 
 
 _BLOCK = "diffusers.models.transformers.transformer_flux"
@@ -195,7 +168,6 @@ FAMILY = Family(
     run_levels=_run_levels,
     example_call=example_call,
     sequence_lengths=_sequence_lengths,
-    image=lambda call: call["hidden_states"],
     architectures={"flux": {"guidance_embeds": True}},
     block_counts={
         "transformer_blocks": "num_layers",

@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from toma_fx.families import noise
-from toma_fx.families.example_tensors import check_size, random_tensors
+from toma_fx.families.example_tensors import image_ids, random_tensors, token_grid
 from toma_fx.families.rows import NOT_MEASURED, Block, Family, TokenSequence
 from toma_fx.passes.plan_nodes import Rows, TokenFlow
 from toma_fx.passes.sites import Site
@@ -62,11 +63,6 @@ def _sequence_lengths(call: Mapping[str, Any]) -> set[int]:
     return {image + text}
 
 
-def _image(call: Mapping[str, Any]) -> Tensor:
-    image: Tensor = call["hidden_states"]
-    return image
-
-
 def example_call(
     model: Any, like: Tensor, *, batch: int, height: int | None, width: int | None
 ) -> dict[str, Any]:
@@ -84,7 +80,7 @@ def example_call(
     """
     config = model.config
     device, dtype = like.device, like.dtype
-    rows, columns = _grid(height, width)
+    rows, columns = token_grid(height, width, NATIVE_PIXELS, PIXELS_PER_TOKEN)
     random = random_tensors(like)
     call: dict[str, Any] = {
         "hidden_states": random(batch, rows * columns, config.in_channels),
@@ -98,20 +94,9 @@ def example_call(
     return call
 
 
-def _grid(height: int | None, width: int | None) -> tuple[int, int]:
-    height = NATIVE_PIXELS if height is None else height
-    width = height if width is None else width
-    step = PIXELS_PER_TOKEN
-    check_size(height, width, step)
-    return height // step, width // step
-
-
 def _image_ids(rows: int, columns: int, device: torch.device) -> Tensor:
     """Image number, row, column, and a position in text, which is 0."""
-    row = torch.arange(rows, device=device)[:, None].expand(rows, columns)
-    column = torch.arange(columns, device=device).expand(rows, columns)
-    zero = torch.zeros_like(row)
-    return torch.stack([zero, row, column, zero], dim=-1).flatten(0, 1)
+    return functional.pad(image_ids(rows, columns, device), (0, 1))
 
 
 def _text_ids(device: torch.device) -> Tensor:
@@ -204,7 +189,6 @@ FAMILY = Family(
     run_levels=_run_levels,
     example_call=example_call,
     sequence_lengths=_sequence_lengths,
-    image=_image,
     architectures=ARCHITECTURES,
     block_counts={
         "transformer_blocks": "num_layers",

@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from toma_fx.families import noise
-from toma_fx.families.example_tensors import check_size, random_tensors
+from toma_fx.families.example_tensors import check_size, image_ids, random_tensors
 from toma_fx.families.rows import NOT_MEASURED, Block, Family, TokenSequence
 from toma_fx.passes.plan_nodes import Rows, TokenFlow
 from toma_fx.passes.sites import Site
@@ -40,11 +41,6 @@ def _sequence_lengths(call: Mapping[str, Any]) -> set[int]:
     if given is None:
         return {image, image + text}
     return {image, given.shape[1], image + given.shape[1] + text}
-
-
-def _image(call: Mapping[str, Any]) -> Tensor:
-    image: Tensor = call["hidden_states"]
-    return image
 
 
 def example_call(
@@ -83,10 +79,7 @@ def example_call(
 
 def _image_ids(rows: int, columns: int, device: torch.device) -> Tensor:
     """Time, row, column, and a position in text, which is 0."""
-    row = torch.arange(rows, device=device)[:, None].expand(rows, columns)
-    column = torch.arange(columns, device=device).expand(rows, columns)
-    zero = torch.zeros_like(row)
-    ids = torch.stack([zero, row, column, zero], dim=-1).flatten(0, 1)
+    ids = functional.pad(image_ids(rows, columns, device), (0, 1))
     return ids.to(torch.float32) * POSITION_SCALE
 
 
@@ -191,6 +184,5 @@ FAMILY = Family(
     run_levels=_run_levels,
     example_call=example_call,
     sequence_lengths=_sequence_lengths,
-    image=_image,
     architectures=ARCHITECTURES,
 )

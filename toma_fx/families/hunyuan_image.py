@@ -46,11 +46,6 @@ def _sequence_lengths(call: Mapping[str, Any]) -> set[int]:
     return {math.prod(call["hidden_states"].shape[2:]) + text}
 
 
-def _image(call: Mapping[str, Any]) -> Tensor:
-    image: Tensor = call["hidden_states"]
-    return image
-
-
 def example_call(
     model: Any, like: Tensor, *, batch: int, height: int | None, width: int | None
 ) -> dict[str, Any]:
@@ -163,7 +158,6 @@ FAMILY = Family(
     run_levels=_run_levels,
     example_call=example_call,
     sequence_lengths=_sequence_lengths,
-    image=_image,
     reads_values=True,
     architectures=ARCHITECTURES,
 )

@@ -51,11 +51,6 @@ def _sequence_lengths(call: Mapping[str, Any]) -> set[int]:
     return {video + call["encoder_hidden_states"].shape[1]}
 
 
-def _image(call: Mapping[str, Any]) -> Tensor:
-    image: Tensor = call["hidden_states"]
-    return image
-
-
 def example_call(
     model: Any,
     like: Tensor,
@@ -218,6 +213,5 @@ FAMILY = Family(
     run_levels=_run_levels,
     example_call=example_call,
     sequence_lengths=_sequence_lengths,
-    image=_image,
     architectures=ARCHITECTURES,
 )

@@ -47,11 +47,6 @@ def _sequence_lengths(call: Mapping[str, Any]) -> set[int]:
     return {math.prod(call["hidden_states"].shape[-3:]) + text}
 
 
-def _image(call: Mapping[str, Any]) -> Tensor:
-    image: Tensor = call["hidden_states"]
-    return image
-
-
 def example_call(
     model: Any,
     like: Tensor,
@@ -186,7 +181,6 @@ FAMILY = Family(
     run_levels=_run_levels,
     example_call=example_call,
     sequence_lengths=_sequence_lengths,
-    image=_image,
     reads_values=True,
     architectures=ARCHITECTURES,
 )

@@ -36,11 +36,6 @@ def _sequence_lengths(call: Mapping[str, Any]) -> set[int]:
     return {call["hidden_states"].shape[1] + call["encoder_hidden_states"].shape[1]}
 
 
-def _image(call: Mapping[str, Any]) -> Tensor:
-    image: Tensor = call["hidden_states"]
-    return image
-
-
 def example_call(
     model: Any, like: Tensor, *, batch: int, height: int | None, width: int | None
 ) -> dict[str, Any]:
@@ -136,6 +131,5 @@ FAMILY = Family(
     run_levels=_run_levels,
     example_call=example_call,
     sequence_lengths=_sequence_lengths,
-    image=_image,
     architectures=ARCHITECTURES,
 )

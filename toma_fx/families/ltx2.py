@@ -58,20 +58,6 @@ def _sequence_lengths(call: Mapping[str, Any]) -> set[int]:
     return {call["hidden_states"].shape[1], call["audio_hidden_states"].shape[1]}
 
 
-def _image(call: Mapping[str, Any]) -> Tensor:
-    image: Tensor = call["hidden_states"]
-    return image
-
-
-def _timestep(call: Mapping[str, Any]) -> Tensor:
-    """The timestep of each video in a batch; of those that tokens have, the last token's.
-
-    With an image to start from, the tokens of the first frame are held at timestep 0.
-    """
-    timestep: Tensor = call["timestep"]
-    return timestep if timestep.ndim < 2 else timestep[:, -1]
-
-
 def example_call(
     model: Any,
     like: Tensor,
@@ -281,7 +267,7 @@ FAMILY = Family(
             given_last=True,
         ),
     ),
-    timestep=_timestep,
+    timestep=noise.timestep_of_last_token,
     prompt=("encoder_hidden_states",),
     unmerged_by_default={"transformer_blocks": (1, 4)},
     unmerged_because=NOT_MEASURED,
@@ -289,6 +275,5 @@ FAMILY = Family(
     run_levels=_run_levels,
     example_call=example_call,
     sequence_lengths=_sequence_lengths,
-    image=_image,
     architectures=ARCHITECTURES,
 )

@@ -2,8 +2,11 @@
 
 import copy
 import math
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
+
+from torch import Tensor
 
 from toma_fx.errors import InputError
 
@@ -64,6 +67,15 @@ def level_of_clean_share(timestep: float, scheduler: Any) -> float:
             "(1000 - t) / 1000 for t of diffusers' schedulers"
         )
     return 1 - timestep
+
+
+def timestep_of_last_token(call: Mapping[str, Any]) -> Tensor:
+    """The timestep of each video in a batch; of those that tokens have, the last token's.
+
+    With an image to start from, models hold the tokens of the first frame at timestep 0.
+    """
+    timestep: Tensor = call["timestep"]
+    return timestep if timestep.ndim < 2 else timestep[:, -1]
 
 
 def levels_of_run(scheduler: Any, steps: int, scale: float, **options: Any) -> list[float] | None:

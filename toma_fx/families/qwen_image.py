@@ -9,7 +9,7 @@ from torch import Tensor
 
 from toma_fx.errors import InputError
 from toma_fx.families import noise
-from toma_fx.families.example_tensors import check_size, random_tensors
+from toma_fx.families.example_tensors import random_tensors, token_grid
 from toma_fx.families.rows import NOT_MEASURED, Block, Family, Grid, Place, TokenGrids
 from toma_fx.passes.plan_nodes import Rows, TokenFlow
 from toma_fx.passes.sites import Site
@@ -59,11 +59,6 @@ def _sequence_lengths(call: Mapping[str, Any]) -> set[int]:
     return {image + text}
 
 
-def _image(call: Mapping[str, Any]) -> Tensor:
-    image: Tensor = call["hidden_states"]
-    return image
-
-
 def example_call(
     model: Any, like: Tensor, *, batch: int, height: int | None, width: int | None
 ) -> dict[str, Any]:
@@ -84,7 +79,8 @@ def example_call(
     """
     config = model.config
     device, dtype = like.device, like.dtype
-    rows, columns = _grid(config, height, width)
+    native = LAYERED_PIXELS if config.use_additional_t_cond else NATIVE_PIXELS
+    rows, columns = token_grid(height, width, native, PIXELS_PER_TOKEN)
     images = 1 + config.zero_cond_t
     if config.use_additional_t_cond:  # the whole image, its layers, and the image to take apart
         images = 1 + LAYERS + 1
@@ -100,15 +96,6 @@ def example_call(
     if config.use_additional_t_cond:
         call["additional_t_cond"] = torch.zeros(batch, device=device, dtype=torch.long)
     return call
-
-
-def _grid(config: Any, height: int | None, width: int | None) -> tuple[int, int]:
-    native = LAYERED_PIXELS if config.use_additional_t_cond else NATIVE_PIXELS
-    height = native if height is None else height
-    width = height if width is None else width
-    step = PIXELS_PER_TOKEN
-    check_size(height, width, step)
-    return height // step, width // step
 
 
 _MODULE = "diffusers.models.transformers.transformer_qwenimage"
@@ -185,7 +172,6 @@ FAMILY = Family(
     run_levels=_run_levels,
     example_call=example_call,
     sequence_lengths=_sequence_lengths,
-    image=_image,
     architectures=ARCHITECTURES,
     block_counts={"transformer_blocks": "num_layers"},
 )

@@ -278,7 +278,7 @@ class Family:
     model's own when None; tensors with the device and dtype of ``like``."""
     sequence_lengths: Callable[[Mapping[str, Any]], set[int]]
     """Numbers of tokens in the sequences that attention sees in a call."""
-    image: Callable[[Mapping[str, Any]], Tensor]
+    image: Callable[[Mapping[str, Any]], Tensor] = itemgetter("hidden_states")
     """The argument of a call that holds the image."""
     reads_values: bool = False
     """Whether the model picks the words of a text by its mask, and so cannot run on tensors without

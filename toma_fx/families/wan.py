@@ -84,20 +84,6 @@ def _sequence_lengths(call: Mapping[str, Any]) -> set[int]:
     return {_tokens(call["hidden_states"])}
 
 
-def _image(call: Mapping[str, Any]) -> Tensor:
-    image: Tensor = call["hidden_states"]
-    return image
-
-
-def _timestep(call: Mapping[str, Any]) -> Tensor:
-    """The timestep of each video in a batch; of those that tokens have, the last token's.
-
-    With an image to start from, TI2V 5B holds the tokens of the first frame at timestep 0.
-    """
-    timestep: Tensor = call["timestep"]
-    return timestep if timestep.ndim < 2 else timestep[:, -1]
-
-
 def _rows_change(call: Mapping[str, Any]) -> bool:
     """Whether each token has a timestep, whose modulation is a row of it."""
     timestep: Tensor = call["timestep"]
@@ -242,7 +228,7 @@ FAMILY = Family(
         ),
     ),
     borders=(BORDER,),
-    timestep=_timestep,
+    timestep=noise.timestep_of_last_token,
     rows_change=_rows_change,
     prompt=("encoder_hidden_states",),
     unmerged_by_default={"blocks": (1, 4)},
@@ -251,7 +237,6 @@ FAMILY = Family(
     run_levels=_run_levels,
     example_call=example_call,
     sequence_lengths=_sequence_lengths,
-    image=_image,
     architectures=ARCHITECTURES,
     block_counts={"blocks": "num_layers"},
 )
