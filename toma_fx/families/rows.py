@@ -5,7 +5,6 @@ Classes are named by their qualified names, so that a table of families needs no
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from operator import itemgetter
 from typing import Any
 
 from tabulate import tabulate
@@ -195,6 +194,15 @@ def _never(call: Mapping[str, Any]) -> bool:
     return False
 
 
+# Functions, since Dynamo does not trace `operator.itemgetter`.
+def _timestep(call: Mapping[str, Any]) -> Any:
+    return call["timestep"]
+
+
+def _hidden_states(call: Mapping[str, Any]) -> Any:
+    return call["hidden_states"]
+
+
 def _none_unmerged(model: Any, call: Mapping[str, Any]) -> int:
     return 0
 
@@ -249,7 +257,7 @@ class Family:
     attention_kwargs: str | None = None
     """The model's argument with the attention kwargs, which reach every block; None where none
     does."""
-    timestep: Callable[[Mapping[str, Any]], Any] = itemgetter("timestep")
+    timestep: Callable[[Mapping[str, Any]], Any] = _timestep
     """The timestep of a call, one for each row of the batch or one for all."""
     time_rises: bool = False
     """Whether timesteps rise from noise to the image."""
@@ -278,7 +286,7 @@ class Family:
     model's own when None; tensors with the device and dtype of ``like``."""
     sequence_lengths: Callable[[Mapping[str, Any]], set[int]]
     """Numbers of tokens in the sequences that attention sees in a call."""
-    image: Callable[[Mapping[str, Any]], Tensor] = itemgetter("hidden_states")
+    image: Callable[[Mapping[str, Any]], Tensor] = _hidden_states
     """The argument of a call that holds the image."""
     reads_values: bool = False
     """Whether the model picks the words of a text by its mask, and so cannot run on tensors without
