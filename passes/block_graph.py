@@ -235,7 +235,7 @@ class BlockGraph:
                 return [call(self.graph, arguments.rows_if_given, args, name)]
             where = where if after is None else (*where, after)
             if not rows.items:
-                return [self._rows(argument, where, made, rows.argument)]
+                return [self._rows(argument, where, made, rows.argument, rows.changes)]
             return [
                 self._rows(
                     item(self.graph, argument, index), where, made, f"{rows.argument}_{index}"
@@ -243,9 +243,17 @@ class BlockGraph:
                 for index in rows.items
             ]
 
-    def _rows(self, values: Any, where: tuple[Any, ...], made: PlanNodes, name: str) -> fx.Node:
+    def _rows(
+        self,
+        values: Any,
+        where: tuple[Any, ...],
+        made: PlanNodes,
+        name: str,
+        changes: bool = False,
+    ) -> fx.Node:
         taken = call(self.graph, toma.rows.default, (values, *where), name=f"rows_of_{name}")
-        taken.meta[PLAN] = PlanPart(made.destinations.meta[PLAN].group, f"rows of {name}")
+        group = made.destinations.meta[PLAN].group
+        taken.meta[PLAN] = PlanPart(group, f"rows of {name}", changes)
         return taken
 
     def _use_rows(

@@ -48,14 +48,22 @@ class HandOn(Pass):
     """Whether the destinations are handed on too, for later calls."""
     kept_destinations: bool = False
     """Whether the destinations are those of an earlier call."""
+    own_rows: bool = False
+    """Whether every block takes the rows that change from step to step, since the plan stays."""
 
     def apply(self, gm: fx.GraphModule) -> int:
         graph = gm.graph
         made = {node.meta[PLAN].name: node for node in graph.nodes if PLAN in node.meta}
         destinations = made.pop("destinations")
-        tensors = [node for name, node in made.items() if name != "layout" and node.users]
+        own = [node for node in made.values() if self.own_rows and node.meta[PLAN].changes]
+        tensors = [
+            node
+            for name, node in made.items()
+            if name != "layout" and node.users and node not in own
+        ]
         # What may be None, or change from step to step, is no part of a plan: every block takes it.
         takers = [user for user in destinations.users if user.target is arguments.rows_if_given]
+        takers += own
         first = (destinations,) if takers else ()
         scope = self._example_scope(gm.meta[EXAMPLE_SCOPE], (*first, *tensors, destinations))
         gm.meta[EXAMPLE_SCOPE] = scope

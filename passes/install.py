@@ -32,7 +32,7 @@ from torch import fx, nn
 
 from toma_fx.errors import ModelError
 from toma_fx.passes.plan_apart import plan_apart
-from toma_fx.runtime import plan
+from toma_fx.runtime import memory, plan
 
 Graphs = Mapping[str, fx.GraphModule | None]
 """By the name of a variant, its graph; None for the forward of the block's own class."""
@@ -82,6 +82,8 @@ class _Forward:
     """Name of the group whose plan the block makes."""
     lead: _Lead | None = None
     """Known when the plan can be made apart."""
+    usual: str = plan.MERGED
+    """The variant that runs where no call of the model says otherwise."""
 
 
 def install(
@@ -92,24 +94,34 @@ def install(
     form: tuple[tuple[str, ...], Callable[..., str]] | None = None,
     leads: str = "",
     follower: Graphs | None = None,
+    usual: str = plan.MERGED,
+    path: str = "",
 ) -> None:
     """Let ``block`` run graphs in place of its own forward.
 
     Args:
         block: a module of the class whose ``forward`` was captured.
-        graphs: the variants; the first is the one that runs without a call of the model.
+        graphs: the variants.
         attention_kwargs: the argument that carries the scope of the call, if one does.
         form: arguments whose kind decides the graph, and what tells their kind, which ends the
             names of the variants.
         leads: name of the group whose plan the block makes, if it makes one for others.
         follower: then, the variants of the blocks that follow it.
+        usual: the variant that runs without a call of the model.
+        path: of the block in the model, under which it remembers, in a model with memory.
     """
     base: Any = type(block)
     carrier = None if attention_kwargs is None else _argument(base, attention_kwargs)
     kind = None if form is None else (tuple(_argument(base, each) for each in form[0]), form[1])
     lead = _lead_of(graphs, follower)
-    forward = _Forward(_codes_of(graphs), carrier, kind, leads, lead)
+    forward = _Forward(_codes_of(graphs), carrier, kind, leads, lead, usual)
+    if path:
+        vars(block)[PATH] = path
     _become(block, _class_of(base, forward))
+
+
+PATH = "toma_path"
+"""The attribute of a block that remembers."""
 
 
 def _argument(base: Any, name: str) -> _Argument:
@@ -133,6 +145,7 @@ def uninstall(block: nn.Module) -> None:
             f"{cls.__module__}.{cls.__qualname__}; undo that first, then restore"
         )
     block.__class__ = cls.toma_base
+    vars(block).pop(PATH, None)
     vars(block).pop("_compiled_call_impl", None)  # compiled code is that of the class that goes
     _LEAVING.pop(block)()
 
@@ -232,9 +245,11 @@ def _new_class(base: Any, forward: _Forward) -> type[Any]:
         attributes["set_chunk_feed_forward"] = _refuse_chunks
     if forward.lead is not None:
         planners = {name: _function(base, code) for name, code in forward.lead.planners}
-        follower = _Forward(forward.lead.follower, forward.attention_kwargs, forward.form)
+        follower = replace(forward, variants=forward.lead.follower, group="", lead=None)
         attributes["__call__"] = _call_planned(planners, forward)
         attributes["compile"] = _compile_apart(planners, _class_of(base, follower), forward)
+    elif forward.usual == plan.REMEMBER:
+        attributes["__call__"] = _call_with_memory(forward)
     return type(base.__name__, (base,), attributes)
 
 
@@ -290,7 +305,7 @@ def forward(self, *args, **kwargs):
 _DISPATCH = """
 def forward(self, *args, **kwargs):
     name, kind = variant(args, kwargs)
-    run = variants.get(name + kind) or variants.get(merged + kind, first)
+    run = variants.get(name + kind) or variants.get(usual + kind, first)
     return run(self, *args, **kwargs)
 """
 
@@ -305,7 +320,7 @@ def _forward(base: Any, forward: _Forward) -> Any:
     if len({code for _, code in forward.variants}) == 1:
         return first
     which = functools.partial(_variant, forward)
-    helpers = {"variants": functions, "first": first, "variant": which, "merged": plan.MERGED}
+    helpers = {"variants": functions, "first": first, "variant": which, "usual": forward.usual}
     # From source, since Dynamo counts the graphs of one code object, and a closure's are all one.
     function = _function(base, _Code(_DISPATCH, tuple(helpers.items())))
     return functools.wraps(base.forward)(function)
@@ -354,14 +369,31 @@ def _carrier(forward: _Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 def _call_planned(planners: Mapping[str, Any], forward: _Forward) -> Callable[..., Any]:
     """The ``__call__`` of a leader."""
     group = forward.group
+    run = _call_with_memory(forward) if forward.usual == plan.REMEMBER else nn.Module.__call__
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Run the block; and where a hook skipped it, leave its plan to those that follow."""
-        output = nn.Module.__call__(self, *args, **kwargs)
+        output = run(self, *args, **kwargs)
         carrier = _carrier(forward, args, kwargs)
         if plan.is_due(carrier, group):
             planner = planners["".join(_variant(forward, args, kwargs))]
             plan.postpone(carrier, group, functools.partial(planner, self, *args, **kwargs))
+        return output
+
+    return call
+
+
+def _call_with_memory(forward: _Forward) -> Callable[..., Any]:
+    """The ``__call__`` of a block that remembers."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run the block beside its memory, of which the code of all blocks like it knows none."""
+        memories = memory.memories_in(_carrier(forward, args, kwargs))
+        if memories is None:
+            return nn.Module.__call__(self, *args, **kwargs)
+        memories.begin(self.toma_path)
+        output = nn.Module.__call__(self, *args, **kwargs)
+        memories.end(self.toma_path)
         return output
 
     return call

@@ -42,7 +42,7 @@ from torch import fx
 from toma_fx.passes.block_graph import BlockGraph
 from toma_fx.passes.flat_graph import FlatGraph
 from toma_fx.passes.pipeline import LEAF_VALUE, Pass
-from toma_fx.passes.plan_nodes import PlanOptions, TokenFlow, call, insert_plan, toma
+from toma_fx.passes.plan_nodes import UPDATE, PlanOptions, TokenFlow, call, insert_plan, toma
 from toma_fx.passes.sites import WHOLE_BLOCK, FoundSite, Site
 
 
@@ -93,6 +93,8 @@ class Merge(Pass):
                 back = node
                 if self.residual == "keep":
                     back = call(graph.graph, graph.subtract, (node, merged), name="update")
+                    if not found.site.leave:
+                        back.meta[UPDATE] = True
                 args = (back, plan.unmerge_weight, layout, *after)
                 back = call(graph.graph, toma.unmerge.default, args, name="unmerged")
                 if self.residual == "keep":

@@ -14,6 +14,9 @@ toma = torch.ops.toma
 PLAN = "toma_plan"
 """The key in ``node.meta`` of a `PlanPart`."""
 
+UPDATE = "toma_update"
+"""The key in ``node.meta`` of what a whole block adds to merged tokens."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
@@ -44,6 +47,8 @@ class Rows:
     optional: bool = False
     """Whether it may be None when the block runs, or have one row for all tokens, whatever the
     example was. Its rows are no part of a plan, so it may also change from step to step."""
+    changes: bool = False
+    """Whether its rows change from step to step, so that a plan that is kept needs new ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +89,8 @@ class PlanPart:
 
     group: str
     name: str
+    changes: bool = False
+    """Whether it is another one at every step, whatever the plan is."""
 
 
 @dataclass(frozen=True)

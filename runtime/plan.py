@@ -9,13 +9,17 @@ edges. The functions here are what the generated forwards call to reach it.
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.fx.node import has_side_effect
 
 from toma_fx.errors import InputError
 from toma_fx.runtime import regions
+
+if TYPE_CHECKING:
+    from toma_fx.runtime.memory import Memories
 
 SCOPE = "toma"
 """The key of the scope in the attention kwargs."""
@@ -36,6 +40,15 @@ WEIGH = "weigh"
 """The variant that keeps an earlier call's destinations and computes their weights again."""
 REUSE = "reuse"
 """The variant that merges by the plan of an earlier call."""
+REMEMBER = "remember"
+"""The variant that runs on all tokens and remembers its update: `toma_fx.runtime.memory`."""
+RECALL = "recall"
+"""The variant that adds what changed since then, by merged tokens, to what is remembered."""
+
+BRING_PLANS = (WEIGH, REUSE, RECALL)
+"""The variants that need something of an earlier call."""
+MERGE_AS_BEFORE = (REUSE, RECALL)
+"""Those that merge by a plan of an earlier call."""
 
 
 class CallScope:
@@ -55,6 +68,7 @@ class CallScope:
         stages: the scopes of stages with groups of their own, by their paths in the model; where
             nobody keeps plans, there are none, so that a stage's plan goes with the stage.
         keeps: whether the plans are wanted after the call.
+        memories: what blocks remember of a full step, in a model with memory.
     """
 
     __slots__ = (
@@ -62,6 +76,7 @@ class CallScope:
         "keeps",
         "kept",
         "kept_by_stage",
+        "memories",
         "order",
         "planners",
         "plans",
@@ -79,15 +94,17 @@ class CallScope:
         keeps: bool = False,
         unmerged: int = 0,
         order: Tensor | None = None,
+        memories: "Memories | None" = None,
     ) -> None:
         self.variant = variant
+        self.memories = memories
         self.keeps = keeps
         self.grids = grids
         self.unmerged = unmerged
         self.order = order
         self.kept_by_stage = {} if kept is None else kept
         self.kept = self.kept_by_stage.get(stage, {})
-        self.plans: dict[str, Plan] = dict(self.kept) if variant == REUSE else {}
+        self.plans: dict[str, Plan] = dict(self.kept) if variant in MERGE_AS_BEFORE else {}
         self.planners: dict[str, Callable[[], object]] = {}
         self.stages: dict[str, CallScope] = {}
 
@@ -134,7 +151,8 @@ class InScope:
             enter(before)
 
 
-def _scope(attention_kwargs: Mapping[str, Any] | None) -> CallScope | None:
+def scope_of(attention_kwargs: Mapping[str, Any] | None) -> CallScope | None:
+    """The scope of the call of a model to which a call of a block belongs, if any."""
     return current() if attention_kwargs is None else attention_kwargs.get(SCOPE)
 
 
@@ -146,7 +164,7 @@ def own_scope(attention_kwargs: Mapping[str, Any], stage: str) -> dict[str, Any]
         stage: the stage's path in the model.
     """
     scope: CallScope = attention_kwargs[SCOPE]
-    own = CallScope(scope.variant, scope.grids, scope.kept_by_stage, stage)
+    own = CallScope(scope.variant, scope.grids, scope.kept_by_stage, stage, memories=scope.memories)
     if scope.keeps:
         scope.stages[stage] = own
     return {**attention_kwargs, SCOPE: own}
@@ -158,14 +176,18 @@ def variant(attention_kwargs: Mapping[str, Any] | None, group: str = "") -> str:
     Args:
         attention_kwargs: of the call of the block.
         group: the group that the block makes a plan for. It makes one whenever an earlier call
-            left none, as where a hook skipped the block then.
+            left none, as where a hook skipped the block then; and then it remembers anew, too.
     """
-    scope = _scope(attention_kwargs)
+    scope = scope_of(attention_kwargs)
     if scope is None:
         return MERGED
-    if group and scope.variant in (WEIGH, REUSE) and group not in scope.kept:
-        return MERGED
-    return scope.variant
+    if scope.variant not in BRING_PLANS:
+        return scope.variant
+    left = not group or group in scope.kept
+    if scope.variant == RECALL:
+        assert scope.memories is not None, "this variant runs only in a call that brings memories"
+        return RECALL if left and scope.memories.here is not None else REMEMBER
+    return scope.variant if left else MERGED
 
 
 def region_layout(
@@ -179,7 +201,7 @@ def region_layout(
         region_tokens: tokens wanted in a region.
         ratio: share of a region's tokens that is merged away.
     """
-    scope = _scope(attention_kwargs)
+    scope = scope_of(attention_kwargs)
     count = tokens.shape[1]
     grids: tuple[int, ...] = (count,)
     # Some blocks take a part of the grids, those of the image or those of its references. A rank of
@@ -194,7 +216,7 @@ def region_layout(
 
 def unmerged_tokens(attention_kwargs: Mapping[str, Any] | None) -> int:
     """Image tokens that stay as they are, before all others."""
-    scope = _scope(attention_kwargs)
+    scope = scope_of(attention_kwargs)
     return 0 if scope is None else scope.unmerged
 
 
@@ -208,7 +230,7 @@ def text_tokens(attention_kwargs: Mapping[str, Any] | None, tokens: Tensor) -> i
     Raises:
         InputError: when the block is not called by a transformed model.
     """
-    scope = _scope(attention_kwargs)
+    scope = scope_of(attention_kwargs)
     if scope is None or scope.grids is None:
         raise InputError(
             f"tokens of shape {tuple(tokens.shape)} hold image and text, and only the model knows "
@@ -218,17 +240,24 @@ def text_tokens(attention_kwargs: Mapping[str, Any] | None, tokens: Tensor) -> i
     return count
 
 
+@has_side_effect
 def share(attention_kwargs: Mapping[str, Any] | None, group: str, *plan: Tensor) -> Plan:
-    """Hand the plan to the later blocks of the group; returns it."""
-    scope = _scope(attention_kwargs)
-    if scope is not None:
-        scope.plans[group] = plan
+    """Hand the plan to the later blocks of the group; returns it.
+
+    A plan by which blocks have remembered stays, whatever one that remembers anew has made.
+    """
+    scope = scope_of(attention_kwargs)
+    if scope is None:
+        return plan
+    if scope.variant == RECALL and group in scope.plans:
+        return scope.plans[group]
+    scope.plans[group] = plan
     return plan
 
 
 def is_due(attention_kwargs: Mapping[str, Any] | None, group: str) -> bool:
     """Whether this call of the model merges, and the group has no plan yet."""
-    scope = _scope(attention_kwargs)
+    scope = scope_of(attention_kwargs)
     return scope is not None and scope.variant != UNTOUCHED and group not in scope.plans
 
 
@@ -236,7 +265,7 @@ def postpone(
     attention_kwargs: Mapping[str, Any] | None, group: str, planner: Callable[[], object]
 ) -> None:
     """Let ``planner`` share the plan when a later block of the group asks for it."""
-    scope = _scope(attention_kwargs)
+    scope = scope_of(attention_kwargs)
     assert scope is not None, "no plan is due outside of a call of the model"
     scope.planners[group] = planner
 
@@ -248,7 +277,7 @@ def shared(attention_kwargs: Mapping[str, Any] | None, group: str) -> Plan:
         InputError: when that block did not run: this one was called on its own, or a hook skipped
             the first, whose plan takes what its layers compute.
     """
-    scope = _scope(attention_kwargs)
+    scope = scope_of(attention_kwargs)
     if scope is not None and group not in scope.plans and group in scope.planners:
         scope.planners[group]()
     if scope is None or group not in scope.plans:
@@ -262,7 +291,7 @@ def shared(attention_kwargs: Mapping[str, Any] | None, group: str) -> Plan:
 
 def kept_destinations(attention_kwargs: Mapping[str, Any] | None, group: str) -> Tensor:
     """The destinations that an earlier call selected for the group, ``(B, R, m)`` int64."""
-    scope = _scope(attention_kwargs)
+    scope = scope_of(attention_kwargs)
     assert scope is not None, "this variant runs only in a call that brings kept plans"
     destinations: Tensor = scope.kept[group][-1]
     return destinations

@@ -10,9 +10,10 @@ from torch._dynamo.testing import CompileCounter
 
 import toma_fx
 from tests.tiny import flux_inputs, tiny_flux, tiny_sdxl_unet, unet_inputs
-from toma_fx.config import MergeConfig, Schedule
+from toma_fx.config import MergeConfig
 from toma_fx.errors import ConfigError, ModelError
 from toma_fx.recipe import Recipe
+from toma_fx.schedule import Schedule
 
 MIXED = {
     "sdxl": {"down_blocks.1.*": 0.25, "mid_block.*.1": 0.25, "up_blocks.1.*": 0},

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 import toma_fx
 from tests.tiny import flux_inputs, smallest_flux, smallest_unet, unet_inputs
-from toma_fx.config import MergeConfig, Schedule
+from toma_fx.config import MergeConfig
 from toma_fx.errors import ConfigError, ModelError
+from toma_fx.schedule import Schedule
 
 HIGH, LOW = 0.9, 0.3
 """Noise levels on both sides of 0.6."""

@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from toma_fx.runtime.memory import Kept
+from toma_fx.runtime.plan import Plans
 from toma_fx.state import MOST_RUNS, Run, State
 
 PROMPT = torch.arange(6.0).reshape(1, 2, 3)
@@ -27,6 +29,11 @@ def runs_of(
     shape: tuple[object, ...] = SHAPE,
 ) -> list[Run]:
     return [state.run_of(prompt, shape, timestep) for timestep in timesteps]
+
+
+def plans_of(run: Run) -> Plans:
+    assert run.kept is not None
+    return run.kept.plans
 
 
 # Each timestep, the step of its run, and the run, in the order in which they began.
@@ -166,7 +173,7 @@ def test_only_so_many_runs_are_kept() -> None:
 def test_the_end_of_an_image_ends_its_run() -> None:
     state = State()
     (run,) = runs_of(state, [9])
-    state.keep(run, {"": {"blocks": (torch.ones(3, 5),)}})
+    state.keep(run, Kept({"": {"blocks": (torch.ones(3, 5),)}}))
     assert state.nbytes() == 60
     state.end()
     assert (len(state), state.nbytes()) == (0, 0)
@@ -178,9 +185,9 @@ def test_kept_plans_are_copies() -> None:
     state = State()
     (run,) = runs_of(state, [9])
     weight = torch.ones(3)
-    state.keep(run, {"": {"blocks": (weight,)}})
+    state.keep(run, Kept({"": {"blocks": (weight,)}}))
     weight.zero_()
-    assert torch.equal(run.plans[""]["blocks"][0], torch.ones(3))
+    assert torch.equal(plans_of(run)[""]["blocks"][0], torch.ones(3))
 
 
 def test_plans_made_in_inference_mode_serve_a_call_with_gradients() -> None:
@@ -188,11 +195,11 @@ def test_plans_made_in_inference_mode_serve_a_call_with_gradients() -> None:
     with torch.inference_mode():
         prompt, weight = PROMPT.clone(), torch.full((3, 3), 0.5)
         (run,) = runs_of(state, [9], prompt)
-        state.keep(run, {"": {"blocks": (weight,)}})
+        state.keep(run, Kept({"": {"blocks": (weight,)}}))
     assert runs_of(state, [8], prompt) == [run]
     assert runs_of(state, [7], prompt.clone()) == [run]
     tokens = torch.ones(3, 3, requires_grad=True)
-    (kept,) = run.plans[""]["blocks"]
+    (kept,) = plans_of(run)[""]["blocks"]
     (kept @ tokens).sum().backward()
     assert tokens.grad is not None
     assert not kept.requires_grad
@@ -202,8 +209,8 @@ def test_plans_carry_no_gradients() -> None:
     state = State()
     (run,) = runs_of(state, [9])
     weight = torch.ones(3, requires_grad=True) * 2
-    state.keep(run, {"": {"blocks": (weight,)}})
-    assert not run.plans[""]["blocks"][0].requires_grad
+    state.keep(run, Kept({"": {"blocks": (weight,)}}))
+    assert not plans_of(run)[""]["blocks"][0].requires_grad
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,14 @@ if TYPE_CHECKING:
     from toma_fx.calibrate import Calibration as Calibration
     from toma_fx.calibrate import calibrate as calibrate
     from toma_fx.config import MergeConfig as MergeConfig
-    from toma_fx.config import Schedule as Schedule
     from toma_fx.derive import derive as derive
     from toma_fx.errors import TomaError as TomaError
     from toma_fx.errors import TomaWarning as TomaWarning
     from toma_fx.export import export as export
     from toma_fx.report import report as report
     from toma_fx.runtime.current_order import token_order as token_order
+    from toma_fx.schedule import Memory as Memory
+    from toma_fx.schedule import Schedule as Schedule
     from toma_fx.tracing import trace as trace
     from toma_fx.transform import restore as restore
     from toma_fx.transform import transform as transform
@@ -28,8 +29,9 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "Calibration": "toma_fx.calibrate",
+    "Memory": "toma_fx.schedule",
     "MergeConfig": "toma_fx.config",
-    "Schedule": "toma_fx.config",
+    "Schedule": "toma_fx.schedule",
     "TomaError": "toma_fx.errors",
     "TomaWarning": "toma_fx.errors",
     "backend": "toma_fx.backend",

@@ -20,7 +20,7 @@ from toma_fx.families import family_of, knows
 from toma_fx.inputs import unfit, weightless
 from toma_fx.policy import Decision, policy_of
 from toma_fx.recipe import Recipe
-from toma_fx.runtime.plan import MERGED, REUSE
+from toma_fx.runtime.plan import RECALL, REUSE
 
 aten = torch.ops.aten
 
@@ -144,9 +144,10 @@ def _count_variants(
 ) -> dict[str, dict[str, int]]:
     """The operations of modules in each variant that runs."""
     counts, kept = {}, None
-    for variant in [MERGED, *(v for v in shares if v != MERGED)]:
-        keeps = REUSE in shares
-        with forced(Decision(variant, kept, None, grids, keeps)) as now:
+    keeps = REUSE in shares or RECALL in shares
+    # The first leaves what others need.
+    for variant in shares:
+        with forced(Decision(variant, kept, grids=grids, keeps=keeps)) as now:
             counts[variant] = _parts(model, call, modules)
         kept = now.made or kept
     return counts

@@ -134,6 +134,8 @@ def install_blocks(model: nn.Module, recipe: Recipe) -> None:
             form=None if form is None else ((form.argument, *form.more), form.of),
             leads=each.group.name if leads else "",
             follower=graphs.of(block, each.row, recipe.followers(each)) if leads else None,
+            usual=next(iter(recipe.variants(each))),
+            path=each.path if recipe.config.memory is not None else "",
         )
 
 

@@ -4,7 +4,7 @@ import contextlib
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils import _pytree as pytree
 
 from toma_fx.policy import Decision
-from toma_fx.runtime.plan import Plans
+from toma_fx.runtime.memory import Kept
 
 Arguments = dict[str, Any]
 
@@ -43,11 +43,11 @@ class Forced:
 
     Attributes:
         decision: what the call runs.
-        made: the plans that it made.
+        made: what it left, if that was asked for.
     """
 
     decision: Decision
-    made: Plans = field(default_factory=dict)
+    made: Kept | None = None
 
 
 _THREAD = threading.local()

@@ -7,11 +7,20 @@
 import fnmatch
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Self, get_args
 
 from toma_fx.errors import ConfigError
-from toma_fx.option_values import check_merging, choice, count, listed, number, plain_ratio
+from toma_fx.option_values import (
+    check_merging,
+    choice,
+    count,
+    listed,
+    number,
+    options_of,
+    plain_ratio,
+)
+from toma_fx.schedule import Memory, Schedule
 
 Component = Literal["self_attention", "cross_attention", "mlp"]
 Placement = Literal["component", "block"]
@@ -33,37 +42,6 @@ def matches(path: str, pattern: str) -> bool:
     (True, False)
     """
     return fnmatch.fnmatchcase(path, pattern)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Schedule:
-    """How many denoising steps pass between two computations of a plan (section 4.3.2, Table 7).
-
-    ``Schedule()`` makes a new plan at every step and keeps nothing from one call of the model to
-    the next. Any other schedule keeps the plans of a run in a bounded store outside the model's
-    graphs. Calls are told apart by their prompt tensor, so guidance in two calls a step (Flux's
-    ``true_cfg_scale``, modular guiders) has a plan for each of them. Any number of threads may run
-    one model. The plans are dropped when the pipeline ends the image.
-
-    Raises:
-        ConfigError: when a field is not a whole number of at least 1.
-    """
-
-    select_every: int = 1
-    """Steps between two selections of destinations. The paper uses 10; every step has the better
-    MSE in its Table 7."""
-    weigh_every: int = 1
-    """Steps between two computations of the merge weights. The paper uses 5. A new selection of
-    destinations brings new weights with it."""
-
-    def __post_init__(self) -> None:
-        for name, paper in (("select_every", 10), ("weigh_every", 5)):
-            object.__setattr__(self, name, count(name, getattr(self, name), paper))
-
-    @property
-    def stateless(self) -> bool:
-        """Whether every step makes a new plan, so that no state is kept."""
-        return self.select_every == 1 and self.weigh_every == 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,9 +122,12 @@ class MergeConfig:
     """The blocks that use one plan. ``"group"`` shares it among all consecutive blocks of a stage
     (section 4.3.2). With ``"block"`` each block makes its own, which costs more and gained nothing
     when measured."""
-    schedule: Schedule = Schedule()
+    schedule: Schedule = field(default=Schedule())
     """The steps at which a plan is computed again: every step by default. The paper uses
     ``Schedule(select_every=10, weigh_every=5)``."""
+    memory: Memory | None = None
+    """What steps use of a full step before them: see `Memory`. ``Memory(every=2)`` runs every
+    second step in full. With ``merge_below``, all steps above the level are full."""
     merge_below: float = 1.0
     """Noise level below which a denoising run merges tokens: 1 is pure noise, 0 the finished
     image. Each model family reads the level of a call from its timestep, by its scheduler.
@@ -167,7 +148,8 @@ class MergeConfig:
             "region_tokens": count("region_tokens", self.region_tokens, 64),
             "region_frames": count("region_frames", self.region_frames, 4),
             "temperature": number(self.temperature),
-            "schedule": self._checked_schedule(),
+            "schedule": options_of(Schedule, "schedule", self.schedule),
+            "memory": None if self.memory is None else options_of(Memory, "memory", self.memory),
             "merge_below": number(self.merge_below),
             "skip": self._checked_skip(),
         }
@@ -196,7 +178,18 @@ class MergeConfig:
     @property
     def merges(self) -> bool:
         """Whether any block may merge."""
+        if self.memory is not None and self.memory.every == 1:
+            return False
         return self.ratio > 0 or any(ratio > 0 for _, ratio in self.block_ratios)
+
+    @property
+    def choosing(self) -> str:
+        """The option that makes the policy choose between variants; empty where all calls merge."""
+        if self.memory is not None:
+            return str(self.memory)
+        if self.merge_below < 1:
+            return f"merge_below={self.merge_below:g}"
+        return "" if self.schedule.stateless else str(self.schedule)
 
     def ratio_of(self, path: str) -> float:
         """The ratio of a block, by its module path."""
@@ -244,23 +237,6 @@ class MergeConfig:
         named = [choice("components", each, get_args(Component)) for each in given]
         return tuple(each for each in get_args(Component) if each in named)
 
-    def _checked_schedule(self) -> Schedule:
-        given: object = self.schedule
-        if isinstance(given, Schedule):
-            return given
-        if not isinstance(given, Mapping):
-            raise ConfigError(
-                f"schedule={given!r} must be a Schedule, such as "
-                "Schedule(select_every=10, weigh_every=5)"
-            )
-        names = [field.name for field in fields(Schedule)]
-        if unknown := [key for key in given if key not in names]:
-            raise ConfigError(
-                f"schedule={given!r} holds {', '.join(map(repr, unknown))}, which a Schedule does "
-                f"not have; choose from {', '.join(map(repr, names))}"
-            )
-        return Schedule(**given)
-
     def _checked_skip(self) -> tuple[str, ...] | None:
         given: object = self.skip
         if given is None:
@@ -286,6 +262,8 @@ class MergeConfig:
                 f"share='block' cannot be combined with {self.schedule}, which keeps one plan per "
                 "group; use share='group' or Schedule()"
             )
+        if self.memory is not None:
+            self._check_memory()
         if self.merge_below < 1 and not self.schedule.stateless:
             raise ConfigError(
                 f"merge_below={self.merge_below} cannot be combined with {self.schedule}, which "
@@ -302,6 +280,23 @@ class MergeConfig:
                 *((f"block_ratios[{name!r}]={ratio}", ratio) for name, ratio in self.block_ratios),
             ):
                 check_merging(given, ratio, self.region_tokens)
+
+    def _check_memory(self) -> None:
+        if self.share == "block":
+            raise ConfigError(
+                f"share='block' cannot be combined with {self.memory}, which keeps one plan per "
+                "group; use share='group' or memory=None"
+            )
+        if not self.schedule.stateless:
+            raise ConfigError(
+                f"{self.schedule} cannot be combined with {self.memory}, which makes its plans at "
+                "full steps; use Schedule() or memory=None"
+            )
+        if self.placement == "block" and self.residual == "replace":
+            raise ConfigError(
+                f"residual='replace' cannot be combined with {self.memory}, which adds to tokens "
+                "that stay whole; use residual='keep' or memory=None"
+            )
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Self:

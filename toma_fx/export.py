@@ -16,7 +16,8 @@ from toma_fx.inputs import random_inputs, weightless
 from toma_fx.model_border import grids_in
 from toma_fx.policy import Always, Decision, policy_of
 from toma_fx.recipe import Group, Recipe
-from toma_fx.runtime.plan import MERGED, REUSE, WEIGH, Plans
+from toma_fx.runtime.memory import BlockMemory, Kept, Updates
+from toma_fx.runtime.plan import BRING_PLANS, MERGED, RECALL, REUSE
 from toma_fx.transform import model_of
 
 Plan = dict[str, list[Tensor]]
@@ -38,6 +39,11 @@ def export(
     variants becomes a program for each, and the caller chooses:
 
     * ``merge_below``: ``"merged"`` below the noise level, ``"untouched"`` above it;
+    * a memory: ``"remember"``, a full step, returns ``(output, plan, memory)``; ``"recall"`` takes
+      ``plan`` and ``memory``, and where updates are extrapolated ``memory_before`` of the full step
+      before (or the same again) and ``ahead``, 0-dimensional: how far the step is past the last
+      full one, in units of what lies between the two; it returns ``(output,)``. A dictionary
+      ``memory`` has a list of tensors for each block, by its path;
     * a schedule: ``"merged"`` makes a plan and returns ``(output, plan)``; ``"weigh"`` takes
       ``plan`` as one more argument, keeps its destinations and returns ``(output, plan)``;
       ``"reuse"`` takes it and returns ``(output,)``; there is none where each token has a timestep,
@@ -71,7 +77,8 @@ def export(
     variants = list(policy_of(recipe.config).variants)
     if REUSE in variants and recipe.needs_new_rows(inputs):
         variants.remove(REUSE)
-    kept = _example_plans(model, inputs) if WEIGH in variants else None
+    keeps = not set(variants).isdisjoint(BRING_PLANS)
+    kept = _example_kept(model, inputs) if keeps else None
     programs = {}
     for variant in variants:
         programs[variant] = _export(model, inputs, variant, kept, dynamic_shapes)
@@ -83,24 +90,32 @@ def _export(
     model: nn.Module,
     inputs: Mapping[str, Any],
     variant: str,
-    kept: Plans | None,
+    kept: Kept | None,
     dynamic_shapes: Mapping[str, Any] | None,
 ) -> ExportedProgram:
     grids = grids_in(model, inputs)
-    takes_plan = variant in (WEIGH, REUSE)
-    keeps = kept is not None
     recipe: Any = getattr(model, "toma_recipe", None)
+    example = {} if kept is None else _as_arguments(kept, recipe)
+    if variant not in BRING_PLANS:
+        example = {}
+    elif variant == RECALL and recipe.config.memory.extrapolate:
+        before = pytree.tree_map_only(Tensor, torch.clone, example["memory"])
+        like = next(each for each in pytree.tree_leaves(dict(inputs)) if isinstance(each, Tensor))
+        ahead = torch.ones((), dtype=torch.float32, device=like.device)
+        example |= {"memory_before": before, "ahead": ahead}
 
     def call(model: nn.Module, **arguments: Any) -> Any:
-        given = _to_plans(arguments.pop("plan"), recipe) if takes_plan else None
-        with forced(Decision(variant, given, None, grids, keeps)) as now:
+        state = {name: arguments.pop(name) for name in example}
+        ahead = state.pop("ahead", 1.0)
+        given = _as_kept(state, recipe) if state else None
+        decision = Decision(variant, given, ahead=ahead, grids=grids, keeps=kept is not None)
+        with forced(decision) as now:
             (output,) = model(**arguments, return_dict=False)
-        if keeps and variant != REUSE:
-            return output, _from_plans(now.made, recipe)
-        return (output,)
+        if now.made is None:
+            return (output,)
+        return output, *_as_arguments(now.made, recipe).values()
 
-    if takes_plan and kept is not None:
-        inputs = {"plan": _from_plans(kept, recipe), **inputs}
+    inputs = {**example, **inputs}
     if dynamic_shapes is not None:
         dynamic_shapes = {**pytree.tree_map(lambda _: None, dict(inputs)), **dynamic_shapes}
     program = _Program(model, call, list(inputs))
@@ -144,35 +159,53 @@ def _save(program: ExportedProgram, path: str | Path | None, variant: str = "") 
     torch.export.save(program.run_decompositions(), path)
 
 
-def _example_plans(model: nn.Module, inputs: Mapping[str, Any]) -> Plans:
-    """Plans with the shapes that a call of the model makes."""
-    skeleton = weightless(model)
-    with (
-        torch.no_grad(),
-        forced(Decision(MERGED, None, None, grids_in(model, inputs), True)) as now,
-    ):
+def _example_kept(model: nn.Module, inputs: Mapping[str, Any]) -> Kept:
+    """What a call of the model leaves, by its shapes."""
+    skeleton: Any = weightless(model)
+    first = policy_of(skeleton.toma_recipe.config).variants[0]
+    decision = Decision(first, grids=grids_in(model, inputs), keeps=True)
+    with torch.no_grad(), forced(decision) as now:
         skeleton(**to_meta(inputs))
     device = next(model.parameters()).device
-    made: Plans = pytree.tree_map_only(
+    made: Kept = pytree.tree_map_only(
         Tensor, lambda t: torch.zeros(t.shape, dtype=t.dtype, device=device), now.made
     )
     return made
 
 
-def _from_plans(plans: Plans, recipe: Recipe) -> Plan:
-    return {
-        _path(group): list(plans[group.stage][group.name])
+def _as_arguments(kept: Kept, recipe: Recipe) -> dict[str, Any]:
+    """What a program returns of its state, and takes, by the names of its arguments."""
+    plan: Plan = {
+        _path(group): list(kept.plans[group.stage][group.name])
         for group in _groups(recipe)
-        if group.name in plans.get(group.stage, {})
+        if group.name in kept.plans.get(group.stage, {})
     }
+    if recipe.config.memory is None:
+        return {"plan": plan}
+    memory = {path: [*each.update, *each.merged] for path, each in kept.memory.items()}
+    return {"plan": plan, "memory": memory}
 
 
-def _to_plans(plan: Plan, recipe: Recipe) -> Plans:
+def _as_kept(state: Mapping[str, Any], recipe: Recipe) -> Kept:
     plans: dict[str, dict[str, tuple[Tensor, ...]]] = {}
     for group in _groups(recipe):
-        if _path(group) in plan:
-            plans.setdefault(group.stage, {})[group.name] = tuple(plan[_path(group)])
-    return plans
+        if _path(group) in state["plan"]:
+            plans.setdefault(group.stage, {})[group.name] = tuple(state["plan"][_path(group)])
+    memory = state.get("memory", {})
+    before = state.get("memory_before", memory)
+    return Kept(
+        plans,
+        {
+            path: BlockMemory(*_halves(tensors, recipe), _halves(before[path], recipe)[0])
+            for path, tensors in memory.items()
+        },
+    )
+
+
+def _halves(tensors: list[Tensor], recipe: Recipe) -> tuple[Updates, Updates]:
+    """The updates of all tokens, and those of merged ones."""
+    whole = len(tensors) // 2 if recipe.controls else len(tensors)
+    return tuple(tensors[:whole]), tuple(tensors[whole:])
 
 
 def _groups(recipe: Recipe) -> list[Group]:

@@ -58,11 +58,10 @@ def transform_flat(flat: Flat, config: MergeConfig) -> Any:
 def _check_config(config: MergeConfig) -> None:
     if isinstance(policy_of(config), Always):
         return
-    option = f"merge_below={config.merge_below:g}" if config.merge_below < 1 else config.schedule
     raise ModelError(
-        f"{option} takes several graphs, and a captured graph is only one; use merge_below=1 and "
-        "Schedule(), or transform the model before it is captured: toma_fx.export gives a program "
-        "for each graph"
+        f"{config.choosing} takes several graphs, and a captured graph is only one; use "
+        "merge_below=1, Schedule() and memory=None, or transform the model before it is captured: "
+        "toma_fx.export gives a program for each graph"
     )
 
 

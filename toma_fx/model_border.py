@@ -29,14 +29,17 @@ from toma_fx.ordering import (
 from toma_fx.policy import Always, Decision, ModelCall, policy_of
 from toma_fx.ranks import Ranks, check_family, part_of
 from toma_fx.recipe import Recipe
+from toma_fx.runtime.memory import Kept, Memories
 from toma_fx.runtime.plan import (
+    MERGE_AS_BEFORE,
     MERGED,
+    RECALL,
+    REMEMBER,
     REUSE,
     SCOPE,
     WEIGH,
     CallScope,
     InScope,
-    Plans,
     current,
     enter,
 )
@@ -67,9 +70,11 @@ class ModelBorder(Border):
             call, decision = self.toma_named(args, kwargs), self._decide_traced()
         else:
             call, decision = self._before(args, kwargs)
-        keep = decision.keeps and decision.variant != REUSE
-        output, made = self._run(call, decision.variant, decision.grids, decision.kept, keep)
-        if keep:
+        keep = decision.keeps and decision.variant not in MERGE_AS_BEFORE
+        output, made = self._run(
+            call, decision.variant, decision.grids, decision.kept, _ahead(decision, call), keep
+        )
+        if made is not None:
             self._after(decision, made)
         return output
 
@@ -78,17 +83,19 @@ class ModelBorder(Border):
         call: Arguments,
         variant: str,
         grids: tuple[int, ...] | None,
-        kept: Plans | None,
+        kept: Kept | None,
+        ahead: Tensor | None,
         keep: bool,
-    ) -> tuple[Any, Plans]:
+    ) -> tuple[Any, Kept | None]:
         """What is compiled: a call of the model in a scope of its own.
 
         Args:
             call: the arguments of diffusers' ``forward``.
             variant: of the blocks that runs.
             grids: token counts of the grids in the image sequence, when there are several.
-            kept: plans of an earlier call.
-            keep: whether the plans are returned too.
+            kept: what an earlier call left.
+            ahead: how far this call is past it, 0-dimensional.
+            keep: whether what this call makes is returned too.
         """
         border, config = self.toma_key.grids, self.toma_key.config
         # A block that needs nothing of a call may be run, or exported, on its own.
@@ -103,7 +110,18 @@ class ModelBorder(Border):
             order = token_order(sequence, like, config, border.given_last)
         elif grids is None and self.toma_key.positions is not None:
             grids = (call[self.toma_key.positions.tokens].shape[1],)
-        scope = CallScope(variant, grids, kept, keeps=keep, unmerged=unmerged, order=order)
+        memories = None
+        if variant in (REMEMBER, RECALL):
+            memories = Memories({} if kept is None else kept.memory, ahead)
+        scope = CallScope(
+            variant,
+            grids,
+            None if kept is None else kept.plans,
+            keeps=keep,
+            unmerged=unmerged,
+            order=order,
+            memories=memories,
+        )
         name = self.toma_key.family.attention_kwargs
         if not alone and name is not None:
             call = {**call, name: {**(call.get(name) or {}), SCOPE: scope}}
@@ -112,7 +130,9 @@ class ModelBorder(Border):
             output = self._run_in_order(call, order)
         finally:
             enter(before)
-        return output, scope.made() if keep else {}
+        if not keep:
+            return output, None
+        return output, Kept(scope.made(), {} if memories is None else memories.made)
 
     def _run_in_order(self, call: Arguments, order: Tensor | None) -> Any:
         """Diffusers' forward, on tokens in the order that regions need."""
@@ -142,7 +162,8 @@ class ModelBorder(Border):
         if is_traced(call):
             return call, self._decide_traced()
         if any(is_empty(t) for t in pytree.tree_leaves(call) if isinstance(t, Tensor)):
-            return call, Decision()  # without data there is no deciding: a call that merges
+            # Without data there is no deciding.
+            return call, Decision(policy_of(self.toma_recipe.config).variants[0])
         call = self._read(call)
         self._check_checkpointing()
         if self.toma_watched is None:
@@ -171,14 +192,11 @@ class ModelBorder(Border):
         config = self.toma_recipe.config
         if isinstance(policy_of(config), Always):
             return Decision()
-        option = (
-            f"merge_below={config.merge_below:g}" if config.merge_below < 1 else config.schedule
-        )
         raise ModelError(
-            f"{option} chooses between graphs by the values of a call, and one graph cannot hold "
-            "them all. Compile the model itself, by torch.compile(model), model.compile() or "
-            "model.compile_repeated_blocks(), which compile each; export it with toma_fx.export, "
-            "which gives a program for each"
+            f"{config.choosing} chooses between graphs by the values of a call, and one graph "
+            "cannot hold them all. Compile the model itself, by torch.compile(model), "
+            "model.compile() or model.compile_repeated_blocks(), which compile each; export it "
+            "with toma_fx.export, which gives a program for each"
         )
 
     def _decide(self, call: Arguments) -> Decision:
@@ -207,12 +225,13 @@ class ModelBorder(Border):
             shape=(image.shape, image.dtype, image.device, prompt.shape, prompt.dtype),
         )
 
-    def _after(self, decision: Decision, made: Plans) -> None:
-        before = forced_now()
+    def _after(self, decision: Decision, made: Kept) -> None:
+        before, memory = forced_now(), self.toma_recipe.config.memory
+        earlier = memory is not None and memory.extrapolate
         if before is not None:
-            before.made = made
+            before.made = made.following(None) if earlier else made
         elif decision.run is not None:
-            self.toma_state.keep(decision.run, made)
+            self.toma_state.keep(decision.run, made, earlier=earlier)
 
     def _check_checkpointing(self) -> None:
         """Say what Dynamo would say at length: a checkpointed block may not hand on a plan."""
@@ -323,6 +342,16 @@ class ParallelModelBorder(ModelBorder):
 
 class CachedParallelModelBorder(CachedModelBorder, ParallelModelBorder):
     """The border of a model of which both hold."""
+
+
+def _ahead(decision: Decision, call: Arguments) -> Tensor | None:
+    """How far a call is past an earlier one, as a tensor, so that no graph is made for a number."""
+    if decision.variant != RECALL:
+        return None
+    if isinstance(decision.ahead, Tensor):  # an argument of a program that is being exported
+        return decision.ahead
+    like = next(each for each in pytree.tree_leaves(call) if isinstance(each, Tensor))
+    return torch.full((), decision.ahead, dtype=torch.float32, device=like.device)
 
 
 def _is_context_parallel(config: Any) -> bool:

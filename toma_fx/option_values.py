@@ -6,6 +6,8 @@ numpy or torch becomes Python's.
 
 import math
 import numbers
+from collections.abc import Mapping
+from dataclasses import fields
 from decimal import ROUND_FLOOR, Context, Decimal
 from typing import Any
 
@@ -109,3 +111,27 @@ def check_merging(given: str, ratio: float, region_tokens: int) -> None:
         f"{given} is too small to merge a token of a region of region_tokens={region_tokens}; use "
         f"{', or '.join(ways)}"
     )
+
+
+def options_of(cls: type[Any], name: str, given: object) -> Any:
+    """An option that is a dataclass of options, or what JSON makes of one.
+
+    Raises:
+        ConfigError: when it is neither, or holds a field that there is not.
+    """
+    if isinstance(given, cls):
+        return given
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"{name}={given!r} must be a {cls.__name__}, such as {_example(cls)}")
+    names = [field.name for field in fields(cls)]
+    if unknown := [key for key in given if key not in names]:
+        raise ConfigError(
+            f"{name}={given!r} holds {', '.join(map(repr, unknown))}, which a {cls.__name__} does "
+            f"not have; choose from {', '.join(map(repr, names))}"
+        )
+    return cls(**given)
+
+
+def _example(cls: type[Any]) -> str:
+    given = ", ".join(f"{key}={value}" for key, value in cls.example.items())
+    return f"{cls.__name__}({given})"

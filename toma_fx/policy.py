@@ -10,9 +10,11 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor
 
-from toma_fx.config import MergeConfig, Schedule
+from toma_fx.config import MergeConfig
 from toma_fx.errors import InputError
-from toma_fx.runtime.plan import MERGED, REUSE, UNTOUCHED, WEIGH, Plans
+from toma_fx.runtime.memory import Kept
+from toma_fx.runtime.plan import MERGED, RECALL, REMEMBER, REUSE, UNTOUCHED, WEIGH
+from toma_fx.schedule import Memory, Schedule
 from toma_fx.state import Run, State
 
 
@@ -35,14 +37,16 @@ class Decision:
     """What a call of a model runs."""
 
     variant: str = MERGED
-    kept: Plans | None = None
-    """Plans of an earlier call of the run."""
+    kept: Kept | None = None
+    """What an earlier call of the run left."""
+    ahead: float | Tensor = 1.0
+    """How far the call is past that one, in units of what lies between it and the one before."""
     run: Run | None = None
-    """Where the plans of this call are kept."""
+    """Where what this call makes is kept."""
     grids: tuple[int, ...] | None = None
     """Token counts of the grids in the image sequence, when there are several."""
     keeps: bool = False
-    """Whether the plans that the call makes are wanted afterwards."""
+    """Whether what the call makes is wanted afterwards."""
 
 
 class Policy(Protocol):
@@ -101,6 +105,42 @@ class BelowNoiseLevel:
 
 
 @dataclass(frozen=True)
+class WithMemory:
+    """Run every so many steps in full, and those between with what they left."""
+
+    memory: Memory
+    level: float = 1.0
+    """The noise level above which every step is full, and leaves nothing."""
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """As `Policy`."""
+        return (REMEMBER, RECALL) if self.level == 1 else (REMEMBER, RECALL, UNTOUCHED)
+
+    def decide(self, call: ModelCall, state: State) -> Decision:
+        """As `Policy`.
+
+        Raises:
+            InputError: when rows of the batch are at different timesteps.
+        """
+        timestep = _one_timestep(call, str(self.memory), "memory=None, which remembers nothing")
+        if self.level < 1 and BelowNoiseLevel(self.level).decide(call, state).variant == UNTOUCHED:
+            return Decision(UNTOUCHED)
+        run = state.run_of(call.prompt, call.shape, timestep)
+        if run.kept is None or run.step - run.kept_at[-1] >= self.memory.every:
+            return Decision(REMEMBER, run=run, keeps=True)
+        first, last = run.kept_at[0], run.kept_at[-1]
+        return Decision(RECALL, run.kept, (run.step - last) / max(last - first, 1))
+
+    def shares(self, levels: Sequence[float]) -> Mapping[str, float]:
+        """As `Policy`."""
+        below = sum(level <= self.level for level in levels)
+        full = -(-below // self.memory.every)
+        counts = {REMEMBER: full, RECALL: below - full, UNTOUCHED: len(levels) - below}
+        return {variant: counts[variant] / len(levels) for variant in self.variants}
+
+
+@dataclass(frozen=True)
 class OnSchedule:
     """Plan again at some steps only (section 4.3.2), and keep the plans of a run in between."""
 
@@ -113,16 +153,12 @@ class OnSchedule:
         Raises:
             InputError: when rows of the batch are at different timesteps.
         """
-        timesteps = call.timesteps()
-        if len(set(timesteps)) > 1:
-            raise InputError(
-                f"this batch holds timesteps from {min(timesteps):g} to {max(timesteps):g}, and "
-                f"{self.schedule} counts the steps of one; call the model once for each, or "
-                "transform with Schedule(), which plans at every step"
-            )
-        run = state.run_of(call.prompt, call.shape, timesteps[0])
-        variant = self._variant(run.step) if run.plans else MERGED
-        return Decision(variant, None if variant == MERGED else run.plans, run, keeps=True)
+        instead = "Schedule(), which plans at every step"
+        timestep = _one_timestep(call, str(self.schedule), instead)
+        run = state.run_of(call.prompt, call.shape, timestep)
+        variant = self._variant(run.step) if run.kept else MERGED
+        kept = None if variant == MERGED else run.kept
+        return Decision(variant, kept, run=run, keeps=True)
 
     def _variant(self, step: int) -> str:
         if step % self.schedule.select_every == 0:
@@ -134,8 +170,26 @@ class OnSchedule:
         return {variant: chosen.count(variant) / len(chosen) for variant in self.variants}
 
 
+def _one_timestep(call: ModelCall, counting: str, instead: str) -> float:
+    """The timestep of all rows of a batch.
+
+    Raises:
+        InputError: when it is not one.
+    """
+    timesteps = call.timesteps()
+    if len(set(timesteps)) > 1:
+        raise InputError(
+            f"this batch holds timesteps from {min(timesteps):g} to {max(timesteps):g}, and "
+            f"{counting} counts the steps of one; call the model once for each, or transform with "
+            f"{instead}"
+        )
+    return timesteps[0]
+
+
 def policy_of(config: MergeConfig) -> Policy:
     """The policy of a configuration."""
+    if config.memory is not None:
+        return WithMemory(config.memory, config.merge_below)
     if config.merge_below < 1:
         return BelowNoiseLevel(config.merge_below)
     if not config.schedule.stateless:

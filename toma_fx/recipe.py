@@ -21,15 +21,19 @@ from toma_fx.passes.merge import Merge
 from toma_fx.passes.one_plan import OnePlan
 from toma_fx.passes.pipeline import Pass
 from toma_fx.passes.plan_nodes import PlanOptions
+from toma_fx.passes.recall import Recall
+from toma_fx.passes.remember import Remember
 from toma_fx.passes.sites import WHOLE_BLOCK, Site, choose_sites
 from toma_fx.policy import policy_of
-from toma_fx.runtime.plan import MERGED, REUSE, UNTOUCHED, WEIGH
+from toma_fx.runtime.plan import MERGED, RECALL, REMEMBER, REUSE, UNTOUCHED, WEIGH
 from toma_fx.runtime.regions import WHOLE_IMAGE
+from toma_fx.schedule import Memory
 
 Role = Literal["alone", "lead", "follow"]
 """A block makes a plan for itself, or for its group, or uses its group's."""
 
 RATIO_IS_ZERO = "ratio is 0"
+ALL_STEPS_FULL = "memory.every is 1"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,13 +101,43 @@ class Recipe:
         if block.role is None:
             return {UNTOUCHED: None}
         wanted = policy_of(self.config).variants
-        made: dict[str, tuple[Pass, ...] | None] = {MERGED: self._passes(block)}
+        made: dict[str, tuple[Pass, ...] | None]
+        if self.config.memory is None:
+            made = {MERGED: (*self._passes(block), Cleanup())}
+        else:
+            made = self._with_memory(block, self.config.memory)
         if UNTOUCHED in wanted:
             made[UNTOUCHED] = None
         if REUSE in wanted and block.role == "lead":
-            made[WEIGH] = self._passes(block, kept_destinations=True)
-            made[REUSE] = self._passes(replace(block, role="follow"))
+            made[WEIGH] = (*self._passes(block, kept_destinations=True), Cleanup())
+            made[REUSE] = (*self._passes(replace(block, role="follow")), Cleanup())
         return made
+
+    @property
+    def theta(self) -> float:
+        """The share of the correction by merged tokens that a step between full ones adds."""
+        memory = self.config.memory
+        given = None if memory is None else memory.theta
+        return self.family.theta if given is None else given
+
+    @property
+    def controls(self) -> bool:
+        """Whether full steps also run on merged tokens."""
+        memory = self.config.memory
+        return memory is not None and memory.control and self.theta > 0
+
+    def _with_memory(
+        self, block: BlockRecipe, memory: Memory
+    ) -> dict[str, tuple[Pass, ...] | None]:
+        remember = Remember(flow=block.row.flow, merging=self._passes(block), control=self.controls)
+        recall = Recall(
+            flow=block.row.flow,
+            theta=self.theta,
+            extrapolate=memory.extrapolate,
+            control=self.controls,
+        )
+        between = self._passes(replace(block, role="follow"))
+        return {REMEMBER: (remember, Cleanup()), RECALL: (*between, recall, Cleanup())}
 
     def needs_new_rows(self, call: Mapping[str, Any]) -> bool:
         """Whether a plan holds rows of tokens that are another call's at the next step."""
@@ -128,9 +162,10 @@ class Recipe:
                     role=block.role,
                     keep=REUSE in policy_of(self.config).variants,
                     kept_destinations=kept_destinations,
+                    own_rows=self.config.memory is not None,
                 )
             )
-        return (*passes, Cleanup())
+        return tuple(passes)
 
     def merge(self, block: BlockRecipe) -> Merge:
         """The pass that merges in a block, in its own graph."""
@@ -222,7 +257,9 @@ def make_recipe(
         group = _group(path, stages, ratio, config)
         sites = _sites(block, config)
         without = "" if sites else f"it has none of {', '.join(config.components)}"
-        why = RATIO_IS_ZERO if ratio == 0 else unmerged.get(path, without)
+        why = unmerged.get(path, without)
+        if ratio == 0 or not config.merges:
+            why = RATIO_IS_ZERO if ratio == 0 else ALL_STEPS_FULL
         role: Role | None = None
         if not why:
             role = "alone" if config.share == "block" else "follow" if group in led else "lead"

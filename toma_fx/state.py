@@ -1,4 +1,4 @@
-"""The one store of what lasts from call to call: the plans of denoising runs, kept by schedules.
+"""The one store of what lasts from call to call: the plans and memories of denoising runs.
 
 A run is the calls that denoise one image, or one batch of images. Runs are told apart, so that none
 uses another's plans:
@@ -16,7 +16,7 @@ weights are shared, so it costs no memory.
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from toma_fx.families.rows import grid_sizes
-from toma_fx.runtime.plan import Plans
+from toma_fx.runtime.memory import Kept
 
 MOST_RUNS = 32
 """Runs that are kept at the same time. The one that was used longest ago goes first; should it go
@@ -60,7 +60,8 @@ class Run:
         thread, shape, prompt: what it is told apart by.
         timestep: of its last call.
         step: how many timesteps came before that one.
-        plans: what it keeps.
+        kept: what it keeps; None before its first call is over.
+        kept_at: the last two steps at which it did.
     """
 
     thread: int
@@ -68,7 +69,8 @@ class Run:
     prompt: _Held
     timestep: float
     step: int = 0
-    plans: Plans = field(default_factory=dict)
+    kept: Kept | None = None
+    kept_at: tuple[int, ...] = ()
 
 
 class State:
@@ -140,14 +142,21 @@ class State:
             self._read = [*self._read[1 - MOST_RUNS :], (_Held(tensor), read)]
         return read
 
-    def keep(self, run: Run, plans: Plans) -> None:
-        """Keep the plans of a call for those that follow in its run.
+    def keep(self, run: Run, made: Kept, *, earlier: bool = False) -> None:
+        """Keep what a call made for those that follow in its run.
 
         Copies, since a CUDA graph writes its results anew when it is replayed; and copies that a
         call outside of `torch.inference_mode` can use.
+
+        Args:
+            run: to which the call belongs.
+            made: by the call.
+            earlier: whether each memory is to hold the updates of the one before it, too.
         """
         with torch.inference_mode(mode=False), torch.no_grad():
-            run.plans = pytree.tree_map_only(Tensor, torch.clone, dict(plans))
+            kept: Kept = pytree.tree_map_only(Tensor, torch.clone, made)
+            run.kept = kept.following(run.kept) if earlier else kept
+        run.kept_at = (*run.kept_at, run.step)[-2:]
 
     def end(self) -> None:
         """Drop the runs of this thread, whose image is done."""
@@ -157,9 +166,9 @@ class State:
             self._read = []
 
     def nbytes(self) -> int:
-        """Bytes of the plans that are kept."""
-        plans = pytree.tree_leaves([run.plans for run in self._runs])
-        return sum(each.nbytes for each in plans if isinstance(each, Tensor))
+        """Bytes of what is kept."""
+        tensors = pytree.tree_leaves([run.kept for run in self._runs])
+        return sum(each.nbytes for each in tensors if isinstance(each, Tensor))
 
 
 def _version(tensor: Tensor) -> int:

@@ -2,9 +2,10 @@
 
 import pytest
 
-from toma_fx.config import PRESETS, MergeConfig, Schedule
+from toma_fx.config import PRESETS, MergeConfig
 from toma_fx.errors import ConfigError
 from toma_fx.lab.variants import FewerSteps, Merging, parse_schedule, parse_variant
+from toma_fx.schedule import Schedule
 
 
 def merging(text: str, **options: Schedule) -> MergeConfig:

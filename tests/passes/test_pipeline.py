@@ -30,7 +30,7 @@ from tests.tiny import (
     unet_inputs,
 )
 from toma_fx.build import recipe_of
-from toma_fx.config import MergeConfig, Schedule
+from toma_fx.config import MergeConfig
 from toma_fx.passes.cleanup import Cleanup
 from toma_fx.passes.debug import dump_each
 from toma_fx.passes.one_plan import OnePlan
@@ -39,6 +39,7 @@ from toma_fx.passes.pass_manager import FxPass
 from toma_fx.passes.pipeline import Pass, run_passes
 from toma_fx.passes.plan_nodes import PlanOptions
 from toma_fx.recipe import Recipe, Role
+from toma_fx.schedule import Schedule
 
 Passes = tuple[Pass, ...]
 Case = tuple[fx.GraphModule, Passes]

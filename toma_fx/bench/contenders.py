@@ -13,9 +13,10 @@ from torch import nn
 from toma_fx.bench.small import counted, one_of_each, tiny
 from toma_fx.bench.timing import WALL, Clock, Contender
 from toma_fx.checkpoints import RANDOM, available_memory, load_model, model_class
-from toma_fx.config import MergeConfig, Schedule
+from toma_fx.config import MergeConfig
 from toma_fx.errors import ModelError
 from toma_fx.lab.variants import UNTOUCHED, Merging, Rival
+from toma_fx.schedule import Schedule
 from toma_fx.transform import transform
 
 LOWER_BOUND = "lower_bound"

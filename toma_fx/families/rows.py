@@ -275,6 +275,8 @@ class Family:
     unmerged_because: str = ""
     never_merged: Mapping[str, str] = field(default_factory=dict)
     """Blocks that cannot merge, by a pattern on their paths, each with the reason."""
+    theta: float = 0.25
+    """`toma_fx.Memory.theta` where none is given."""
     noise_level: Callable[[float, Any], float]
     """The noise level of a timestep, 1 for pure noise and 0 for the image, under a scheduler; the
     scheduler is None where it is not known."""

@@ -244,6 +244,7 @@ FAMILY = Family(
     attention_kwargs="cross_attention_kwargs",
     leaf_values={"diffusers.models.attention_processor.Attention": _attention},
     prompt=("encoder_hidden_states", "added_cond_kwargs", "class_labels"),
+    theta=1.0,
     noise_level=noise.level_of_thousand,
     run_levels=_run_levels,
     example_call=example_call,

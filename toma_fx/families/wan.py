@@ -221,7 +221,7 @@ FAMILY = Family(
     blocks=(
         Block(
             cls=f"{_MODULE}.WanTransformerBlock",
-            flow=TokenFlow(rows=(ROTARY, Rows(argument="temb", ndim=4)), prefix=True),
+            flow=TokenFlow(rows=(ROTARY, Rows(argument="temb", ndim=4, changes=True)), prefix=True),
             examples=examples,
             form=Form(argument="temb", of=form_of, names=("", PER_TOKEN)),
             sites=SITES,

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from toma_fx.config import Schedule
 from toma_fx.errors import ConfigError, ModelError
 from toma_fx.lab.variants import FewerSteps, Merging, Rival, parse_variant
+from toma_fx.schedule import Schedule
 
 RIVALS = Path(__file__).resolve().parents[2] / "examples" / "rivals"
 """Files of the repository; a wheel holds none."""

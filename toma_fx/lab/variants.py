@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from toma_fx.calibrate import Calibration
-from toma_fx.config import PRESETS, MergeConfig, Schedule
+from toma_fx.config import PRESETS, MergeConfig
 from toma_fx.errors import ConfigError, TomaError
+from toma_fx.schedule import Schedule
 
 STEPS = "steps"
 UNTOUCHED = "untouched"
