@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from toma_fx.backend import backend as backend
     from toma_fx.calibrate import Calibration as Calibration
     from toma_fx.calibrate import calibrate as calibrate
+    from toma_fx.calibrate_theta import ThetaCalibration as ThetaCalibration
+    from toma_fx.calibrate_theta import calibrate_theta as calibrate_theta
     from toma_fx.config import MergeConfig as MergeConfig
     from toma_fx.derive import derive as derive
     from toma_fx.errors import TomaError as TomaError
@@ -32,10 +34,12 @@ _MODULES = {
     "Memory": "toma_fx.schedule",
     "MergeConfig": "toma_fx.config",
     "Schedule": "toma_fx.schedule",
+    "ThetaCalibration": "toma_fx.calibrate_theta",
     "TomaError": "toma_fx.errors",
     "TomaWarning": "toma_fx.errors",
     "backend": "toma_fx.backend",
     "calibrate": "toma_fx.calibrate",
+    "calibrate_theta": "toma_fx.calibrate_theta",
     "derive": "toma_fx.derive",
     "export": "toma_fx.export",
     "report": "toma_fx.report",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -20,6 +20,7 @@ from toma_fx.families import family_of, knows
 from toma_fx.inputs import unfit, weightless
 from toma_fx.policy import Decision, policy_of
 from toma_fx.recipe import Recipe
+from toma_fx.runtime.memory import Kept
 from toma_fx.runtime.plan import RECALL, REUSE
 
 aten = torch.ops.aten
@@ -87,12 +88,14 @@ class RunOperations:
         after: of the model that merges.
         shares: how often each variant runs.
         tokens: image tokens that go into each block.
+        kept_bytes: of what a run keeps from step to step, plans and memories.
     """
 
     before: Mapping[str, int]
     after: Mapping[str, int]
     shares: Mapping[str, float]
     tokens: Mapping[str, int]
+    kept_bytes: int
 
 
 def run_operations(
@@ -120,7 +123,7 @@ def run_operations(
     modules = ["", *paths.values()]
     try:
         before = _parts(untouched, arguments, modules)
-        each = _count_variants(merged, arguments, modules, shares, call.grids)
+        each, kept = _count_variants(merged, arguments, modules, shares, call.grids)
     except TomaError:
         raise
     except Exception as error:
@@ -130,8 +133,13 @@ def run_operations(
         path: round(sum(share * each[variant][module] for variant, share in shares.items()))
         for path, module in names.items()
     }
+    tensors = [each for each in tree_leaves(kept) if isinstance(each, Tensor)]
     return RunOperations(
-        {path: before[module] for path, module in names.items()}, after, shares, tokens
+        before={path: before[module] for path, module in names.items()},
+        after=after,
+        shares=shares,
+        tokens=tokens,
+        kept_bytes=sum(each.nbytes for each in tensors),
     )
 
 
@@ -141,8 +149,8 @@ def _count_variants(
     modules: Sequence[str],
     shares: Mapping[str, float],
     grids: tuple[int, ...] | None,
-) -> dict[str, dict[str, int]]:
-    """The operations of modules in each variant that runs."""
+) -> tuple[dict[str, dict[str, int]], Kept | None]:
+    """The operations of modules in each variant that runs, and what a run keeps."""
     counts, kept = {}, None
     keeps = REUSE in shares or RECALL in shares
     # The first leaves what others need.
@@ -150,7 +158,7 @@ def _count_variants(
         with forced(Decision(variant, kept, grids=grids, keeps=keeps)) as now:
             counts[variant] = _parts(model, call, modules)
         kept = now.made or kept
-    return counts
+    return counts, kept
 
 
 def _note_tokens(model: nn.Module, paths: Mapping[str, str]) -> dict[str, int]:

@@ -169,7 +169,7 @@ def calibrate(
         progress: see `Progress`.
 
     Raises:
-        ConfigError: when the options hold ``block_ratios`` already.
+        ConfigError: when the options hold ``block_ratios`` already, or a memory.
         ModelError: when `transform` refuses the model, or two untouched drawings differ.
 
     Example:
@@ -198,13 +198,13 @@ def calibrate(
         return np.asarray(draw(pipeline), dtype=np.float64)
 
     untouched = images("untouched")
-    _check_same(images("untouched again"), untouched)
+    check_same(images("untouched again"), untouched)
 
     def merged(what: str, names: Sequence[str], ratio: float) -> float:
         own = tuple((pattern, ratio) for name in names for pattern in parts[name])
         transform(pipeline, replace(base, block_ratios=own))
         try:
-            return _error(images(what), untouched)
+            return error_of(images(what), untouched)
         finally:
             for name, part in untouched_parts.items():
                 setattr(pipeline, name, part)
@@ -248,6 +248,11 @@ def _check_options(pipeline: Any, config: MergeConfig) -> None:
         raise ModelError(
             f"calibrate draws images and needs a pipeline, not a {type(pipeline).__name__} alone"
         )
+    if config.memory is not None:
+        raise ConfigError(
+            f"{config.memory} cannot be calibrated with the ratios, whose savings it averages over "
+            "a run; find ratios with memory=None, then theta with toma_fx.calibrate_theta"
+        )
     if config.block_ratios:
         raise ConfigError(
             f"block_ratios={config.block_ratios!r} are what calibrate finds; leave them out"
@@ -275,7 +280,12 @@ def _fits(path: str, patterns: Sequence[str]) -> bool:
     return any(matches(path, pattern) for pattern in patterns)
 
 
-def _check_same(again: npt.NDArray[np.float64], first: npt.NDArray[np.float64]) -> None:
+def check_same(again: npt.NDArray[np.float64], first: npt.NDArray[np.float64]) -> None:
+    """Refuse to compare with images that are others when they are drawn again.
+
+    Raises:
+        ModelError: when they are.
+    """
     if again.shape != first.shape or not np.isfinite(first).all():
         raise ModelError(
             f"draw gave images of shape {first.shape}, then {again.shape}, which must be equal and "
@@ -289,7 +299,8 @@ def _check_same(again: npt.NDArray[np.float64], first: npt.NDArray[np.float64]) 
         )
 
 
-def _error(images: npt.NDArray[np.float64], untouched: npt.NDArray[np.float64]) -> float:
+def error_of(images: npt.NDArray[np.float64], untouched: npt.NDArray[np.float64]) -> float:
+    """Squared difference to the untouched images: the geometric mean of those of the images."""
     squares = ((images - untouched) ** 2).reshape(len(images), -1).mean(1)
     # An image that did not change at all is no better than one that nobody could tell apart.
     least = max(1e-8 * float(untouched.var()), 1e-300)

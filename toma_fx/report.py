@@ -15,7 +15,7 @@ from toma_fx.grids import sequence_in
 from toma_fx.inputs import random_inputs, weightless
 from toma_fx.recipe import BlockRecipe, Recipe, plan_options
 from toma_fx.runtime import regions
-from toma_fx.runtime.plan import MERGED
+from toma_fx.runtime.plan import REMEMBER, UNTOUCHED
 from toma_fx.transform import model_of
 
 STEPS = 25
@@ -63,6 +63,10 @@ class Report:
     """Latent frames; 1 of an image."""
     unmerged_frames: int = 0
     """How many of them, from the first, are given and stay as they are."""
+    kept_bytes: int = 0
+    """Of what a run keeps from step to step, plans and memories."""
+    theta: float | None = None
+    """The share of the correction that a step between full ones adds, with memory."""
     asked: float | None = None
     """The ``speedup`` that the ratio was chosen for."""
 
@@ -95,11 +99,16 @@ class Report:
         if self.config.block_ratios:
             ratio = f"{ratio}, and {len(self.config.block_ratios)} blocks or groups with their own"
         headers = ("group", "blocks", "merged", "image tokens", "arithmetic, TFLOP", "saved")
-        return (
-            f"{self.model}, {self.image}, {ratio}\n"
-            f"{tabulate(rows, headers, disable_numparse=True)}\n"
-            f"plan: {_plan(self.config)}" + self._video() + self._when() + self._prediction()
+        lines = (
+            f"{self.model}, {self.image}, {ratio}",
+            tabulate(rows, headers, disable_numparse=True),
+            f"plan: {_plan(self.config)}",
+            self._video(),
+            self._when(),
+            self._kept(),
+            self._prediction(),
         )
+        return "\n".join(filter(None, lines))
 
     def _video(self) -> str:
         if self.frames == 1:
@@ -109,23 +118,36 @@ class Report:
             through = f", tiles reach through {self.config.region_frames}, the first is apart"
         if self.unmerged_frames:
             given = f"; {self.unmerged_frames} of them may be given and never merge"
-        return f"\nvideo: {self.frames} latent frames{through}{given}"
+        return f"video: {self.frames} latent frames{through}{given}"
 
     def _when(self) -> str:
         below = self.config.merge_below
         if below == 1:
             return ""
-        merging = round(self.shares[MERGED] * self.steps)
+        merging = round((1 - self.shares[UNTOUCHED]) * self.steps)
         return (
-            f"\nmerges below a noise level of {below:g}: {merging} of {self.steps} steps; "
+            f"merges below a noise level of {below:g}: {merging} of {self.steps} steps; "
             "arithmetic and savings are averages of a run"
+        )
+
+    def _kept(self) -> str:
+        if not self.kept_bytes:
+            return ""
+        size = f"{self.kept_bytes / 2**20:,.0f} MiB"
+        if self.config.memory is None:
+            return f"a run keeps {size} of plans"
+        full = round(self.shares[REMEMBER] * self.steps)
+        return (
+            f"memory: {full} of {self.steps} steps are full, those between add "
+            f"{self.theta:g} of the correction; a run keeps {size}; arithmetic and savings are "
+            "averages of a run"
         )
 
     def _prediction(self) -> str:
         if self.asked is None:
             return ""
         return (
-            f"\nratio chosen for speedup={self.asked:g} at the model's native size; here the "
+            f"ratio chosen for speedup={self.asked:g} at the model's native size; here the "
             f"predicted arithmetic is {self.speedup:.2f} times less, which is not measured time"
         )
 
@@ -206,6 +228,8 @@ def report(
         flops_after=counted.after[""],
         frames=1 if sequence is None else sequence.grids[0].frames,
         unmerged_frames=0 if sequence is None else sequence.unmerged_frames,
+        kept_bytes=counted.kept_bytes,
+        theta=recipe.theta if recipe.config.memory is not None else None,
         asked=recipe.speedup,
     )
 

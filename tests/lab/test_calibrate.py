@@ -17,7 +17,7 @@ from tests.pipelines import tiny_flux_pipeline, tiny_sdxl_pipeline
 from toma_fx import Calibration, MergeConfig
 from toma_fx.arithmetic import count, first_call
 from toma_fx.build import recipe_of_transformed
-from toma_fx.calibrate import RATIOS, UNIFORM, _error, _parts
+from toma_fx.calibrate import RATIOS, UNIFORM, _parts, error_of
 from toma_fx.cli import main
 from toma_fx.errors import ConfigError, ModelError
 from toma_fx.lab.rivals import named_variant
@@ -83,7 +83,7 @@ def test_an_equal_image_does_not_decide() -> None:
     untouched = np.random.default_rng(0).random((4, 8, 8))
     images = untouched + 0.01
     images[1] = untouched[1]
-    assert 1e-6 < _error(images, untouched) < 1e-4
+    assert 1e-6 < error_of(images, untouched) < 1e-4
 
 
 @pytest.mark.parametrize("ratio", [0.25, 0.33, 0.5])
