@@ -22,7 +22,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from hashlib import sha256
 from types import MethodType, ModuleType
 from typing import Any
@@ -31,59 +31,21 @@ import torch
 from torch import fx, nn
 
 from toma_fx.errors import ModelError
+from toma_fx.passes.block_calls import (
+    PATH,
+    Argument,
+    Code,
+    Forward,
+    Lead,
+    call_planned,
+    call_with_memory,
+    variant_of,
+)
 from toma_fx.passes.plan_apart import plan_apart
-from toma_fx.runtime import memory, plan
+from toma_fx.runtime import plan
 
 Graphs = Mapping[str, fx.GraphModule | None]
 """By the name of a variant, its graph; None for the forward of the block's own class."""
-
-
-@dataclass(frozen=True)
-class _Code:
-    """The source of a ``forward``, and the functions that it calls by name."""
-
-    source: str
-    helpers: tuple[tuple[str, Any], ...]
-
-
-@dataclass(frozen=True)
-class _Argument:
-    """An argument of a block's ``forward``."""
-
-    place: int
-    """Where it stands after ``self``."""
-    name: str
-
-    def of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What a call gives for it."""
-        return args[self.place] if len(args) > self.place else kwargs.get(self.name)
-
-
-@dataclass(frozen=True)
-class _Lead:
-    """What a leader that is compiled by itself becomes."""
-
-    planners: tuple[tuple[str, _Code], ...]
-    """By variant, what makes the plan."""
-    follower: tuple[tuple[str, _Code | None], ...]
-    """The variants of the blocks that follow it, which the rest of the leader is."""
-
-
-@dataclass(frozen=True)
-class _Forward:
-    """All that makes the class of a block, beside the block's own class."""
-
-    variants: tuple[tuple[str, _Code | None], ...]
-    attention_kwargs: _Argument | None
-    """What carries the scope of the call; None for the scope of the thread."""
-    form: tuple[tuple[_Argument, ...], Callable[..., str]] | None = None
-    """Arguments whose kind decides the graph, and what tells their kind."""
-    group: str = ""
-    """Name of the group whose plan the block makes."""
-    lead: _Lead | None = None
-    """Known when the plan can be made apart."""
-    usual: str = plan.MERGED
-    """The variant that runs where no call of the model says otherwise."""
 
 
 def install(
@@ -114,22 +76,18 @@ def install(
     carrier = None if attention_kwargs is None else _argument(base, attention_kwargs)
     kind = None if form is None else (tuple(_argument(base, each) for each in form[0]), form[1])
     lead = _lead_of(graphs, follower)
-    forward = _Forward(_codes_of(graphs), carrier, kind, leads, lead, usual)
+    forward = Forward(_codes_of(graphs), carrier, kind, leads, lead, usual)
     if path:
         vars(block)[PATH] = path
     _become(block, _class_of(base, forward))
 
 
-PATH = "toma_path"
-"""The attribute of a block that remembers."""
-
-
-def _argument(base: Any, name: str) -> _Argument:
+def _argument(base: Any, name: str) -> Argument:
     """Where an argument stands; a subclass that takes ``*args`` hands them to a class above it."""
     forwards = (cls.forward for cls in base.__mro__ if hasattr(cls, "forward"))
     signatures = (list(inspect.signature(each).parameters)[1:] for each in forwards)
     names = next(each for each in signatures if name in each)
-    return _Argument(names.index(name), name)
+    return Argument(names.index(name), name)
 
 
 def uninstall(block: nn.Module) -> None:
@@ -150,11 +108,11 @@ def uninstall(block: nn.Module) -> None:
     _LEAVING.pop(block)()
 
 
-def _codes_of(graphs: Graphs) -> tuple[tuple[str, _Code | None], ...]:
+def _codes_of(graphs: Graphs) -> tuple[tuple[str, Code | None], ...]:
     return tuple((name, None if gm is None else _code_of(gm.graph)) for name, gm in graphs.items())
 
 
-def _lead_of(graphs: Graphs, follower: Graphs | None) -> _Lead | None:
+def _lead_of(graphs: Graphs, follower: Graphs | None) -> Lead | None:
     if follower is None:
         return None
     apart = []
@@ -165,15 +123,15 @@ def _lead_of(graphs: Graphs, follower: Graphs | None) -> _Lead | None:
         if planner is None:
             return None
         apart.append((name, _code_of(planner)))
-    return _Lead(tuple(apart), _codes_of(follower))
+    return Lead(tuple(apart), _codes_of(follower))
 
 
-def _code_of(graph: fx.Graph) -> _Code:
+def _code_of(graph: fx.Graph) -> Code:
     code = graph.python_code("self")
     # torch.fx offers more than the code uses: NaN, say, which no unpickled NaN would be equal to.
     used = {k: v for k, v in code.globals.items() if re.search(rf"\b{k}\b", code.src)}
     helpers = {k: v for k, v in used.items() if not isinstance(v, ModuleType)}
-    return _Code(code.src, tuple(helpers.items()))
+    return Code(code.src, tuple(helpers.items()))
 
 
 _CLASSES: weakref.WeakValueDictionary[Any, type[Any]] = weakref.WeakValueDictionary()
@@ -184,7 +142,7 @@ _LOCK = threading.RLock()
 """Held while a class is made or its uses are counted."""
 
 
-def _class_of(base: Any, forward: _Forward) -> type[Any]:
+def _class_of(base: Any, forward: Forward) -> type[Any]:
     """The subclass of ``base`` that runs a forward; the same one while any block has it."""
     with _LOCK:
         cls = _CLASSES.get((base, forward))
@@ -228,7 +186,7 @@ def _register(cls: Any) -> None:
         known[cls] = replace(metadata, _cls=cls, _cached_parameter_indices=None)
 
 
-def _new_class(base: Any, forward: _Forward) -> type[Any]:
+def _new_class(base: Any, forward: Forward) -> type[Any]:
     def reduce(self: Any, protocol: object) -> tuple[Callable[..., Any], Any, Any]:
         # A generated class cannot be found by name, so a pickle holds what makes it.
         return _new, (base, forward), self.__getstate__()
@@ -246,14 +204,14 @@ def _new_class(base: Any, forward: _Forward) -> type[Any]:
     if forward.lead is not None:
         planners = {name: _function(base, code) for name, code in forward.lead.planners}
         follower = replace(forward, variants=forward.lead.follower, group="", lead=None)
-        attributes["__call__"] = _call_planned(planners, forward)
+        attributes["__call__"] = call_planned(planners, forward)
         attributes["compile"] = _compile_apart(planners, _class_of(base, follower), forward)
     elif forward.usual == plan.REMEMBER:
-        attributes["__call__"] = _call_with_memory(forward)
+        attributes["__call__"] = call_with_memory(forward)
     return type(base.__name__, (base,), attributes)
 
 
-def _new(base: Any, forward: _Forward) -> Any:
+def _new(base: Any, forward: Forward) -> Any:
     block = base.__new__(base)
     _become(block, _class_of(base, forward))
     return block
@@ -272,7 +230,7 @@ _SOURCES: Counter[str] = Counter()
 """How many functions have their source under a file name of `linecache`."""
 
 
-def _function(base: Any, code: _Code) -> Any:
+def _function(base: Any, code: Code) -> Any:
     digest = sha256(code.source.encode()).hexdigest()[:12]
     filename = f"<toma_fx {base.__name__} {digest}>"
     namespace: dict[str, Any] = {"torch": torch, **dict(code.helpers)}
@@ -310,7 +268,7 @@ def forward(self, *args, **kwargs):
 """
 
 
-def _forward(base: Any, forward: _Forward) -> Any:
+def _forward(base: Any, forward: Forward) -> Any:
     """The ``forward`` that runs the variant of the call."""
     functions = {
         name: _untouched(base, forward) if code is None else _function(base, code)
@@ -319,14 +277,14 @@ def _forward(base: Any, forward: _Forward) -> Any:
     first = functions[forward.variants[0][0]]
     if len({code for _, code in forward.variants}) == 1:
         return first
-    which = functools.partial(_variant, forward)
+    which = functools.partial(variant_of, forward)
     helpers = {"variants": functions, "first": first, "variant": which, "usual": forward.usual}
     # From source, since Dynamo counts the graphs of one code object, and a closure's are all one.
-    function = _function(base, _Code(_DISPATCH, tuple(helpers.items())))
+    function = _function(base, Code(_DISPATCH, tuple(helpers.items())))
     return functools.wraps(base.forward)(function)
 
 
-def _untouched(base: Any, forward: _Forward) -> Any:
+def _untouched(base: Any, forward: Forward) -> Any:
     """The forward of the block's own class, which the scope does not reach."""
     argument = forward.attention_kwargs
     if argument is None:
@@ -344,63 +302,12 @@ def _untouched(base: Any, forward: _Forward) -> Any:
         return args, {**kwargs, argument.name: passed_on}
 
     helpers = {"without_scope": without_scope, "base_forward": base.forward}
-    function = _function(base, _Code(_UNTOUCHED, tuple(helpers.items())))
+    function = _function(base, Code(_UNTOUCHED, tuple(helpers.items())))
     return functools.wraps(base.forward)(function)
 
 
-def _variant(forward: _Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, str]:
-    """The variant that the call of the model asks for, to which a call of a block belongs.
-
-    With the kind of what the block is given.
-    """
-    variant = plan.variant(_carrier(forward, args, kwargs), forward.group)
-    if forward.form is None:
-        return variant, ""
-    arguments, kind_of = forward.form
-    return variant, kind_of(*[each.of(args, kwargs) for each in arguments])
-
-
-def _carrier(forward: _Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The attention kwargs of a call of a block; None where none reach it."""
-    argument = forward.attention_kwargs
-    return None if argument is None else argument.of(args, kwargs)
-
-
-def _call_planned(planners: Mapping[str, Any], forward: _Forward) -> Callable[..., Any]:
-    """The ``__call__`` of a leader."""
-    group = forward.group
-    run = _call_with_memory(forward) if forward.usual == plan.REMEMBER else nn.Module.__call__
-
-    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Run the block; and where a hook skipped it, leave its plan to those that follow."""
-        output = run(self, *args, **kwargs)
-        carrier = _carrier(forward, args, kwargs)
-        if plan.is_due(carrier, group):
-            planner = planners["".join(_variant(forward, args, kwargs))]
-            plan.postpone(carrier, group, functools.partial(planner, self, *args, **kwargs))
-        return output
-
-    return call
-
-
-def _call_with_memory(forward: _Forward) -> Callable[..., Any]:
-    """The ``__call__`` of a block that remembers."""
-
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """Run the block beside its memory, of which the code of all blocks like it knows none."""
-        memories = memory.memories_in(_carrier(forward, args, kwargs))
-        if memories is None:
-            return nn.Module.__call__(self, *args, **kwargs)
-        memories.begin(self.toma_path)
-        output = nn.Module.__call__(self, *args, **kwargs)
-        memories.end(self.toma_path)
-        return output
-
-    return call
-
-
 def _compile_apart(
-    planners: Mapping[str, Any], follower_class: type[Any], forward: _Forward
+    planners: Mapping[str, Any], follower_class: type[Any], forward: Forward
 ) -> Callable[..., None]:
     """The ``compile`` of a leader."""
 
@@ -419,7 +326,7 @@ def _compile_apart(
 
         def call(*inputs: Any, **named: Any) -> Any:
             follower.training = self.training
-            variant = "".join(_variant(forward, inputs, named))
+            variant = "".join(variant_of(forward, inputs, named))
             if variant in make:
                 make[variant](*inputs, **named)
             if "forward" in vars(self):  # a hook that came after compiling

@@ -17,6 +17,7 @@ from toma_fx.config import PRESETS, Component, MergeConfig, Placement, Region
 from toma_fx.errors import TomaError
 from toma_fx.lab.cli import add_commands
 from toma_fx.quiet import hush_libraries
+from toma_fx.schedule import Memory
 
 MODEL = (
     "sdxl, flux, flux2-dev, qwen-image, wan2.1-14b or another of docs/families.md (random weights, "
@@ -80,6 +81,7 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--components", nargs="+", choices=get_args(Component))
     parser.add_argument("--region", choices=get_args(Region))
     parser.add_argument("--region-tokens", type=int, metavar="N", help="tokens of a region")
+    parser.add_argument("--memory", type=int, metavar="N", help="run every Nth step in full")
     parser.add_argument("--skip", nargs="*", metavar="PATTERN", help="blocks to leave unmerged")
     parser.add_argument("--dtype", choices=DTYPE_NAMES, default="bfloat16")
 
@@ -93,6 +95,8 @@ def _add_size(parser: argparse.ArgumentParser) -> None:
 def _config(options: argparse.Namespace, ratio: float) -> MergeConfig:
     names = ("placement", "components", "region", "region_tokens", "skip")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if options.memory is not None:
+        given["memory"] = Memory(every=options.memory)
     return MergeConfig.preset(options.preset, ratio=ratio, **given)
 
 

@@ -274,10 +274,15 @@ def _plan(config: MergeConfig) -> str:
         config.region if config.region == "image" else f"{config.region} of {config.region_tokens}"
     )
     times = config.schedule
+    when = (
+        f"selected every {_steps(times.select_every)} and weighed every {_steps(times.weigh_every)}"
+        if config.memory is None
+        else "made at full steps"
+    )
     return (
         f"{config.selector} in each {where}, weights over the {config.merge_over} at temperature "
         f"{config.temperature:g}, unmerge by {config.unmerge}, one for each {config.share}, "
-        f"selected every {_steps(times.select_every)} and weighed every {_steps(times.weigh_every)}"
+        f"{when}"
     )
 
 

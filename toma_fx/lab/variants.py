@@ -7,6 +7,7 @@ A variant is what is written on the command line; with a ratio it becomes a cont
 ``toma:region=stripe``        the same with other fields; several are parted by commas
 ``...:components=mlp+...``    several values of one field are parted by ``+``
 ``...:schedule=10/5``         steps between two selections and between two computations of weights
+``...:memory=2``              steps from one full step to the next; ``2/0.5`` with a theta of 0.5
 ``FILE.json``                 what ``toma-fx calibrate`` allots at the arithmetic of a ratio
 ``steps``                     no merging, as few steps as the first merging variant's arithmetic
                               pays for, to the nearest, and fewer than all if it saves any
@@ -24,7 +25,7 @@ from typing import Any
 from toma_fx.calibrate import Calibration
 from toma_fx.config import PRESETS, MergeConfig
 from toma_fx.errors import ConfigError, TomaError
-from toma_fx.schedule import Schedule
+from toma_fx.schedule import Memory, Schedule
 
 STEPS = "steps"
 UNTOUCHED = "untouched"
@@ -145,6 +146,22 @@ def parse_schedule(text: str) -> Schedule:
     return Schedule(select_every=int(select), weigh_every=int(weigh))
 
 
+def parse_memory(text: str) -> Memory:
+    """``"2"``: steps from one full step to the next; ``"2/0.5"``: and theta.
+
+    Raises:
+        ConfigError: when it is neither.
+    """
+    every, slash, theta = text.partition("/")
+    try:
+        numbers = int(every), float(theta) if slash else None
+    except ValueError as error:
+        raise ConfigError(
+            f"memory={text!r} must be a number of steps, such as 2, or with theta, such as 2/0.5"
+        ) from error
+    return Memory(every=numbers[0], theta=numbers[1])
+
+
 def _steps(text: str) -> int | None:
     _, equals, count = text.partition("=")
     if not equals:
@@ -162,6 +179,8 @@ def _value(text: str, name: str, value: str) -> Any:
     default = defaults.get(name, MISSING)
     if isinstance(default, Schedule):
         return parse_schedule(value)
+    if name == "memory":
+        return parse_memory(value)
     try:
         if isinstance(default, bool):
             return {"true": True, "false": False}[value]
