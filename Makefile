@@ -7,12 +7,12 @@ QUANTISATION := .venv/quantisation
 # Two processes run the tests: with two threads each they would wait for one another.
 test matrix: export OMP_NUM_THREADS := 1
 
-.PHONY: demo test matrix bench bench-gpu lint wheel clean
+.PHONY: demo test matrix bench bench-gpu lint wheel docs clean
 
 demo: $(STAMP)  ## the main job on the real architectures; DEMO="--quick" for two minutes
 	$(BIN)/toma-fx demo $(DEMO)
 
-test: $(QUANTISATION) lint wheel  ## lint, types, tests, and the wheel tested outside the tree
+test: $(QUANTISATION) lint wheel docs  ## lint, types, tests, and the wheel tested outside the tree
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not matrix_full" $(PYTEST)
 
 matrix: $(QUANTISATION)  ## all that users of diffusers do, in every mode; writes docs/matrix.md and README's summary
@@ -31,6 +31,9 @@ lint: $(STAMP)
 
 wheel: $(STAMP)
 	$(BIN)/python tests/check_wheel.py
+
+docs: $(STAMP)  ## the documentation as a site, in build/site; a warning is an error
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/site
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
