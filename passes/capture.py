@@ -23,7 +23,7 @@ import dataclasses
 import inspect
 import operator
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any
 
@@ -33,6 +33,7 @@ from torch.fx.graph import CodeGen, PythonCode
 from torch.utils import _pytree as pytree
 
 from toma_fx.errors import CaptureError
+from toma_fx.passes.open_attention import opened_arguments, recording_processor
 from toma_fx.passes.pipeline import (
     EXAMPLE_SCOPE,
     LEAF_VALUE,
@@ -69,6 +70,11 @@ class ValueProxy(fx.Proxy):
         if callable(getattr(self.value, name)):
             return fx.proxy.Attribute(self, name)
         return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        # No node writes into another's value, so what is written to is a tensor of its own.
+        args = (self, index, value)
+        self.node = self.tracer.create_proxy("call_function", arguments.written, args, {}).node
 
     def __len__(self) -> int:
         assert isinstance(self.tracer, ValueTracer)
@@ -222,11 +228,25 @@ class _WholeKwargs:
 
 class _BlockTracer(ValueTracer):
     def __init__(
-        self, examples: Mapping[str, Any], kwargs_name: str | None, leaf_value: LeafValue
+        self,
+        examples: Mapping[str, Any],
+        kwargs_name: str | None,
+        leaf_value: LeafValue,
+        opened: Collection[nn.Module] = (),
     ) -> None:
-        super().__init__(lambda module: True, leaf_value)
+        super().__init__(lambda module: module not in opened, leaf_value)
         self._examples = examples
         self._kwargs_name = kwargs_name
+        self._opened = opened
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        """As of `torch.fx.Tracer`; of an attention that is opened, its layers are nodes."""
+        if m in self._opened:
+            # The attention kwargs go no further: what diffusers' own processors would take of them
+            # is refused elsewhere, and they ignore the rest.
+            kwargs = opened_arguments({k: v for k, v in kwargs.items() if k != STAR})
+            vars(forward.__self__)["processor"] = recording_processor(m, self)
+        return super().call_module(m, forward, args, kwargs)
 
     def run(self, module: Any) -> Any:
         self.graph.set_codegen(_StarCodeGen())
@@ -316,6 +336,7 @@ def capture_block(
     kwargs_name: str | None,
     leaf_value: LeafValue,
     image_tokens: int = 0,
+    opened: Sequence[str] = (),
 ) -> fx.GraphModule:
     """The graph of a transformer block's forward; its submodules stay nodes.
 
@@ -328,6 +349,8 @@ def capture_block(
         kwargs_name: the argument that holds the attention kwargs, if there is one.
         leaf_value: the example value of a submodule's output.
         image_tokens: in the examples.
+        opened: paths of attention modules in it that are no nodes, but their layers, and attention
+            itself.
 
     Returns:
         A graph module with the block's own signature that computes what the block computes.
@@ -335,7 +358,8 @@ def capture_block(
     Raises:
         CaptureError: when one graph cannot hold what the forward does.
     """
-    tracer = _BlockTracer(examples, kwargs_name, leaf_value)
+    modules = [block.get_submodule(path) for path in opened]
+    tracer = _BlockTracer(examples, kwargs_name, leaf_value, modules)
     gm = tracer.capture(block)
     gm.meta[EXAMPLE_SCOPE] = scope = plan.CallScope(grids=(image_tokens,) if image_tokens else None)
     graph = gm.graph

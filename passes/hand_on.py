@@ -33,6 +33,9 @@ from toma_fx.passes.plan_nodes import PLAN, call, item, placeholder
 from toma_fx.runtime import arguments, plan
 
 
+_OPTIONAL = (arguments.rows_if_given, arguments.mask_of_keys)
+
+
 @dataclass(frozen=True, kw_only=True)
 class HandOn(Pass):
     """Let the uses of a plan's tensors go through the scope of the call."""
@@ -53,9 +56,11 @@ class HandOn(Pass):
         graph = gm.graph
         made = {node.meta[PLAN].name: node for node in graph.nodes if PLAN in node.meta}
         destinations = made.pop("destinations")
-        tensors = [node for name, node in made.items() if name != "layout" and node.users]
+        inside = {*made.values()}
+        # What only makes more of the plan need not be handed on.
+        tensors = [n for name, n in made.items() if name != "layout" and n.users.keys() - inside]
         # What may be None, or change from step to step, is no part of a plan: every block takes it.
-        takers = [user for user in destinations.users if user.target is arguments.rows_if_given]
+        takers = [user for user in destinations.users if user.target in _OPTIONAL]
         first = (destinations,) if takers else ()
         scope = self._example_scope(gm.meta[EXAMPLE_SCOPE], (*first, *tensors, destinations))
         gm.meta[EXAMPLE_SCOPE] = scope
