@@ -20,6 +20,7 @@ while it traces; here the forward runs on stand-ins for the modules, and other t
 
 import copy
 import dataclasses
+import functools
 import inspect
 import operator
 from abc import abstractmethod
@@ -53,6 +54,10 @@ class Count(int):
     """An example of a number that decides no branches, and may be any other when a block runs."""
 
 
+def _is_in_place(method: str) -> bool:
+    return method.endswith("_") and not method.endswith("__")
+
+
 class ValueProxy(fx.Proxy):
     """A proxy that knows an example of its value, and answers questions about it."""
 
@@ -67,14 +72,20 @@ class ValueProxy(fx.Proxy):
         return torch.Tensor if isinstance(self.node.meta.get("val"), torch.Tensor) else type(self)
 
     def __getattr__(self, name: str) -> Any:
+        if _is_in_place(name):
+            return functools.partial(self._write, name)
         if callable(getattr(self.value, name)):
             return fx.proxy.Attribute(self, name)
         return self.tracer.create_proxy("call_function", getattr, (self, name), {})
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        # No node writes into another's value, so what is written to is a tensor of its own.
-        args = (self, index, value)
-        self.node = self.tracer.create_proxy("call_function", arguments.written, args, {}).node
+        self._write("__setitem__", index, value)
+
+    def _write(self, method: str, *args: Any, **kwargs: Any) -> fx.Proxy:
+        """A node for a method that writes into the tensor, which no graph drops as unused."""
+        return self.tracer.create_proxy(
+            "call_function", arguments.in_place, (self, method, *args), kwargs
+        )
 
     def __len__(self) -> int:
         assert isinstance(self.tracer, ValueTracer)

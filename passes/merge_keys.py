@@ -140,28 +140,21 @@ class MergeKeys(Pass):
         self, graph: BlockGraph, block: FoundSite, key: fx.Node, dim: int
     ) -> tuple[Any, ...]:
         """How many keys stand behind those of the image, at the insertion point; none if none."""
-        joint = self.flow.joint or key.meta["val"].shape[dim] != block.tokens.meta["val"].shape[1]
-        if not joint:
-            behind = block.after
-        elif self._image_first(graph.graph, key):
-            behind = graph.text_tokens()
-        else:
-            behind = None
-        return () if behind is None else (behind,)
-
-    def _image_first(self, graph: fx.Graph, key: fx.Node) -> bool:
-        """Whether the image stands before the text among the keys."""
-        if self.flow.joint or self.flow.text is None:
-            return self.flow.image_first
-        image, text = (placeholder(graph, name) for name in (self.flow.tokens, self.flow.text))
+        image = block.tokens.meta["val"].shape[1]
+        if self.flow.joint or key.meta["val"].shape[dim] == image:
+            return () if block.after is None else (block.after,)
         for node in _sources(key):
             if node.target is not torch.cat:
                 continue
             parts: Any = node.args[0]
-            of = [{image, text}.intersection(_sources(part)) for part in parts]
-            if {image} in of and {text} in of:
-                return of.index({image}) < of.index({text})
-        return self.flow.image_first
+            places = [i for i, part in enumerate(parts) if block.tokens in _sources(part)]
+            if len(places) == 1:
+                joined: Any = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
+                behind = [_size(graph.graph, part, joined) for part in parts[places[0] + 1 :]]
+                assert len(behind) < 2, "the text is in one piece"
+                return tuple(behind)
+        # Where image and text go through a layer together, their order is that of the block.
+        return (graph.text_tokens(),) if self.flow.image_first else ()
 
 
 def _is_inside(node: fx.Node, path: str) -> bool:

@@ -184,6 +184,8 @@ def captured(
 
     forms = () if row.form is None else (form or row.form.names[0],)
     examples = row.examples(block, *forms)
+    if opened:
+        examples |= row.key_examples
     if opened and row.key_mask is not None:
         examples[row.key_mask.argument] = row.key_mask.example(form or "")
     leaf_value = remembering(functools.partial(example_of_leaf, family))

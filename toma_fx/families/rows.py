@@ -78,6 +78,8 @@ class Block:
     """What decides branches when the block runs."""
     key_mask: KeyMask | None = None
     """A mask of keys that a call may leave out."""
+    key_examples: Mapping[str, Any] = field(default_factory=dict)
+    """Further examples where attention is rewritten, which decide branches of its own."""
     masks: tuple[tuple[str, str], ...] = ()
     """Each attention mask argument, and the component that it goes to."""
     refused: tuple[str, ...] = ()
