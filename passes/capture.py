@@ -34,7 +34,7 @@ from torch.fx.graph import CodeGen, PythonCode
 from torch.utils import _pytree as pytree
 
 from toma_fx.errors import CaptureError
-from toma_fx.passes.open_attention import opened_arguments, recording_processor
+from toma_fx.passes.open_attention import opened_arguments, recording_processor, rewritable
 from toma_fx.passes.pipeline import (
     EXAMPLE_SCOPE,
     LEAF_VALUE,
@@ -257,6 +257,8 @@ class _BlockTracer(ValueTracer):
             # is refused elsewhere, and they ignore the rest.
             kwargs = opened_arguments({k: v for k, v in kwargs.items() if k != STAR})
             vars(forward.__self__)["processor"] = recording_processor(m, self)
+            with rewritable(self.path_of_module(m), type(m)):
+                return super().call_module(m, forward, args, kwargs)
         return super().call_module(m, forward, args, kwargs)
 
     def run(self, module: Any) -> Any:

@@ -163,10 +163,11 @@ def _is_inside(node: fx.Node, path: str) -> bool:
 
 
 def _sources(node: Any) -> list[fx.Node]:
-    """A node and all that it is made of, the nearest first."""
+    """A node and all whose values it is made of, and not their sizes alone; the nearest first."""
     found, seen = [node], {node}
     for each in found:  # which grows meanwhile
-        new = [source for source in each.all_input_nodes if source not in seen]
+        taken = [] if each.target is getattr else each.all_input_nodes
+        new = [source for source in taken if source not in seen]
         found += new
         seen.update(new)
     return found

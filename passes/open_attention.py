@@ -20,7 +20,8 @@ the block runs, so that `set_attention_backend` still counts.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
 
@@ -28,7 +29,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import fx, nn
 from torch.nn import functional as F
 
-from toma_fx.errors import CaptureError
+from toma_fx.errors import CaptureError, TomaError
 from toma_fx.runtime import arguments
 
 TOKEN_DIM = {F.scaled_dot_product_attention: 2, dispatch_attention_fn: 1}
@@ -59,6 +60,24 @@ def _opened(name: str, value: Any) -> Any:
     args = (value, None, str(value.node))
     value.tracer.create_proxy("call_function", arguments.expect_value, args, {})
     return None
+
+
+@contextmanager
+def rewritable(path: str, cls: type[nn.Module]) -> Iterator[None]:
+    """Within it, an attention runs on proxies; an error of its code says which it was.
+
+    Raises:
+        CaptureError: when the code does what a graph cannot hold.
+    """
+    try:
+        yield
+    except TomaError:
+        raise
+    except Exception as error:
+        raise CaptureError(
+            f"the attention {path}, a {cls.__name__}, does what one graph cannot hold "
+            f"({type(error).__name__}: {error}); {WAY_OUT}"
+        ) from error
 
 
 def recording_processor(attention: Any, tracer: fx.Tracer) -> Any:

@@ -1,5 +1,6 @@
 """Keys and values alone merged, in every family: against plain PyTorch, and what is refused."""
 
+import copy
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -72,8 +73,15 @@ TOKENS: dict[str, tuple[int, tuple[int, ...]]] = {
 """Image tokens of a call that stay, and those of the segments behind them, in stripes."""
 TOKENS = {n: t for n, t in TOKENS.items() if n in {"Flux", *FAMILY_MODELS, *MORE_FAMILIES}}
 every_family = pytest.mark.parametrize("name", TOKENS)
-FEW = ("Flux", "Qwen-Image, texts of two lengths", "Wan 2.2 TI2V from an image", "sd3.5", "cogvideox")
+FEW = (
+    "Flux",
+    "Qwen-Image, texts of two lengths",
+    "Wan 2.2 TI2V from an image",
+    "sd3.5",
+    "cogvideox",
+)
 some_families = pytest.mark.parametrize("name", FEW)
+two_families = pytest.mark.parametrize("name", FEW[1:3])
 
 
 @functools.cache
@@ -121,3 +129,107 @@ def test_attention_to_merged_keys_is_that_of_a_plain_reference(name: str) -> Non
     merged = run(keys(name), inputs)
     assert difference(expected, untouched) > 200 * TOLERANCE, "nothing merged"
     assert difference(merged, expected) < TOLERANCE
+
+
+@some_families
+def test_in_tiles_rows_of_a_batch_alone_give_the_same(name: str) -> None:
+    inputs = built(name)[1]
+    merged = keys(name, region="tile", region_tokens=16)
+    together = run(merged, inputs)
+    make = flux_inputs if name == "Flux" else _maker(name)
+    alone = run(merged, _first_row(make(built(name)[0])))
+    assert difference(alone, together[:1]) < TOLERANCE
+
+
+def _maker(name: str) -> Any:
+    return (FAMILY_MODELS[name][:2] if name in FAMILY_MODELS else MORE_FAMILIES[name])[1]
+
+
+def _first_row(inputs: dict[str, Any]) -> dict[str, Any]:
+    shared = ("img_ids", "txt_ids")
+    return {
+        key: value[:1] if isinstance(value, Tensor | list) and key not in shared else value
+        for key, value in inputs.items()
+    }
+
+
+@two_families
+def test_compiled_whole_or_block_by_block_it_computes_the_same(name: str) -> None:
+    inputs = built(name)[1]
+    merged = keys(name, region="tile")
+    expected = run(merged, inputs)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(merged, fullgraph=True, backend=counter)
+    for _ in range(3):
+        assert difference(run(compiled, inputs), expected) < TOLERANCE
+    assert counter.frame_count == 1
+    torch._dynamo.reset()
+    merged.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    assert difference(run(merged, inputs), expected) < TOLERANCE
+
+
+@some_families
+def test_ratio_0_is_the_model_itself_and_restore_gives_it_back(name: str) -> None:
+    model, inputs = built(name)
+    expected = run(model, inputs)
+    assert torch.equal(run(keys(name, ratio=0), inputs), expected)
+    merged = keys(name)
+    assert not torch.equal(run(merged, inputs), expected)
+    assert torch.equal(run(toma_fx.restore(merged), inputs), expected)
+
+
+@two_families
+def test_exported_it_computes_the_same(name: str) -> None:
+    inputs = built(name)[1]
+    merged = keys(name, region="tile")
+    program = toma_fx.export(merged, inputs)
+    tensors = {k: v for k, v in inputs.items() if k != "return_dict"}
+    assert difference(program.module()(**tensors)[0], run(merged, inputs)) < TOLERANCE
+
+
+@some_families
+def test_the_report_counts_what_is_computed(name: str) -> None:
+    model, inputs = built(name)
+    merged = keys(name)
+    said = toma_fx.report(merged, inputs=inputs)
+    counted = [count(each, Call((), inputs)) for each in (model, merged)]
+    assert [said.flops_before, said.flops_after] == pytest.approx(counted, rel=0.01)
+    group = next(each for each in said.groups if each.merged)
+    assert group.merged == ("keys and values",)
+    assert group.tokens_after < group.tokens_before
+    assert "keys and values" in str(said)
+
+
+@two_families
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"share": "block"},
+        {"merge_over": "image"},
+        {"region": "image"},
+        {"selector": "random"},
+        {"selector": "fixed"},
+        {"merge_below": 0.6},
+        {"schedule": toma_fx.Schedule(select_every=4, weigh_every=2)},
+    ],
+    ids=str,
+)
+def test_it_goes_with_the_other_options(name: str, options: dict[str, Any]) -> None:
+    inputs = built(name)[1]
+    merged = keys(name, **options)
+    outputs = [run(merged, inputs) for _ in range(3)]
+    assert outputs[0].isfinite().all()
+    assert difference(outputs[2], outputs[0]) < TOLERANCE
+
+
+@some_families
+def test_it_runs_in_bfloat16(name: str) -> None:
+    model, inputs = built(name)
+    expected = run(keys(name), inputs)
+    half = {
+        k: v.bfloat16() if isinstance(v, Tensor) and v.dtype == torch.float32 else v
+        for k, v in inputs.items()
+    }
+    config = MergeConfig(placement="keys", region_tokens=REGION, region="stripe", skip=())
+    merged = transform(copy.deepcopy(model).bfloat16(), config)
+    assert difference(run(merged, half).float(), expected) < 0.1
