@@ -32,7 +32,6 @@ from toma_fx.passes.pipeline import EXAMPLE_SCOPE, Pass
 from toma_fx.passes.plan_nodes import PLAN, call, item, placeholder
 from toma_fx.runtime import arguments, plan
 
-
 _OPTIONAL = (arguments.rows_if_given, arguments.mask_of_keys)
 
 

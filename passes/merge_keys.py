@@ -104,8 +104,9 @@ class MergeKeys(Pass):
         log_sizes: fx.Node,
     ) -> None:
         query, key, value = node.args[:3]
-        assert isinstance(query, fx.Node) and isinstance(key, fx.Node)
-        assert isinstance(value, fx.Node) and not node.kwargs.get("is_causal")
+        assert isinstance(query, fx.Node)
+        assert isinstance(key, fx.Node)
+        assert isinstance(value, fx.Node)
         dim = TOKEN_DIM[node.target]
         options = dict(node.kwargs)
         with graph.inserting_before(node):

@@ -12,8 +12,8 @@ merge, M those that are left of them, K keys that are left of it, D width of a h
 import inspect
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -63,8 +63,14 @@ KINDS: Mapping[str, Kind] = {
     "Krea2TransformerBlock": Kind(),
     "CosmosTransformerBlock": Kind(attentions=("attn1",)),
 }
+DISPATCH = "dispatch_attention_fn"
 TEXT_ALONE = ("txt_mode_blocks", "context_refiner", "siglip_refiner")
 """Lists of blocks that see no image."""
+
+
+Segments = Sequence[Regions] | Callable[[int], Sequence[Regions]]
+"""The regions of each segment of the sequence, by places in the segment; of the token count, where
+a model has several."""
 
 
 @dataclass
@@ -72,8 +78,7 @@ class Group:
     """The blocks of one list, which share a plan."""
 
     unmerged: int
-    segments: Sequence[Regions]
-    """The regions of each segment of the sequence, by places in the segment."""
+    segments: Segments
     options: ReferenceOptions
     plan: Plan | None = None
     regions: Regions = field(default_factory=list)
@@ -81,6 +86,7 @@ class Group:
     def make(self, tokens_BSD: Tensor, text_first: bool) -> None:
         """The plan, of the tokens of the first block; some blocks take a part of the segments."""
         every = self.segments
+        every = every(tokens_BSD.shape[1]) if callable(every) else every
         parts = [every, every[:1], every[1:]]
         part = next(p for p in parts if _tokens(p) + self.unmerged <= tokens_BSD.shape[1])
         start, self.regions = 0, []
@@ -98,7 +104,7 @@ def _tokens(segments: Sequence[Regions]) -> int:
 
 @contextmanager
 def merging_keys(
-    model: nn.Module, unmerged: int, segments: Sequence[Regions], options: ReferenceOptions
+    model: nn.Module, unmerged: int, segments: Segments, options: ReferenceOptions
 ) -> Iterator[None]:
     """Within it, a model of diffusers merges the keys and values of every self-attention.
 
@@ -125,36 +131,33 @@ def merging_keys(
             if attention is not None:
                 handles += _watch(attention, running, (group, kind))
 
-    def instead(own: Any, dim: int) -> Any:
-        def attend(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
-            if not running:
-                return own(query, key, value, **kwargs)
-            every = (query, key, value)
-            by_head = [each.transpose(1, 2) if dim == 1 else each for each in every]
-            mask, scale = kwargs.get("attn_mask"), kwargs.get("scale")
-            result = attend_to_merged(*by_head, mask, scale, *running[-1])
-            return result.transpose(1, 2) if dim == 1 else result
+    modules = [m for n, m in sys.modules.items() if n.startswith("diffusers.models.")]
+    with ExitStack() as patched:
+        for module, name, dim in [
+            (F, "scaled_dot_product_attention", 2),
+            *((m, DISPATCH, 1) for m in modules if DISPATCH in vars(m)),
+        ]:
+            stand_in = _instead(getattr(module, name), dim, running)
+            patched.enter_context(mock.patch.object(module, name, stand_in))
+        yield
+    for handle in handles:
+        handle.remove()
 
-        return attend
 
-    with mock.patch.object(
-        F, "scaled_dot_product_attention", instead(F.scaled_dot_product_attention, 2)
-    ):
-        modules = [m for n, m in sys.modules.items() if n.startswith("diffusers.models.")]
-        holding = [m for m in modules if "dispatch_attention_fn" in vars(m)]
-        patches = [
-            mock.patch.object(m, "dispatch_attention_fn", instead(m.dispatch_attention_fn, 1))
-            for m in holding
-        ]
-        for patch in patches:
-            patch.start()
-        try:
-            yield
-        finally:
-            for patch in patches:
-                patch.stop()
-            for handle in handles:
-                handle.remove()
+def _instead(own: Any, dim: int, running: list[tuple[Group, Kind]]) -> Any:
+    """Attention for those that run, with tokens in some dimension."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+        if not running:
+            result: Tensor = own(query, key, value, **kwargs)
+            return result
+        every = (query, key, value)
+        by_head = [each.transpose(1, 2) if dim == 1 else each for each in every]
+        mask, scale = kwargs.get("attn_mask"), kwargs.get("scale")
+        output = attend_to_merged(*by_head, mask, scale, *running[-1])
+        return output.transpose(1, 2) if dim == 1 else output
+
+    return attend
 
 
 def _planner(kind: Kind, group: Group, leads: bool) -> Any:

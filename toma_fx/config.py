@@ -294,8 +294,8 @@ class MergeConfig:
             )
         if self.placement == "keys" and self.unmerge != "transpose":
             raise ConfigError(
-                f"unmerge={self.unmerge!r} cannot be combined with placement='keys', which unmerges "
-                "nothing and counts tokens by the transpose; leave unmerge out"
+                f"unmerge={self.unmerge!r} cannot be combined with placement='keys', which counts "
+                "tokens by the transpose and unmerges nothing; leave unmerge out"
             )
         if self.share == "block" and not self.schedule.stateless:
             raise ConfigError(

@@ -41,7 +41,7 @@ def _form_of_mask(mask: Tensor | None) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class KeyMask:
-    """An argument with a mask of keys that a call may leave out, and attention looks whether it did.
+    """An argument with a mask of keys that a call may leave out, as attention's code asks.
 
     It matters only where attention is rewritten; elsewhere it is handed on as it is.
     """
