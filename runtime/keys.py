@@ -51,7 +51,7 @@ def merge_heads(
     """
     tokens = heads if dim == 1 else heads.transpose(1, 2)
     merged = merging.merge(tokens.flatten(2), weight, layout, after)
-    by_head = merged.unflatten(2, tokens.shape[2:])
+    by_head: Tensor = merged.unflatten(2, tokens.shape[2:])
     return by_head if dim == 1 else by_head.transpose(1, 2)
 
 

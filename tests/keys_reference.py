@@ -151,10 +151,10 @@ def _instead(own: Any, dim: int, running: list[tuple[Group, Kind]]) -> Any:
         if not running:
             result: Tensor = own(query, key, value, **kwargs)
             return result
-        every = (query, key, value)
-        by_head = [each.transpose(1, 2) if dim == 1 else each for each in every]
+        if dim == 1:
+            query, key, value = (each.transpose(1, 2) for each in (query, key, value))
         mask, scale = kwargs.get("attn_mask"), kwargs.get("scale")
-        output = attend_to_merged(*by_head, mask, scale, *running[-1])
+        output = attend_to_merged(query, key, value, mask, scale, *running[-1])
         return output.transpose(1, 2) if dim == 1 else output
 
     return attend

@@ -18,6 +18,7 @@ from tests.tiny_families import FAMILY_MODELS
 from tests.tiny_more_families import MORE_FAMILIES
 from toma_fx import MergeConfig, transform
 from toma_fx.arithmetic import Call, count
+from toma_fx.checkpoints import FAMILIES, RANDOM, architecture
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.FluxPosEmbed. is deprecated:FutureWarning"),
@@ -81,6 +82,7 @@ FEW = (
     "cogvideox",
 )
 some_families = pytest.mark.parametrize("name", FEW)
+KNOWN = list(dict.fromkeys(FAMILIES[name] for name in RANDOM))
 two_families = pytest.mark.parametrize("name", FEW[1:3])
 
 
@@ -233,3 +235,10 @@ def test_it_runs_in_bfloat16(name: str) -> None:
     config = MergeConfig(placement="keys", region_tokens=REGION, region="stripe", skip=())
     merged = transform(copy.deepcopy(model).bfloat16(), config)
     assert difference(run(merged, half).float(), expected) < 0.1
+
+
+@pytest.mark.parametrize("name", [next(n for n in RANDOM if FAMILIES[n] is f) for f in KNOWN])
+def test_published_models_have_the_layers_that_examples_speak_of(name: str) -> None:
+    """Heads of other widths than those of tiny models, say."""
+    merged = transform(architecture(name), placement="keys", skip=())
+    assert {block.components for block in merged.toma_recipe.merged} == {("keys and values",)}
