@@ -115,7 +115,7 @@ class BlockGraph:
         elif self._flow.prefix:
             unmerged = call(self.graph, plan.unmerged_tokens, (self._kwargs(),), "unmerged_tokens")
         if joint:
-            text = self._text_tokens()
+            text = self.text_tokens()
         if self._flow.image_first:
             return unmerged, text
         if unmerged is not None and text is not None:
@@ -126,7 +126,7 @@ class BlockGraph:
         name = self._flow.attention_kwargs
         return None if name is None else placeholder(self.graph, name)
 
-    def _text_tokens(self) -> fx.Node:
+    def text_tokens(self) -> fx.Node:
         if self._flow.text is None:
             tokens = placeholder(self.graph, self._flow.tokens)
             return call(self.graph, plan.text_tokens, (self._kwargs(), tokens), "text_tokens")

@@ -20,10 +20,11 @@ while it traces; here the forward runs on stand-ins for the modules, and other t
 
 import copy
 import dataclasses
+import functools
 import inspect
 import operator
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any
 
@@ -33,6 +34,7 @@ from torch.fx.graph import CodeGen, PythonCode
 from torch.utils import _pytree as pytree
 
 from toma_fx.errors import CaptureError
+from toma_fx.passes.open_attention import opened_arguments, recording_processor, rewritable
 from toma_fx.passes.pipeline import (
     EXAMPLE_SCOPE,
     LEAF_VALUE,
@@ -52,6 +54,10 @@ class Count(int):
     """An example of a number that decides no branches, and may be any other when a block runs."""
 
 
+def _is_in_place(method: str) -> bool:
+    return method.endswith("_") and not method.endswith("__")
+
+
 class ValueProxy(fx.Proxy):
     """A proxy that knows an example of its value, and answers questions about it."""
 
@@ -66,9 +72,20 @@ class ValueProxy(fx.Proxy):
         return torch.Tensor if isinstance(self.node.meta.get("val"), torch.Tensor) else type(self)
 
     def __getattr__(self, name: str) -> Any:
+        if _is_in_place(name):
+            return functools.partial(self._write, name)
         if callable(getattr(self.value, name)):
             return fx.proxy.Attribute(self, name)
         return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self._write("__setitem__", index, value)
+
+    def _write(self, method: str, *args: Any, **kwargs: Any) -> fx.Proxy:
+        """A node for a method that writes into the tensor, which no graph drops as unused."""
+        return self.tracer.create_proxy(
+            "call_function", arguments.in_place, (self, method, *args), kwargs
+        )
 
     def __len__(self) -> int:
         assert isinstance(self.tracer, ValueTracer)
@@ -222,11 +239,27 @@ class _WholeKwargs:
 
 class _BlockTracer(ValueTracer):
     def __init__(
-        self, examples: Mapping[str, Any], kwargs_name: str | None, leaf_value: LeafValue
+        self,
+        examples: Mapping[str, Any],
+        kwargs_name: str | None,
+        leaf_value: LeafValue,
+        opened: Collection[nn.Module] = (),
     ) -> None:
-        super().__init__(lambda module: True, leaf_value)
+        super().__init__(lambda module: module not in opened, leaf_value)
         self._examples = examples
         self._kwargs_name = kwargs_name
+        self._opened = opened
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        """As of `torch.fx.Tracer`; of an attention that is opened, its layers are nodes."""
+        if m in self._opened:
+            # The attention kwargs go no further: what diffusers' own processors would take of them
+            # is refused elsewhere, and they ignore the rest.
+            kwargs = opened_arguments({k: v for k, v in kwargs.items() if k != STAR})
+            vars(forward.__self__)["processor"] = recording_processor(m, self)
+            with rewritable(self.path_of_module(m), type(m)):
+                return super().call_module(m, forward, args, kwargs)
+        return super().call_module(m, forward, args, kwargs)
 
     def run(self, module: Any) -> Any:
         self.graph.set_codegen(_StarCodeGen())
@@ -316,6 +349,7 @@ def capture_block(
     kwargs_name: str | None,
     leaf_value: LeafValue,
     image_tokens: int = 0,
+    opened: Sequence[str] = (),
 ) -> fx.GraphModule:
     """The graph of a transformer block's forward; its submodules stay nodes.
 
@@ -328,6 +362,8 @@ def capture_block(
         kwargs_name: the argument that holds the attention kwargs, if there is one.
         leaf_value: the example value of a submodule's output.
         image_tokens: in the examples.
+        opened: paths of attention modules in it that are no nodes, but their layers, and attention
+            itself.
 
     Returns:
         A graph module with the block's own signature that computes what the block computes.
@@ -335,7 +371,8 @@ def capture_block(
     Raises:
         CaptureError: when one graph cannot hold what the forward does.
     """
-    tracer = _BlockTracer(examples, kwargs_name, leaf_value)
+    modules = [block.get_submodule(path) for path in opened]
+    tracer = _BlockTracer(examples, kwargs_name, leaf_value, modules)
     gm = tracer.capture(block)
     gm.meta[EXAMPLE_SCOPE] = scope = plan.CallScope(grids=(image_tokens,) if image_tokens else None)
     graph = gm.graph

@@ -32,6 +32,8 @@ from toma_fx.passes.pipeline import EXAMPLE_SCOPE, Pass
 from toma_fx.passes.plan_nodes import PLAN, call, item, placeholder
 from toma_fx.runtime import arguments, plan
 
+_OPTIONAL = (arguments.rows_if_given, arguments.mask_of_keys)
+
 
 @dataclass(frozen=True, kw_only=True)
 class HandOn(Pass):
@@ -55,14 +57,16 @@ class HandOn(Pass):
         graph = gm.graph
         made = {node.meta[PLAN].name: node for node in graph.nodes if PLAN in node.meta}
         destinations = made.pop("destinations")
-        own = [node for node in made.values() if self.own_rows and node.meta[PLAN].changes]
+        inside = {*made.values()}
+        own = [node for node in inside if self.own_rows and node.meta[PLAN].changes]
+        # What only makes more of the plan need not be handed on.
         tensors = [
             node
             for name, node in made.items()
-            if name != "layout" and node.users and node not in own
+            if name != "layout" and node.users.keys() - inside and node not in own
         ]
         # What may be None, or change from step to step, is no part of a plan: every block takes it.
-        takers = [user for user in destinations.users if user.target is arguments.rows_if_given]
+        takers = [user for user in destinations.users if user.target in _OPTIONAL]
         takers += own
         first = (destinations,) if takers else ()
         scope = self._example_scope(gm.meta[EXAMPLE_SCOPE], (*first, *tensors, destinations))

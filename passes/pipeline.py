@@ -2,8 +2,9 @@
 
 The contract: a pass may assume a valid graph and must leave one. Valid means that the graph lints,
 that ``node.meta["val"]`` of every node is an example of its value, and that no node writes into
-another's value. In between, anything goes. Linting, dead code and recompiling happen here, between
-passes, and so can printing or timing, through the one callback.
+another's value, but where diffusers' own code does (`toma_fx.runtime.arguments.in_place`). In
+between, anything goes. Linting, dead code and recompiling happen here, between passes, and so can
+printing or timing, through the one callback.
 """
 
 import linecache

@@ -21,6 +21,24 @@ class Site:
     """Which of its outputs are image tokens, when it returns several."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class KeysSite(Site):
+    """A self-attention of which the keys and values can merge, and all else keeps its tokens."""
+
+
+def keys_sites(sites: Iterable[Site], present: Container[str]) -> Iterator[KeysSite]:
+    """The self-attentions of a block that attend to the image.
+
+    Args:
+        sites: all sites of a block.
+        present: the submodules that the block has.
+    """
+    for site in sites:
+        (attention, *more) = site.enter
+        if "self_attention" in site.components and not more and attention in present:
+            yield KeysSite(components=("self_attention",), enter=(attention,), leave=attention)
+
+
 WHOLE_BLOCK = Site(components=("self_attention", "cross_attention", "mlp"), enter=("",), leave="")
 """The block itself, merged once around everything in it."""
 

@@ -1,5 +1,6 @@
 """What the arguments of a block become when its tokens are merged: called by generated forwards."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 from torch.fx.node import has_side_effect
 
 from toma_fx.errors import InputError
-from toma_fx.runtime import merging
+from toma_fx.runtime import merging, regions
 
 
 def between(tokens: Tensor, before: int, after: int) -> Tensor:
@@ -22,6 +23,43 @@ def rows_if_given(
     if values is None or values.shape[dim] == 1:
         return values
     return merging.rows(values, destinations, dim, before, after)
+
+
+def mask_of_keys(
+    mask: Tensor | None, destinations: Tensor, layout: Sequence[int], after: int = 0
+) -> Tensor | None:
+    """A mask of keys, ``(B, ..., keys)``, when keys are merged: they take their destinations'."""
+    if mask is None or mask.shape[-1] == 1:
+        return mask
+    before = mask.shape[-1] - regions.total_tokens(layout) - after
+    return merging.rows(mask, destinations, -1, before, after)
+
+
+def in_place(tensor: Tensor, method: str, *args: Any, **kwargs: Any) -> Any:
+    """A method of a tensor that writes into it, as diffusers' code has it."""
+    return getattr(tensor, method)(*args, **kwargs)
+
+
+has_side_effect(in_place)  # whose result nobody need use
+
+
+def expect_processor(attention: Any, name: str) -> Any:
+    """The attention processor of a module, whose code the graph of a block holds.
+
+    Raises:
+        InputError: when it is another than the one that was captured.
+    """
+    processor = attention.processor
+    if type(processor).__name__ != name:
+        raise InputError(
+            f"an attention was given a {type(processor).__name__} after the model was transformed "
+            f"with placement='keys', which rewrote its {name}; toma_fx.restore, set it, and "
+            "transform again"
+        )
+    return processor
+
+
+has_side_effect(expect_processor)  # or a graph would drop the check where nothing is asked of it
 
 
 def expect_value(value: Any, expected: Any, name: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.compiler.config
 
-from toma_fx.runtime import merging, selector, token_order
+from toma_fx.runtime import keys, merging, selector, token_order
 
 LIBRARY = torch.library.Library("toma", "DEF")
 
@@ -31,6 +31,11 @@ for schema, function in {
     "merge(Tensor tokens, Tensor weight, SymInt[] layout, SymInt after=0) -> Tensor": merging.merge,
     "unmerge(Tensor tokens, Tensor weight, SymInt[] layout, SymInt after=0)"
     " -> Tensor": merging.unmerge,
+    "log_sizes(Tensor unmerge_weight) -> Tensor": keys.log_sizes,
+    "merge_heads(Tensor heads, Tensor weight, SymInt[] layout, int dim, SymInt after=0)"
+    " -> Tensor": keys.merge_heads,
+    "with_sizes(Tensor query, Tensor key, Tensor value, Tensor log_sizes, float scale, int dim,"
+    " SymInt after=0) -> (Tensor, Tensor, Tensor)": keys.with_sizes,
 }.items():
     LIBRARY.define(schema)
     LIBRARY.impl(schema.partition("(")[0], function, "CompositeImplicitAutograd")

@@ -6,7 +6,7 @@ forward, and classes stand in at its borders.
 
 import functools
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, takewhile
 from types import CodeType
 from typing import Any
@@ -25,7 +25,7 @@ from toma_fx.passes.capture import capture_block
 from toma_fx.passes.install import install, uninstall
 from toma_fx.passes.leaf_values import remembering, run_on_examples
 from toma_fx.passes.pipeline import Pass, run_passes
-from toma_fx.recipe import FoundBlock, Recipe, make_recipe, plain_path
+from toma_fx.recipe import BlockRecipe, FoundBlock, Recipe, make_recipe, plain_path
 
 
 def recipe_of(
@@ -126,14 +126,14 @@ def install_blocks(model: nn.Module, recipe: Recipe) -> None:
     graphs = _Graphs(recipe)
     for each in recipe.blocks:
         block = model.get_submodule(each.module)
-        leads, form = each.role == "lead", each.row.form
+        leads, form = each.role == "lead", each.form
         install(
             block,
-            graphs.of(block, each.row, recipe.variants(each)),
+            graphs.of(block, each, recipe.variants(each)),
             attention_kwargs=each.row.flow.attention_kwargs,
             form=None if form is None else ((form.argument, *form.more), form.of),
             leads=each.group.name if leads else "",
-            follower=graphs.of(block, each.row, recipe.followers(each)) if leads else None,
+            follower=graphs.of(block, each, recipe.followers(each)) if leads else None,
             usual=next(iter(recipe.variants(each))),
             path=each.path if recipe.config.memory is not None else "",
         )
@@ -147,32 +147,53 @@ class _Graphs:
         self._made: dict[Any, fx.GraphModule] = {}
 
     def of(
-        self, block: nn.Module, row: Block, variants: Mapping[str, tuple[Pass, ...] | None]
+        self,
+        block: nn.Module,
+        recipe: BlockRecipe,
+        variants: Mapping[str, tuple[Pass, ...] | None],
     ) -> dict[str, fx.GraphModule | None]:
-        forms = ("",) if row.form is None else row.form.names
+        forms = ("",) if recipe.form is None else recipe.form.names
+        opened = recipe.attentions
         return {
-            f"{name}{form}": None if passes is None else self._graph(block, passes, form)
+            f"{name}{form}": None if passes is None else self._graph(block, passes, form, opened)
             for name, passes in variants.items()
             for form in forms
         }
 
-    def _graph(self, block: nn.Module, passes: tuple[Pass, ...], form: str) -> fx.GraphModule:
-        key = _structure(block), passes, form
+    def _graph(
+        self, block: nn.Module, passes: tuple[Pass, ...], form: str, opened: tuple[str, ...]
+    ) -> fx.GraphModule:
+        key = _structure(block, opened), passes, form
         if key not in self._made:
-            gm = captured(block, self._recipe.family, form)
+            gm = captured(block, self._recipe.family, form, opened)
             self._made[key] = run_passes(gm, passes)
         return self._made[key]
 
 
-def captured(block: nn.Module, family: Family, form: str | None = None) -> fx.GraphModule:
-    """The graph of a block as diffusers wrote it; of its first form, if it has several."""
+def captured(
+    block: nn.Module, family: Family, form: str | None = None, opened: Sequence[str] = ()
+) -> fx.GraphModule:
+    """The graph of a block as diffusers wrote it; of its first form, if it has several.
+
+    Args:
+        block: of a model of the family.
+        family: of the model.
+        form: of the block's arguments.
+        opened: paths of its attentions of which the graph shows the inside.
+    """
     row = family.block_row(type(block))
     assert row is not None, f"{type(block)} is no block of {family.name}"
 
     forms = () if row.form is None else (form or row.form.names[0],)
     examples = row.examples(block, *forms)
+    if opened:
+        examples |= row.key_examples
+    if opened and row.key_mask is not None:
+        examples[row.key_mask.argument] = row.key_mask.example(form or "")
     leaf_value = remembering(functools.partial(example_of_leaf, family))
-    return capture_block(block, examples, row.flow.attention_kwargs, leaf_value, row.example_tokens)
+    return capture_block(
+        block, examples, row.flow.attention_kwargs, leaf_value, row.example_tokens, opened
+    )
 
 
 def example_of_leaf(
@@ -196,7 +217,7 @@ def block_graphs(
     recipe = recipe_of(model, config)
     for each in recipe.merged:
         block = model.get_submodule(each.module)
-        before, after = (captured(block, recipe.family) for _ in range(2))
+        before, after = (captured(block, recipe.family, None, each.attentions) for _ in range(2))
         passes = next(iter(recipe.variants(each).values()))
         assert passes is not None
         yield each.path, before, run_passes(after, passes)
@@ -218,22 +239,27 @@ def _stages(model: nn.Module, family: Family) -> list[str]:
     ]
 
 
-def _structure(block: nn.Module) -> Any:
+def _structure(block: nn.Module, opened: Sequence[str] = ()) -> Any:
     """What decides the graph of a block: the classes in it, and the plain attributes it asks for.
 
-    Other attributes may number the blocks of a list, which are alike all the same.
+    Other attributes may number the blocks of a list, which are alike all the same. Of an attention
+    that is opened, all that are plain count, since its processor asks for them.
     """
-    plain = str | int | float | bool | None
     asked = _names_in(type(block))
-    attributes = {
-        name: value
-        for name, value in vars(block).items()
-        if isinstance(value, plain) and name in asked and name != "training"
-    }
+    attributes = {name: value for name, value in _plain(block) if name in asked}
+    attentions = [block.get_submodule(path) for path in opened]
+    inside = [(*_plain(each), *_plain(each.processor)) for each in attentions]
     classes = [
         (name, type(m), type(getattr(m, "processor", None))) for name, m in block.named_modules()
     ]
-    return type(block), tuple(attributes.items()), tuple(classes)
+    return type(block), tuple(attributes.items()), tuple(classes), tuple(inside)
+
+
+def _plain(holder: object) -> Iterator[tuple[str, Any]]:
+    plain = str | int | float | bool | None
+    for name, value in vars(holder).items():
+        if isinstance(value, plain) and name != "training":
+            yield name, value
 
 
 def _names_in(cls: type[nn.Module]) -> frozenset[str]:

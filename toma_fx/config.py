@@ -23,7 +23,7 @@ from toma_fx.option_values import (
 from toma_fx.schedule import Memory, Schedule
 
 Component = Literal["self_attention", "cross_attention", "mlp"]
-Placement = Literal["component", "block"]
+Placement = Literal["component", "block", "keys"]
 Residual = Literal["keep", "replace"]
 Region = Literal["tile", "stripe", "image"]
 MergeOver = Literal["region", "image"]
@@ -77,12 +77,17 @@ class MergeConfig:
     components: tuple[Component, ...] = get_args(Component)
     """The parts of a block that run on merged tokens. The paper merges all three (section 4);
     self-attention alone is only about 15 % of SDXL's transformer arithmetic.
-    ``placement="block"`` merges the whole block and needs all three. Flux has no cross-attention;
+    ``placement="block"`` merges the whole block and ``"keys"`` self-attention alone; both leave no
+    choice. Flux has no cross-attention;
     its joint attention counts as self-attention here."""
     placement: Placement = "block"
     """``"component"`` merges and unmerges around each component (ToMA). ``"block"`` does so once
     around the block (ToMA_once in Tables 1 and 8), which is faster, and with the residual kept
-    also closer to the untouched image (own measurement)."""
+    also closer to the untouched image (own measurement). ``"keys"`` merges only the keys and values
+    of self-attention: all queries stay, and so does every other layer. A merged key's logit is
+    raised by the logarithm of its cluster's size, so that tokens that are equal merge without any
+    change. It saves ``ratio`` of the attention products and nothing else, so it pays where they
+    are most of the arithmetic: videos, and images of 2048 x 2048 and more."""
     residual: Residual = "keep"
     """The residual stream with ``placement="block"``. ``"keep"`` adds only the block's update to
     it, ``h + unmerge(block(merge(h)) - merge(h))``; ``"replace"`` returns
@@ -256,6 +261,17 @@ class MergeConfig:
             raise ConfigError(
                 f"components={self.components!r} cannot be combined with placement='block', which "
                 "merges the whole block; use placement='component' or leave components out"
+            )
+        if self.placement == "keys" and self.components != get_args(Component):
+            raise ConfigError(
+                f"components={self.components!r} cannot be combined with placement='keys', which "
+                "merges the keys and values of self-attention and nothing else; leave components "
+                "out"
+            )
+        if self.placement == "keys" and self.unmerge != "transpose":
+            raise ConfigError(
+                f"unmerge={self.unmerge!r} cannot be combined with placement='keys', which counts "
+                "tokens by the transpose and unmerges nothing; leave unmerge out"
             )
         if self.share == "block" and not self.schedule.stateless:
             raise ConfigError(

@@ -56,6 +56,11 @@ def transform_flat(flat: Flat, config: MergeConfig) -> Any:
 
 
 def _check_config(config: MergeConfig) -> None:
+    if config.placement == "keys":
+        raise ModelError(
+            "placement='keys' rewrites the attention of live models; transform the model before it "
+            "is captured, as by toma_fx.export, or use placement='block'"
+        )
     if isinstance(policy_of(config), Always):
         return
     raise ModelError(
@@ -133,7 +138,8 @@ def _recipe(classes: Mapping[str, str], family: Family, config: MergeConfig, roo
 def _merge(recipe: Recipe, block: BlockRecipe, root: str) -> Pass:
     group = block.group
     shared = f"{group.stage}.{group.name}" if recipe.config.share == "group" else block.path
-    return replace(recipe.merge(block), block=_under(root, block.module), group=shared)
+    merge: Any = recipe.merge(block)
+    return replace(merge, block=_under(root, block.module), group=shared)
 
 
 def _orders(recipe: Recipe, classes: Mapping[str, str], root: str) -> tuple[Pass, ...]:

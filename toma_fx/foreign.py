@@ -120,6 +120,7 @@ class Watched:
         ]
         self._inside = [(path, ref(module), block) for path, module, block in inside]
         self._processed = [(p, ref(m)) for p, m, _ in inside if "processor" in vars(m)]
+        self._opened = [(path, ref(each)) for path, each in _opened(model, recipe)]
         blocks = [(block.path, model.get_submodule(block.module)) for block in recipe.blocks]
         self._blocks = [(path, ref(block)) for path, block in blocks]
 
@@ -127,9 +128,11 @@ class Watched:
         """Look for what merging would mislead in a call, whoever put it there since `transform`.
 
         Raises:
-            InputError: when a forward of others runs on merged tokens, or an attention kwarg is a
-                mask over all tokens.
+            InputError: when a forward of others runs on merged tokens, an attention kwarg is a mask
+                over all tokens, or a hook is on an attention that is part of its block's graph.
         """
+        for path, reference in self._opened:
+            _check_opened(path, reference())
         _check_kwargs(self._recipe, call)
         _check_masks(self._recipe, call)
         inside = [module() for _, module, _ in self._inside]
@@ -163,6 +166,25 @@ class Watched:
 
 def _named_modules(model: nn.Module, block: BlockRecipe) -> Iterator[tuple[str, nn.Module]]:
     yield from model.get_submodule(block.module).named_modules(prefix=block.path)
+
+
+def _opened(model: nn.Module, recipe: Recipe) -> Iterator[tuple[str, nn.Module]]:
+    """The attentions whose keys and values merge: no calls of modules, but layers in a graph."""
+    for block in recipe.merged:
+        for name in block.attentions:
+            yield f"{block.path}.{name}", model.get_submodule(f"{block.module}.{name}")
+
+
+def _check_opened(path: str, attention: nn.Module | None) -> None:
+    if attention is None:
+        return
+    hooks = attention._forward_hooks or attention._forward_pre_hooks
+    if hooks or _foreign_forward(attention) is not None:
+        raise InputError(
+            f"{path} has a hook or a forward of its own, which would not run: with "
+            "placement='keys' its layers are part of the block's graph; take it off, or transform "
+            "with placement='block'"
+        )
 
 
 def _check_kwargs(recipe: Recipe, call: Mapping[str, Any]) -> None:
@@ -254,9 +276,17 @@ def check_caches(model: nn.Module, recipe: Recipe) -> None:
 
     Raises:
         ModelError: when a module within a merged block keeps its output for later steps, while
-            every step chooses its own destinations.
+            every step chooses its own destinations, or a hook is on an attention of which only the
+            layers run.
     """
-    if recipe.config.selector != "facility_location":
+    for path, attention in _opened(model, recipe):
+        if any(hooks_of(attention)):
+            raise ModelError(
+                f"a hook on {path} would not run: with placement='keys' its layers are part of the "
+                "block's graph; cache whole blocks (FirstBlockCacheConfig, MagCacheConfig), or "
+                "transform with placement='block'"
+            )
+    if recipe.config.placement == "keys" or recipe.config.selector != "facility_location":
         return
     for path, kept in _caches(model, recipe):
         raise ModelError(

@@ -305,6 +305,11 @@ class ParallelModelBorder(ModelBorder):
         """
         from diffusers.hooks import HookRegistry
 
+        if self.toma_key.config.placement == "keys" and _is_context_parallel(config):
+            raise ModelError(
+                "context parallelism hands keys and values from rank to rank inside the attention "
+                "that placement='keys' rewrote; transform with placement='block'"
+            )
         model: Any = super()
         if self.toma_key.grids is not None and _is_context_parallel(config):
             self._split_by_shapes(config, cp_plan)

@@ -13,17 +13,18 @@ from tabulate import tabulate
 
 from toma_fx.config import MergeConfig, matches
 from toma_fx.errors import ModelError
-from toma_fx.families.rows import Block, Family
+from toma_fx.families.rows import Block, Family, Form
 from toma_fx.passes.cleanup import Cleanup
 from toma_fx.passes.guard_inputs import GuardInputs
 from toma_fx.passes.hand_on import HandOn
 from toma_fx.passes.merge import Merge
+from toma_fx.passes.merge_keys import MergeKeys
 from toma_fx.passes.one_plan import OnePlan
 from toma_fx.passes.pipeline import Pass
 from toma_fx.passes.plan_nodes import PlanOptions
 from toma_fx.passes.recall import Recall
 from toma_fx.passes.remember import Remember
-from toma_fx.passes.sites import WHOLE_BLOCK, Site, choose_sites
+from toma_fx.passes.sites import WHOLE_BLOCK, KeysSite, Site, choose_sites, keys_sites
 from toma_fx.policy import policy_of
 from toma_fx.runtime.plan import MERGED, RECALL, REMEMBER, REUSE, UNTOUCHED, WEIGH
 from toma_fx.runtime.regions import WHOLE_IMAGE
@@ -67,10 +68,26 @@ class BlockRecipe:
 
     @property
     def components(self) -> tuple[str, ...]:
-        """What of the block runs on merged tokens: ``("block",)``, or some components."""
+        """What of the block runs on merged tokens: ``("block",)``, or some components.
+
+        ``("keys and values",)`` where only those are merged.
+        """
         if self.sites == (WHOLE_BLOCK,):
             return ("block",)
+        if self.attentions:
+            return ("keys and values",)
         return tuple(component for site in self.sites for component in site.components)
+
+    @property
+    def attentions(self) -> tuple[str, ...]:
+        """Paths in the block of the attentions whose keys and values merge."""
+        return tuple(site.leave for site in self.sites if isinstance(site, KeysSite))
+
+    @property
+    def form(self) -> Form | None:
+        """What decides the branches of its graph when the block runs."""
+        optional = self.row.key_mask if self.attentions else None
+        return self.row.form if optional is None else optional.form
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,8 +184,14 @@ class Recipe:
             )
         return tuple(passes)
 
-    def merge(self, block: BlockRecipe) -> Merge:
+    def merge(self, block: BlockRecipe) -> Merge | MergeKeys:
         """The pass that merges in a block, in its own graph."""
+        if block.attentions:
+            return MergeKeys(
+                flow=block.row.flow,
+                attentions=block.attentions,
+                options=plan_options(self.config, block.ratio),
+            )
         return Merge(
             flow=block.row.flow,
             sites=block.sites,
@@ -180,7 +203,7 @@ class Recipe:
         """The pass that refuses what merged tokens of a block cannot carry."""
         row = block.row
         return GuardInputs(
-            components=self.config.components,
+            components=("self_attention",) if block.attentions else self.config.components,
             masks=row.masks,
             refused=row.refused,
             refused_by_attention=row.refused_by_attention,
@@ -250,13 +273,14 @@ def make_recipe(
     if config.merges and paths:
         _check_patterns(paths, config)
     unmerged = {**_unmerged(paths, config, family), **_never_merged(paths, family)}
+    wanted = ("self_attention",) if config.placement == "keys" else config.components
     led: set[Group] = set()
     blocks = []
     for path, block in zip(paths, found, strict=True):
         ratio = config.ratio_of(path)
         group = _group(path, stages, ratio, config)
         sites = _sites(block, config)
-        without = "" if sites else f"it has none of {', '.join(config.components)}"
+        without = "" if sites else f"it has none of {', '.join(wanted)}"
         why = unmerged.get(path, without)
         if ratio == 0 or not config.merges:
             why = RATIO_IS_ZERO if ratio == 0 else ALL_STEPS_FULL
@@ -302,6 +326,8 @@ def _group(path: str, stages: Sequence[str], ratio: float, config: MergeConfig) 
 def _sites(block: FoundBlock, config: MergeConfig) -> tuple[Site, ...]:
     if config.placement == "block":
         return (WHOLE_BLOCK,)
+    if config.placement == "keys":
+        return tuple(keys_sites(block.row.sites, block.submodules))
     return tuple(choose_sites(block.row.sites, config.components, block.submodules))
 
 

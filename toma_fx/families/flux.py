@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from toma_fx.families import noise
-from toma_fx.families.example_tensors import image_ids, random_tensors, token_grid
+from toma_fx.families.example_tensors import image_ids, random_tensors, rotary_tables, token_grid
 from toma_fx.families.rows import Block, Family, TokenSequence
 from toma_fx.passes.plan_nodes import Rows, TokenFlow
 from toma_fx.passes.sites import Site
@@ -36,14 +36,14 @@ def _attention(
     return (hidden_states, encoder_hidden_states) + (hidden_states,) * adapters
 
 
-def _examples(width: int) -> dict[str, Any]:
+def _examples(block: Any, width: int) -> dict[str, Any]:
     # float16, because Flux clips float16 overflow, and the graph must show it.
     like = torch.empty(0, dtype=torch.float16, device="meta")
     return {
         "hidden_states": like.new_empty(2, 64, width),
         "encoder_hidden_states": like.new_empty(2, 8, width),
         "temb": like.new_empty(2, width),
-        "image_rotary_emb": (like.new_empty(72, 16), like.new_empty(72, 16)),
+        "image_rotary_emb": rotary_tables(block.attn, 72),
     }
 
 
@@ -115,7 +115,7 @@ FAMILY = Family(
                 rows=(_ROTARY,),
             ),
             refused_by_attention=_REFUSED,
-            examples=lambda block: _examples(block.norm2.normalized_shape[0]),
+            examples=lambda block: _examples(block, block.norm2.normalized_shape[0]),
             sites=(
                 Site(components=("self_attention",), enter=("attn",), leave="attn", outputs=(0, 2)),
                 Site(components=("mlp",), enter=("ff",), leave="ff"),
@@ -131,7 +131,7 @@ FAMILY = Family(
                 rows=(_ROTARY,),
             ),
             refused_by_attention=_REFUSED,
-            examples=lambda block: _examples(block.proj_out.out_features),
+            examples=lambda block: _examples(block, block.proj_out.out_features),
             sites=(
                 Site(components=("self_attention",), enter=("attn",), leave="attn"),
                 Site(components=("mlp",), enter=("proj_mlp",), leave="act_mlp"),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from toma_fx.families import noise
 from toma_fx.families.example_tensors import check_size, random_tensors, rotary_tables
-from toma_fx.families.rows import NOT_MEASURED, Block, Family, Grid, Place, TokenGrids
+from toma_fx.families.rows import NOT_MEASURED, Block, Family, Grid, KeyMask, Place, TokenGrids
 from toma_fx.passes.plan_nodes import Rows, TokenFlow
 from toma_fx.passes.sites import Site
 
@@ -97,6 +97,7 @@ _FLOW = TokenFlow(
         Rows(argument="attention_mask", dim=-1, joint=True, optional=True),
     ),
 )
+_MASK = KeyMask(argument="attention_mask", shape=(2, 1, 1, 72))
 _ATTENTION = Site(components=("self_attention",), enter=("attn",), leave="attn", outputs=(0,))
 
 
@@ -129,12 +130,14 @@ FAMILY = Family(
             cls=f"{_MODULE}.HunyuanImageTransformerBlock",
             flow=_FLOW,
             examples=_examples,
+            key_mask=_MASK,
             sites=(_ATTENTION, Site(components=("mlp",), enter=("ff",), leave="ff")),
         ),
         Block(
             cls=f"{_MODULE}.HunyuanImageSingleTransformerBlock",
             flow=_FLOW,
             examples=_examples,
+            key_mask=_MASK,
             # Attention takes the image apart from the text, the MLP both in one.
             sites=(_ATTENTION,),
         ),

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from toma_fx.families import noise
 from toma_fx.families.example_tensors import check_size, random_tensors
-from toma_fx.families.rows import NOT_MEASURED, Block, Family, TokenSequence
+from toma_fx.families.rows import NOT_MEASURED, Block, Family, KeyMask, TokenSequence
 from toma_fx.passes.plan_nodes import Rows, TokenFlow
 from toma_fx.passes.sites import Site
 
@@ -108,6 +108,7 @@ FAMILY = Family(
             ),
             examples=_examples,
             example_tokens=EXAMPLE_TOKENS,
+            key_mask=KeyMask(argument="attention_mask", shape=(2, 1, 1, EXAMPLE_TOKENS + 8)),
             sites=(
                 Site(components=("self_attention",), enter=("attn",), leave="attn"),
                 Site(components=("mlp",), enter=("ff",), leave="ff"),

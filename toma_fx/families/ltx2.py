@@ -244,6 +244,8 @@ FAMILY = Family(
             examples=_examples,
             form=Form(argument="use_a2v_cross_attention", of=_form_of, names=("", ISOLATED)),
             masks=(("encoder_attention_mask", "cross_attention"),),
+            # Guidance that perturbs attention takes other branches of it.
+            key_examples={"all_perturbed": False, "perturbation_mask": None},
             sites=(
                 Site(components=("self_attention",), enter=("attn1",), leave="attn1"),
                 Site(components=("cross_attention",), enter=("attn2",), leave="attn2"),

@@ -10,7 +10,7 @@ from torch import Tensor
 from toma_fx.errors import InputError
 from toma_fx.families import noise
 from toma_fx.families.example_tensors import random_tensors, token_grid
-from toma_fx.families.rows import NOT_MEASURED, Block, Family, Grid, Place, TokenGrids
+from toma_fx.families.rows import NOT_MEASURED, Block, Family, Grid, KeyMask, Place, TokenGrids
 from toma_fx.passes.plan_nodes import Rows, TokenFlow
 from toma_fx.passes.sites import Site
 
@@ -147,6 +147,7 @@ FAMILY = Family(
             ),
             refused_by_attention=("attention_mask",),
             examples=_examples,
+            key_mask=KeyMask(argument="encoder_hidden_states_mask", shape=(2, 8)),
             sites=(
                 Site(components=("self_attention",), enter=("attn",), leave="attn", outputs=(0,)),
                 Site(components=("mlp",), enter=("img_mlp",), leave="img_mlp"),

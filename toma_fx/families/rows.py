@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
@@ -31,6 +32,35 @@ class Form:
     """All forms; the first is that of a block that is looked at on its own."""
 
 
+WITH_MASK = " with a mask"
+
+
+def _form_of_mask(mask: Tensor | None) -> str:
+    return "" if mask is None else WITH_MASK
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyMask:
+    """An argument with a mask of keys that a call may leave out, as attention's code asks.
+
+    It matters only where attention is rewritten; elsewhere it is handed on as it is.
+    """
+
+    argument: str
+    shape: tuple[int, ...]
+    """Of an example, with that of the block's other examples."""
+
+    @property
+    def form(self) -> Form:
+        """The form of a block's graph: with the mask, or without."""
+        return Form(argument=self.argument, of=_form_of_mask, names=("", WITH_MASK))
+
+    def example(self, form: str) -> Tensor | None:
+        """The argument in a call of a form."""
+        masked = form == WITH_MASK
+        return torch.empty(self.shape, dtype=torch.bool, device="meta") if masked else None
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Block:
     """How one class of transformer block treats its tokens."""
@@ -46,6 +76,10 @@ class Block:
     block has forms, it is given the form too."""
     form: Form | None = None
     """What decides branches when the block runs."""
+    key_mask: KeyMask | None = None
+    """A mask of keys that a call may leave out."""
+    key_examples: Mapping[str, Any] = field(default_factory=dict)
+    """Further examples where attention is rewritten, which decide branches of its own."""
     masks: tuple[tuple[str, str], ...] = ()
     """Each attention mask argument, and the component that it goes to."""
     refused: tuple[str, ...] = ()

@@ -9,7 +9,7 @@ from torch import Tensor
 from toma_fx.errors import InputError
 from toma_fx.families import noise
 from toma_fx.families.example_tensors import check_size, random_tensors
-from toma_fx.families.rows import NOT_MEASURED, Block, Family, Grid, Place, TokenGrids
+from toma_fx.families.rows import NOT_MEASURED, Block, Family, Grid, KeyMask, Place, TokenGrids
 from toma_fx.passes.plan_nodes import Rows, TokenFlow
 from toma_fx.passes.sites import Site
 
@@ -148,6 +148,7 @@ FAMILY = Family(
             ),
             examples=_examples,
             example_tokens=EXAMPLE_TOKENS,
+            key_mask=KeyMask(argument="attn_mask", shape=(2, EXAMPLE_TOKENS + 8)),
             sites=(
                 Site(components=("self_attention",), enter=("attention",), leave="attention"),
                 Site(components=("mlp",), enter=("feed_forward",), leave="feed_forward"),
