@@ -120,7 +120,7 @@ def run_operations(
     modules = ["", *paths.values()]
     try:
         before = _parts(untouched, arguments, modules)
-        each = _count_variants(merged, arguments, modules, shares, call.grids)
+        each = _count_variants(merged, call, modules, shares)
     except TomaError:
         raise
     except Exception as error:
@@ -137,17 +137,17 @@ def run_operations(
 
 def _count_variants(
     model: nn.Module,
-    call: Call,
+    call: LastCall,
     modules: Sequence[str],
     shares: Mapping[str, float],
-    grids: tuple[int, ...] | None,
 ) -> dict[str, dict[str, int]]:
     """The operations of modules in each variant that runs."""
     counts, kept = {}, None
     for variant in [MERGED, *(v for v in shares if v != MERGED)]:
         keeps = REUSE in shares
-        with forced(Decision(variant, kept, None, grids, keeps)) as now:
-            counts[variant] = _parts(model, call, modules)
+        decision = Decision(variant, kept, grids=call.grids, given=call.given, keeps=keeps)
+        with forced(decision) as now:
+            counts[variant] = _parts(model, Call((), call.arguments), modules)
         kept = now.made or kept
     return counts
 

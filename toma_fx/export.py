@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from toma_fx.calls import forced, to_meta
 from toma_fx.inputs import random_inputs, weightless
-from toma_fx.model_border import grids_in
+from toma_fx.model_border import given_in, grids_in
 from toma_fx.policy import Always, Decision, policy_of
 from toma_fx.recipe import Group, Recipe
 from toma_fx.runtime.plan import MERGED, REUSE, WEIGH, Plans
@@ -86,14 +86,15 @@ def _export(
     kept: Plans | None,
     dynamic_shapes: Mapping[str, Any] | None,
 ) -> ExportedProgram:
-    grids = grids_in(model, inputs)
+    grids, frames = grids_in(model, inputs), given_in(model, inputs)
     takes_plan = variant in (WEIGH, REUSE)
     keeps = kept is not None
     recipe: Any = getattr(model, "toma_recipe", None)
 
     def call(model: nn.Module, **arguments: Any) -> Any:
         given = _to_plans(arguments.pop("plan"), recipe) if takes_plan else None
-        with forced(Decision(variant, given, None, grids, keeps)) as now:
+        decision = Decision(variant, given, grids=grids, given=frames, keeps=keeps)
+        with forced(decision) as now:
             (output,) = model(**arguments, return_dict=False)
         if keeps and variant != REUSE:
             return output, _from_plans(now.made, recipe)
@@ -147,10 +148,9 @@ def _save(program: ExportedProgram, path: str | Path | None, variant: str = "") 
 def _example_plans(model: nn.Module, inputs: Mapping[str, Any]) -> Plans:
     """Plans with the shapes that a call of the model makes."""
     skeleton = weightless(model)
-    with (
-        torch.no_grad(),
-        forced(Decision(MERGED, None, None, grids_in(model, inputs), True)) as now,
-    ):
+    grids, frames = grids_in(model, inputs), given_in(model, inputs)
+    decision = Decision(grids=grids, given=frames, keeps=True)
+    with torch.no_grad(), forced(decision) as now:
         skeleton(**to_meta(inputs))
     device = next(model.parameters()).device
     made: Plans = pytree.tree_map_only(

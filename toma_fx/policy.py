@@ -41,6 +41,8 @@ class Decision:
     """Where the plans of this call are kept."""
     grids: tuple[int, ...] | None = None
     """Token counts of the grids in the image sequence, when there are several."""
+    given: tuple[bool, ...] | None = None
+    """Whether each frame of a video is given, where values of the call tell."""
     keeps: bool = False
     """Whether the plans that the call makes are wanted afterwards."""
 
