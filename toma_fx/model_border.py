@@ -201,15 +201,15 @@ class ModelBorder(Border):
         They are in tensors that are new at every step. So where the pipeline is known, they are
         read at the first call of a run with a prompt, and hold for it.
         """
-        model, planned = cast(nn.Module, self), self.toma_reader.planned
-        if planned is None or self.toma_key.grids is None:
+        border, planned = self.toma_key.grids, self.toma_reader.planned
+        if border is None or border.reads_given is None:
+            return None
+        model = cast(nn.Module, self)
+        if planned is None:
             return given_in(model, call)
-        image, prompt = self.toma_recipe.family.image(call), self._prompt(call)
-        read = self.toma_state.read
-        given: tuple[bool, ...] | None = read(
-            (planned, prompt), lambda: given_in(model, call), image.shape
-        )
-        return given
+        once = (planned, self._prompt(call))
+        shape = self.toma_recipe.family.image(call).shape
+        return self.toma_state.read(once, lambda: given_in(model, call), shape)  # type: ignore[no-any-return]
 
     def _prompt(self, call: Arguments) -> Tensor:
         """The prompt's embeddings, an empty tensor where there are none."""
@@ -392,8 +392,7 @@ def given_in(model: nn.Module, call: Mapping[str, Any]) -> tuple[bool, ...] | No
         call: keyword arguments.
     """
     border = model.toma_key.grids if isinstance(model, ModelBorder) else None
-    if border is None or border.reads_given is None:
-        return None
-    if any(is_empty(t) for t in pytree.tree_leaves(call) if isinstance(t, Tensor)):
+    tensors = [each for each in pytree.tree_leaves(dict(call)) if isinstance(each, Tensor)]
+    if border is None or border.reads_given is None or any(map(is_empty, tensors)):
         return None
     return border.reads_given(model, call)

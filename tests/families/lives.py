@@ -98,6 +98,8 @@ LIVES = {
     for name, other in _ROWS.items()
     if name in {**FAMILY_MODELS, **MORE_FAMILIES} and _is_known(name)
 }
+SPLIT = {**LIVES, "Wan 2.1 FLF2V": _of("Wan 2.1 FLF2V")}
+"""Those that ranks share, one of whose given frames is not the first."""
 
 
 def run(model: nn.Module, call: dict[str, Any]) -> Tensor:
