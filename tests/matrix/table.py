@@ -145,7 +145,8 @@ class Part:
 
 def parts_of(page: str) -> dict[str, Part]:
     """The sections of a page, by their titles."""
-    lines = {line.split(" | ")[0].removeprefix("| "): line for line in page.splitlines()}
+    between = page.partition(START)[2].partition(END)[0]
+    lines = {line.split(" | ")[0].removeprefix("| "): line for line in between.splitlines()}
     texts = re.split(r"^## ", page, flags=re.M)[1:]
     named = {text.partition("\n")[0]: f"## {text.strip()}\n" for text in texts}
     return {title: Part(text, lines[title]) for title, text in named.items()}
