@@ -20,6 +20,7 @@ from tests.family_pipelines import (
     tiny_wan_image_to_video_two_models_pipeline,
 )
 from tests.more_family_pipelines import MORE_PIPELINES
+from tests.tiny import lossless
 from tests.tiny_more_families import MORE_FAMILIES
 from toma_fx import MergeConfig, Schedule, transform
 from toma_fx.grids import sequence_in
@@ -111,6 +112,28 @@ def test_each_row_gets_what_it_gets_alone(name: str, region: str) -> None:
     alone = run(merged, pytree.tree_map_only(Tensor, lambda t: t[:1], call))
     torch.testing.assert_close(together[:1], alone)
     assert difference(together, run(model, call)) > 1e-3
+
+
+@pytest.mark.parametrize("region", ["tile", "stripe"])
+@pytest.mark.parametrize("name", ["ltx-i2v", "ltx-keyframe", "ltx-2-i2v"])
+def test_whatever_belongs_to_a_token_moves_with_it(name: str, region: str) -> None:
+    model, call = ltx(name, 2)
+    moved = transform(model, lossless(region=region, region_tokens=16, skip=()))
+    torch.testing.assert_close(run(moved, call), run(model, call), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("marked", "given"), [((0, 1, 2, 4), (0, 1, 2)), ((0,), (0, 1))])
+def test_frames_that_cosmos_goes_on_from(marked: tuple[int, ...], given: tuple[int, ...]) -> None:
+    """As many as its mask marks from the first, and two at least."""
+    make_model, make_inputs = MORE_FAMILIES["cosmos-video"]
+    model = make_model(num_layers=2)
+    call = make_inputs(model, frames=5)
+    call["condition_mask"] = torch.zeros_like(call["condition_mask"])
+    call["condition_mask"][:, :, list(marked)] = 1
+    for region in ("tile", "stripe"):
+        moved = transform(model, lossless(region=region, region_tokens=16, skip=()))
+        torch.testing.assert_close(run(moved, call), run(model, call), atol=1e-5, rtol=0)
+        assert given_in_last_call(moved) == given
 
 
 # One graph for all steps, whatever is given

@@ -224,9 +224,15 @@ def _given_frames(model: Any, call: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def _reads_given(model: Any, call: Mapping[str, Any]) -> tuple[bool, ...] | None:
-    """The frames that the mask of conditions marks."""
+    """The first frames that the mask of conditions marks.
+
+    Others would be moved before them, and the model hands out timesteps of frames by their place.
+    """
     mask: Tensor | None = call.get("condition_mask")
-    return None if mask is None else given.marked_frames(mask, *_grids(model, call))
+    if mask is None:
+        return None
+    marked = given.marked_frames(mask, *_grids(model, call))
+    return tuple(all(marked[: frame + 1]) for frame in range(len(marked)))
 
 
 def _frames_apart(model: Any, call: Mapping[str, Any]) -> bool:
