@@ -122,6 +122,17 @@ def test_whatever_belongs_to_a_token_moves_with_it(name: str, region: str) -> No
     torch.testing.assert_close(run(moved, call), run(model, call), atol=1e-5, rtol=0)
 
 
+def test_one_timestep_for_all_tokens_gives_no_frame() -> None:
+    """As `LTXConditionPipeline` hands it over where nothing is given."""
+    make_model, make_inputs = MORE_FAMILIES["ltx"]
+    model = make_model(num_layers=2)
+    call = make_inputs(model)
+    call["timestep"] = call["timestep"][:, None]
+    moved = transform(model, lossless(region_tokens=16, skip=()))
+    torch.testing.assert_close(run(moved, call), run(model, call), atol=1e-5, rtol=0)
+    assert given_in_last_call(moved) == ()
+
+
 @pytest.mark.parametrize(("marked", "given"), [((0, 1, 2, 4), (0, 1, 2)), ((0,), (0, 1))])
 def test_frames_that_cosmos_goes_on_from(marked: tuple[int, ...], given: tuple[int, ...]) -> None:
     """As many as its mask marks from the first, and two at least."""
@@ -228,7 +239,10 @@ PIPELINES: dict[str, tuple[Any, Any, tuple[int, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if "FLF2V" in n else ()) for n in PIPELINES],
+)
 def test_a_pipeline_gives_frames(name: str) -> None:
     build, arguments, given = PIPELINES[name]
     pipe = build()
@@ -243,7 +257,8 @@ def test_a_pipeline_gives_frames(name: str) -> None:
     reads: list[int] = []
 
     def count(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        reads.append(max(len(model.toma_state._read) for model in models.values()))
+        states: list[Any] = [model.toma_state for model in models.values()]
+        reads.append(max(len(state._read) for state in states))
         return {}
 
     plain = latents(num_inference_steps=3, callback_on_step_end=count)
