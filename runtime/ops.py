@@ -17,7 +17,7 @@ LIBRARY = torch.library.Library("toma", "DEF")
 for schema, function in {
     "tile_order(Tensor like, SymInt height, SymInt width) -> Tensor": token_order.tile_order,
     "video_order(Tensor like, SymInt frames, SymInt height, SymInt width, SymInt first,"
-    " int chunk) -> Tensor": token_order.video_order,
+    " int chunk, int[] given=[]) -> Tensor": token_order.video_order,
     "tile_order_of_ids(Tensor ids) -> Tensor": token_order.tile_order_of_ids,
     "reorder(Tensor tokens, Tensor order) -> Tensor": token_order.reorder,
     "select(Tensor tokens, SymInt[] layout, str selector) -> Tensor": selector.select,

@@ -10,6 +10,7 @@ divide, is still a patch of neighbours or two, so no size needs padding or a spe
 """
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -48,6 +49,9 @@ def _turns() -> int:
 
 
 _TURNS = _turns()
+
+_BEFORE_ALL = 1 << 62
+"""More than the number of any place."""
 
 
 def _hilbert_index(row: Tensor, column: Tensor) -> Tensor:
@@ -106,15 +110,23 @@ def tile_order(like: Tensor, height: int, width: int) -> Tensor:
 
 
 def _video_order(
-    frames: int, height: int, width: int, first: int, chunk: int, device: torch.device
+    frames: int,
+    height: int,
+    width: int,
+    first: int,
+    chunk: int,
+    given: tuple[int, ...],
+    device: torch.device,
 ) -> Tensor:
     token = torch.arange(frames * height * width, device=device)
     frame, position = token // (height * width), token % (height * width)
     inside = (frame - first) % chunk
     start = torch.where(frame < first, frame, frame - inside)
     inside = torch.where(frame < first, 0, inside)
-    place = _place(start, position // width, position % width)
-    return (place * chunk + inside).argsort()
+    place = _place(start, position // width, position % width) * chunk + inside
+    for each in given:
+        place = torch.where(frame == each, place - _BEFORE_ALL, place)
+    return place.argsort()
 
 
 @functools.lru_cache(maxsize=64)
@@ -124,15 +136,22 @@ def _cached_video_order(
     width: int,
     first: int,
     chunk: int,
+    given: tuple[int, ...],
     device: torch.device,
     stream: int,
 ) -> Tensor:
     with torch.inference_mode(mode=False):
-        return _video_order(frames, height, width, first, chunk, device)
+        return _video_order(frames, height, width, first, chunk, given, device)
 
 
 def video_order(
-    like: Tensor, frames: int, height: int, width: int, first: int, chunk: int
+    like: Tensor,
+    frames: int,
+    height: int,
+    width: int,
+    first: int,
+    chunk: int,
+    given: Sequence[int] = (),
 ) -> Tensor:
     """Token order of a video: chunks of frames, each on one Hilbert curve, through all its frames.
 
@@ -147,17 +166,20 @@ def video_order(
         width: columns of a frame.
         first: frames before the first chunk.
         chunk: frames of a chunk; the last one may have fewer.
+        given: frames that come before all others, wherever they are in the video.
 
     Returns:
         ``(frames * height * width,)`` int64: for each place, the token's raster index.
 
     >>> video_order(torch.empty(0), 3, 2, 2, 1, 2).tolist()
     [0, 1, 3, 2, 4, 8, 5, 9, 7, 11, 6, 10]
+    >>> video_order(torch.empty(0), 3, 2, 2, 1, 2, [2]).tolist()
+    [8, 9, 11, 10, 0, 1, 3, 2, 4, 5, 7, 6]
     """
     key = kept_for(like)
     if key is None:
-        return _video_order(frames, height, width, first, chunk, like.device)
-    return _cached_video_order(frames, height, width, first, chunk, *key)
+        return _video_order(frames, height, width, first, chunk, tuple(given), like.device)
+    return _cached_video_order(frames, height, width, first, chunk, tuple(given), *key)
 
 
 def tile_order_of_ids(ids: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class Case:
     model: Callable[[], Any]
     inputs: Callable[..., dict[str, Any]]
     grids: tuple[Grid, ...]
-    given: int = 0
+    given: tuple[int, ...] = ()
     call: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -75,6 +75,7 @@ z_image = functools.partial(tiny_z_image, num_layers=2)
 wan = functools.partial(tiny_wan, num_layers=2)
 image_to_video = functools.partial(tiny_wan_image_to_video, num_layers=2)
 image_embeds = functools.partial(image_to_video, image_embeds=True)
+first_and_last = functools.partial(image_to_video, last_image=True)
 vace = functools.partial(tiny_wan_vace, num_layers=2, vace_layers=(0, 1))
 
 LARGE, VIDEO = (1, 16, 12), (5, 8, 12)
@@ -97,11 +98,16 @@ CASES = {
         "z_image", z_image, z_image_inputs, ((1, 8, 10),), call={"lengths": (5, 40, 70)}
     ),
     "wan t2v": Case("wan", wan, wan_inputs, (VIDEO,)),
-    "wan ti2v": Case("wan", wan, wan_inputs, (VIDEO,), 1, {"times": "after the first frame"}),
-    "wan t2v each": Case("wan", wan, wan_inputs, (VIDEO,), 1, {"times": "each token"}),
-    "wan i2v": Case("wan", image_to_video, wan_inputs, (VIDEO,), 1),
-    "wan i2v embeds": Case("wan", image_embeds, wan_inputs, (VIDEO,), 1),
+    "wan ti2v": Case("wan", wan, wan_inputs, (VIDEO,), (0,), {"times": "after the first frame"}),
+    "wan t2v each": Case("wan", wan, wan_inputs, (VIDEO,), (0,), {"times": "each token"}),
+    "wan i2v": Case("wan", image_to_video, wan_inputs, (VIDEO,), (0,)),
+    "wan i2v embeds": Case("wan", image_embeds, wan_inputs, (VIDEO,), (0,)),
+    "wan flf2v": Case("wan", first_and_last, wan_inputs, (VIDEO,), (0, 4)),
+    "wan given": Case("wan", image_to_video, wan_inputs, (VIDEO,), (0, 2, 4), {"given": (0, 2, 4)}),
     "vace": Case("wan_vace", vace, wan_vace_inputs, (VIDEO,)),
+    "vace references": Case(
+        "wan_vace", vace, wan_vace_inputs, (VIDEO,), (0, 1), {"references": 2, "frames": 3}
+    ),
 }
 ALL = pytest.mark.parametrize("name", CASES)
 FEW = ("flux2 reference", "qwen zero_cond_t", "z captions", "wan ti2v", "vace")

@@ -33,8 +33,8 @@ class Picture:
 
     grids: Sequence[Grid]
     """The output's first, then those of references."""
-    given: int = 0
-    """Frames of the first grid, from the first, that are never merged."""
+    given: Sequence[int] = ()
+    """Frames of the first grid that are never merged, in their order."""
 
     @property
     def tokens(self) -> int:
@@ -43,7 +43,7 @@ class Picture:
     @property
     def unmerged(self) -> int:
         """Tokens that are never merged."""
-        return self.given * math.prod(self.grids[0][1:])
+        return len(self.given) * math.prod(self.grids[0][1:])
 
 
 def cut(picture: Picture, options: ReferenceOptions, frames: int = 4) -> tuple[Regions, int]:
@@ -68,14 +68,17 @@ def cut(picture: Picture, options: ReferenceOptions, frames: int = 4) -> tuple[R
 def _segments(picture: Picture, region: str, frames: int) -> list[list[int]]:
     before, segments = 0, []
     for place, (count, rows, columns) in enumerate(picture.grids):
-        given = picture.given if place == 0 else 0
-        pieces = [range(given, count)]
+        given = picture.given if place == 0 else ()
+        pieces = [range(count)]
         if region == "tile":
-            first = max(1, given)
+            first = 1
+            while range(first) != range(count) and list(given[: first + 1]) == [*range(first + 1)]:
+                first += 1
             chunks = [range(i, min(i + frames, count)) for i in range(first, count, frames)]
-            pieces = [range(given, first), *chunks]
+            pieces = [range(first), *chunks]
         for piece in pieces:
-            cells = [(f, y, x) for f in piece for y in range(rows) for x in range(columns)]
+            drawn = [frame for frame in piece if frame not in given]
+            cells = [(f, y, x) for f in drawn for y in range(rows) for x in range(columns)]
             if region == "tile":
                 cells.sort(key=lambda cell: (hilbert_index(cell[2], cell[1]), cell[0]))
             if cells:
@@ -135,13 +138,14 @@ def make_plan(
     pairs = list(zip(picks, places, strict=True))
     if options.merge_over == "image":
         pairs = [(list(chain(*picks)), list(chain(*places)))]
-    first, behind = min(map(min, places)), max(map(max, places)) + 1
-    ahead, after = list(range(first)), list(range(behind, len(x_SD)))
+    behind = max(map(max, places)) + 1
+    ahead = [place for place in range(behind) if place not in set(chain(*places))]
+    after = list(range(behind, len(x_SD)))
     kept = [*ahead, *chain(*picks), *after]
     merge_KS, unmerge_SK = torch.zeros(len(kept), len(x_SD)), torch.zeros(len(x_SD), len(kept))
     for row, place in [*enumerate(ahead), *enumerate(after, len(kept) - len(after))]:
         merge_KS[row, place] = unmerge_SK[place, row] = 1
-    row = first
+    row = len(ahead)
     for chosen, sources in pairs:
         logits_nm = cosine_similarity(x_SD[sources], x_SD[chosen]) / options.temperature
         weight_nm = logits_nm.softmax(dim=1)

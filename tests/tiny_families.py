@@ -282,11 +282,17 @@ def z_image_inputs(
     }
 
 
-def _wan_condition(shape: tuple[int, int, int, int, int], generator: torch.Generator) -> Tensor:
-    """What Wan is told of its first frame: a mask for each frame of a latent, and the latents."""
+def _wan_condition(
+    shape: tuple[int, int, int, int, int], given: Sequence[int], generator: torch.Generator
+) -> Tensor:
+    """What Wan is told of given frames: a mask for each frame of a latent, and the latents.
+
+    Of a latent frame behind the first, the last frame is given.
+    """
     batch, _, frames, height, width = shape
     mask = torch.zeros(batch, WAN_FRAMES_PER_LATENT, frames, height, width)
-    mask[:, :, 0] = 1
+    for frame in given:
+        mask[:, 0 if frame == 0 else -1 :, frame] = 1
     return torch.cat([mask, smooth_videos(shape, generator)], dim=1)
 
 
@@ -308,10 +314,12 @@ def wan_inputs(
     times: Literal["one", "each token", "after the first frame"] = "one",
     text: int = TEXT_TOKENS,
     seed: int = 0,
+    given: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Keyword arguments of a call of Wan, in its dtype; frames are latent frames.
 
-    Wan 2.2's TI2V has a timestep for each token, and from an image its first frame's is 0.
+    Frames that are given are the first, and the last if the model is made for it, unless others
+    are. Wan 2.2's TI2V has a timestep for each token, and from an image its first frame's is 0.
     With an image's embeddings the text has to have 512 tokens, whatever was asked for.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -320,7 +328,9 @@ def wan_inputs(
     hidden = smooth_videos(shape, generator)
     from_image = model.config.in_channels > model.config.out_channels
     if from_image:
-        hidden = torch.cat([hidden, _wan_condition(shape, generator)], dim=1)
+        if given is None:
+            given = (0,) if model.config.pos_embed_seq_len is None else (0, frames - 1)
+        hidden = torch.cat([hidden, _wan_condition(shape, given, generator)], dim=1)
     has_embeds = model.config.image_dim is not None
     text = WAN_TEXT_TOKENS if has_embeds else text
     lengths = [min(text, TEXT_TOKENS) - row % 2 for row in range(batch)]

@@ -123,7 +123,7 @@ def run_operations(
     modules = ["", *paths.values()]
     try:
         before = _parts(untouched, arguments, modules)
-        each, kept = _count_variants(merged, arguments, modules, shares, call.grids)
+        each, kept = _count_variants(merged, call, modules, shares)
     except TomaError:
         raise
     except Exception as error:
@@ -145,18 +145,18 @@ def run_operations(
 
 def _count_variants(
     model: nn.Module,
-    call: Call,
+    call: LastCall,
     modules: Sequence[str],
     shares: Mapping[str, float],
-    grids: tuple[int, ...] | None,
 ) -> tuple[dict[str, dict[str, int]], Kept | None]:
     """The operations of modules in each variant that runs, and what a run keeps."""
     counts, kept = {}, None
     keeps = REUSE in shares or RECALL in shares
     # The first leaves what others need.
     for variant in shares:
-        with forced(Decision(variant, kept, grids=grids, keeps=keeps)) as now:
-            counts[variant] = _parts(model, call, modules)
+        decision = Decision(variant, kept, grids=call.grids, given=call.given, keeps=keeps)
+        with forced(decision) as now:
+            counts[variant] = _parts(model, Call((), call.arguments), modules)
         kept = now.made or kept
     return counts, kept
 

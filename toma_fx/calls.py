@@ -77,10 +77,12 @@ class LastCall:
     Attributes:
         arguments: by name, tensors without data.
         grids: token counts of the grids in its image sequence, when there were several.
+        given: whether each frame of its video was given, where its values told.
     """
 
     arguments: Arguments
-    grids: tuple[int, ...] | None
+    grids: tuple[int, ...] | None = None
+    given: tuple[bool, ...] | None = None
 
 
 def is_traced(call: Arguments) -> bool:

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from toma_fx.calls import forced, to_meta
 from toma_fx.inputs import random_inputs, weightless
-from toma_fx.model_border import grids_in
+from toma_fx.model_border import given_in, grids_in
 from toma_fx.policy import Always, Decision, policy_of
 from toma_fx.recipe import Group, Recipe
 from toma_fx.runtime.memory import BlockMemory, Kept, Updates
@@ -93,7 +93,7 @@ def _export(
     kept: Kept | None,
     dynamic_shapes: Mapping[str, Any] | None,
 ) -> ExportedProgram:
-    grids = grids_in(model, inputs)
+    grids, frames = grids_in(model, inputs), given_in(model, inputs)
     recipe: Any = getattr(model, "toma_recipe", None)
     example = {} if kept is None else _as_arguments(kept, recipe)
     if variant not in BRING_PLANS:
@@ -107,8 +107,10 @@ def _export(
     def call(model: nn.Module, **arguments: Any) -> Any:
         state = {name: arguments.pop(name) for name in example}
         ahead = state.pop("ahead", 1.0)
-        given = _as_kept(state, recipe) if state else None
-        decision = Decision(variant, given, ahead=ahead, grids=grids, keeps=kept is not None)
+        kept_before = _as_kept(state, recipe) if state else None
+        decision = Decision(
+            variant, kept_before, ahead=ahead, grids=grids, given=frames, keeps=kept is not None
+        )
         with forced(decision) as now:
             (output,) = model(**arguments, return_dict=False)
         if now.made is None:
@@ -163,7 +165,8 @@ def _example_kept(model: nn.Module, inputs: Mapping[str, Any]) -> Kept:
     """What a call of the model leaves, by its shapes."""
     skeleton: Any = weightless(model)
     first = policy_of(skeleton.toma_recipe.config).variants[0]
-    decision = Decision(first, grids=grids_in(model, inputs), keeps=True)
+    grids, frames = grids_in(model, inputs), given_in(model, inputs)
+    decision = Decision(first, grids=grids, given=frames, keeps=True)
     with torch.no_grad(), forced(decision) as now:
         skeleton(**to_meta(inputs))
     device = next(model.parameters()).device

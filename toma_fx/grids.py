@@ -7,6 +7,7 @@ order: those of the model's own call here, those inside it where a class stands 
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,6 @@ from torch import Tensor
 from toma_fx.border import Border
 from toma_fx.calls import Arguments, named_arguments
 from toma_fx.config import MergeConfig
-from toma_fx.errors import InputError
 from toma_fx.families.rows import Grid, Place, TokenGrids
 from toma_fx.runtime import plan
 
@@ -30,61 +30,77 @@ class ImageSequence(NamedTuple):
     """Frames, from the first, before chunks of frames begin."""
     chunk: int
     """Frames of a chunk."""
-    last: bool
-    """Whether the last frame is given, and comes before all chunks."""
-    given: int
-    """Tokens of no grid, which come first in token order, and stay as they are."""
-    unmerged: int
-    """Tokens, from the first, that stay as they are, those of no grid among them."""
+    given_frames: tuple[int, ...]
+    """Frames of the first grid that stay as they are, which come before its others."""
+    given_tokens: int
+    """Tokens of no grid, which come first of all, and stay as they are."""
     segments: tuple[int, ...]
     """Tokens of each segment behind those; no region holds tokens of two segments."""
 
     @property
-    def unmerged_frames(self) -> int:
-        """Frames, from the first, that stay as they are."""
-        return (self.unmerged - self.given) // self.grids[0].area
+    def unmerged(self) -> int:
+        """Tokens, from the first in token order, that stay as they are."""
+        return self.given_tokens + self.grids[0].area * len(self.given_frames)
 
 
 def image_sequence(
-    border: TokenGrids, config: MergeConfig, model: Any, call: Mapping[str, Any]
+    border: TokenGrids,
+    config: MergeConfig,
+    model: Any,
+    call: Mapping[str, Any],
+    given: Sequence[bool] | None = None,
 ) -> ImageSequence:
     """The image tokens of a call, from the shapes of its arguments.
 
     A grid of one frame is a segment. Of a video, the first frame is one, and so is each chunk of
     ``region_frames`` frames behind it; frames that are given, and not drawn, stay unmerged.
 
-    Raises:
-        InputError: when tokens that stay as they are come last, and the region is no tile.
+    Args:
+        border: where tokens are.
+        config: of the model.
+        model: that is called.
+        call: its arguments by name.
+        given: whether each frame is given, as the values of the call told.
     """
     grids = border.grids(model, call)
-    frames = border.unmerged_frames(model, call)
-    given = border.given_tokens(model, call)
-    if given and border.given_last and config.region != "tile":
-        raise InputError(
-            f"{given} tokens of given frames stand behind those of the video, and only "
-            f"region='tile' brings them before it, not {config.region!r}; transform with that"
-        )
-    last = config.region == "tile" and border.last_frame_given(model, call)
-    chunk = 1 if border.frames_apart(model, call) else config.region_frames
     video, *others = grids
-    first = max(1, frames)
-    area = video.area
+    frames = _given_frames(border.given_frames(model, call), given, video.frames)
+    chunk = 1 if border.frames_apart(model, call) else config.region_frames
+    leading = next((place for place, each in enumerate(frames) if each != place), len(frames))
+    first = max(1, leading)
     if config.region != "tile":
-        drawn: tuple[int, ...] = (area * (video.frames - frames),)
+        drawn = [video.frames - len(frames)]
     else:
-        end = video.frames - last
-        sizes = [min(chunk, end - start) for start in range(first, end, chunk)]
-        drawn = tuple(area * size for size in ([] if frames else [1]) + sizes)
-    every = (*drawn, *(grid.tokens for grid in others))
+        starts = [*range(first), *range(first, video.frames, chunk), video.frames]
+        drawn = [
+            end - start - sum(start <= each < end for each in frames)
+            for start, end in pairwise(starts)
+        ]
+    every = (*(video.area * count for count in drawn), *(grid.tokens for grid in others))
     segments = tuple(each for each in every if each)
-    unmerged = given + area * (frames + last)
-    return ImageSequence(grids, first, chunk, last, given, unmerged, segments)
+    return ImageSequence(grids, first, chunk, frames, border.given_tokens(model, call), segments)
 
 
-def sequence_in(model: Any, call: Mapping[str, Any]) -> ImageSequence | None:
+def _given_frames(
+    shaped: tuple[int, ...], read: Sequence[bool] | None, frames: int
+) -> tuple[int, ...]:
+    """The frames that are given, in their order, as shapes and as values tell."""
+    if not shaped and read is None:
+        return ()
+    every = [False] * frames if read is None else list(read)
+    for each in shaped:
+        every[each] = True
+    return tuple(frame for frame, is_given in enumerate(every) if is_given)
+
+
+def sequence_in(
+    model: Any, call: Mapping[str, Any], given: Sequence[bool] | None = None
+) -> ImageSequence | None:
     """The image tokens of a call of a transformed model; None where shapes do not tell."""
     border = model.toma_key.grids if isinstance(model, Border) else None
-    return None if border is None else image_sequence(border, model.toma_key.config, model, call)
+    if border is None:
+        return None
+    return image_sequence(border, model.toma_key.config, model, call, given)
 
 
 def token_order(
@@ -98,33 +114,35 @@ def token_order(
         config: whose region says which order.
         given_last: whether the tokens of no grid come last in the call.
     """
-    if config.region != "tile":
+    in_tiles, frames = config.region == "tile", sequence.given_frames
+    moved = given_last and sequence.given_tokens > 0
+    if not in_tiles and not moved and frames == tuple(range(len(frames))):
         return None
     orders, before = [], 0
-    if sequence.given:
+    if sequence.given_tokens:
         start = sum(grid.tokens for grid in sequence.grids) if given_last else 0
-        orders.append(torch.arange(start, start + sequence.given, device=like.device))
-        before = 0 if given_last else sequence.given
-    for grid in sequence.grids:
-        if grid.frames == 1:
+        orders.append(torch.arange(start, start + sequence.given_tokens, device=like.device))
+        before = 0 if given_last else sequence.given_tokens
+    for number, grid in enumerate(sequence.grids):
+        given = frames if number == 0 else ()
+        if not in_tiles:
+            order = _given_first(grid, given, like)
+        elif grid.frames == 1:
             order = toma.tile_order(like, grid.rows, grid.columns)
         else:
-            order = _video_order(sequence, grid, like)
+            sizes = (grid.frames, grid.rows, grid.columns)
+            order = toma.video_order(like, *sizes, sequence.first, sequence.chunk, given)
         orders.append(order + before if before else order)
         before += grid.tokens
     return torch.cat(orders) if len(orders) > 1 else orders[0]
 
 
-def _video_order(sequence: ImageSequence, grid: Grid, like: Tensor) -> Tensor:
-    frames = grid.frames - sequence.last
-    sizes = (frames, grid.rows, grid.columns)
-    order: Tensor = toma.video_order(like, *sizes, sequence.first, sequence.chunk)
-    if not sequence.last:
-        return order
-    last = torch.arange(frames * grid.area, grid.tokens, device=like.device)
-    start = sequence.first * grid.area
-    first, rest = order[:start], order[start:]
-    return torch.cat([first, last, rest])
+def _given_first(grid: Grid, frames: tuple[int, ...], like: Tensor) -> Tensor:
+    """The tokens of a grid as they are, but for those of some frames, which come before."""
+    tokens = torch.arange(grid.tokens, device=like.device)
+    edges = [-1, *frames, grid.frames]
+    spans = [(each, each + 1) for each in frames] + [(a + 1, b) for a, b in pairwise(edges)]
+    return torch.cat([tokens[start * grid.area : end * grid.area] for start, end in spans])
 
 
 def run_in_order(
@@ -186,6 +204,8 @@ def _in_order(value: Any, place: Place, order: Tensor, patch: tuple[int, ...]) -
         moved = value.flatten(place.dim, last).index_select(place.dim, order)
         return moved.unflatten(place.dim, value.shape[place.dim : last + 1])
     tokens = order.shape[0]
+    if value.shape[place.dim] == 1:  # one row for all tokens
+        return value
     others = value.shape[place.dim] - tokens
     if others == 0:
         return value.index_select(place.dim, order)

@@ -137,7 +137,7 @@ def _new_place_class(key: BorderKey) -> Any:
 
 def _methods_in_order(key: BorderKey, module: str) -> Arguments:
     """The methods of a module that take or return tokens, in order; the model's forward apart."""
-    if key.grids is None or key.config.region != "tile":
+    if key.grids is None or not key.grids.is_ordered(key.config.region):
         return {}
     enter = [place for place in key.grids.enter if place.module == module]
     leave = [place for place in key.grids.leave if place.module == module]
@@ -211,10 +211,9 @@ def install_borders(model: nn.Module, recipe: Recipe, pipeline: Any = None) -> N
 
 def _places(recipe: Recipe) -> set[str]:
     """Paths of the modules in a model where tokens come into order or leave it."""
-    if recipe.config.region != "tile":
-        return set()
     grids = [each for each in recipe.family.borders if isinstance(each, TokenGrids)]
-    places = [place for each in grids for place in (*each.enter, *each.leave)]
+    ordered = [each for each in grids if each.is_ordered(recipe.config.region)]
+    places = [place for each in ordered for place in (*each.enter, *each.leave)]
     return {place.module for place in places if place.module}
 
 

@@ -72,7 +72,13 @@ class ModelBorder(Border):
             call, decision = self._before(args, kwargs)
         keep = decision.keeps and decision.variant not in MERGE_AS_BEFORE
         output, made = self._run(
-            call, decision.variant, decision.grids, decision.kept, _ahead(decision, call), keep
+            call,
+            decision.variant,
+            decision.grids,
+            decision.given,
+            decision.kept,
+            _ahead(decision, call),
+            keep,
         )
         if made is not None:
             self._after(decision, made)
@@ -83,6 +89,7 @@ class ModelBorder(Border):
         call: Arguments,
         variant: str,
         grids: tuple[int, ...] | None,
+        given: tuple[bool, ...] | None,
         kept: Kept | None,
         ahead: Tensor | None,
         keep: bool,
@@ -93,6 +100,7 @@ class ModelBorder(Border):
             call: the arguments of diffusers' ``forward``.
             variant: of the blocks that runs.
             grids: token counts of the grids in the image sequence, when there are several.
+            given: whether each frame of a video is given, where values of the call tell.
             kept: what an earlier call left.
             ahead: how far this call is past it, 0-dimensional.
             keep: whether what this call makes is returned too.
@@ -102,7 +110,7 @@ class ModelBorder(Border):
         alone = config.share == "block" and (variant, grids) == (MERGED, None) and border is None
         unmerged, order = 0, None
         if border is not None:
-            sequence = image_sequence(border, config, self, call)
+            sequence = image_sequence(border, config, self, call, given)
             grids, unmerged = sequence.segments, sequence.unmerged
             if self.toma_ranks is not None:
                 unmerged, grids = part_of(unmerged, grids, self.toma_ranks, self.toma_recipe)
@@ -170,7 +178,7 @@ class ModelBorder(Border):
             self.toma_watched = Watched(cast(nn.Module, self), self.toma_recipe)
         self.toma_watched.check_call(call)
         decision = self._decide(call)
-        self.toma_last_call = LastCall(to_meta(call), decision.grids)
+        self.toma_last_call = LastCall(to_meta(call), decision.grids, decision.given)
         return call, decision
 
     def _read(self, call: Arguments) -> Arguments:
@@ -180,7 +188,7 @@ class ModelBorder(Border):
         tensor = None if reading is None else call.get(reading.argument)
         if reading is None or tensor is None:
             return call
-        made = self.toma_state.read(tensor, reading.makes)
+        made = self.toma_state.read((tensor,), lambda: reading.makes(tensor))
         return {**call, **{name: v for name, v in made.items() if call.get(name) is None}}
 
     def _decide_traced(self) -> Decision:
@@ -201,19 +209,41 @@ class ModelBorder(Border):
 
     def _decide(self, call: Arguments) -> Decision:
         policy, model = policy_of(self.toma_recipe.config), cast(nn.Module, self)
+        given = self._given(call)
         decision = Decision()
         if not isinstance(policy, Always):
-            decision = policy.decide(self._facts(call), self.toma_state)
+            decision = policy.decide(self._facts(call, given), self.toma_state)
         if decision.variant == REUSE and self.toma_recipe.needs_new_rows(call):
             decision = replace(decision, variant=WEIGH)  # with which all rows are taken again
-        return replace(decision, grids=grids_in(model, call))
+        return replace(decision, grids=grids_in(model, call), given=given)
 
-    def _facts(self, call: Arguments) -> ModelCall:
+    def _given(self, call: Arguments) -> tuple[bool, ...] | None:
+        """Whether each frame of a video is given, as the values of a call tell.
+
+        They are in tensors that are new at every step. So where the pipeline is known, they are
+        read at the first call of a run with a prompt, and hold for it.
+        """
+        border, planned = self.toma_key.grids, self.toma_reader.planned
+        if border is None or border.reads_given is None:
+            return None
+        model = cast(nn.Module, self)
+        if planned is None:
+            return given_in(model, call)
+        once = (planned, self._prompt(call))
+        shape = self.toma_recipe.family.image(call).shape
+        return self.toma_state.read(once, lambda: given_in(model, call), shape)  # type: ignore[no-any-return]
+
+    def _prompt(self, call: Arguments) -> Tensor:
+        """The prompt's embeddings, an empty tensor where there are none."""
+        family = self.toma_recipe.family
+        given = pytree.tree_leaves([call.get(name) for name in family.prompt])
+        prompt = next((each for each in given if isinstance(each, Tensor)), None)
+        return family.image(call).new_empty(0) if prompt is None else prompt
+
+    def _facts(self, call: Arguments, given: tuple[bool, ...] | None) -> ModelCall:
         """What a policy may ask of a call."""
         family, reader = self.toma_recipe.family, self.toma_reader
-        timestep, image = family.timestep(call), family.image(call)
-        given = pytree.tree_leaves([call.get(name) for name in family.prompt])
-        prompt = next((each for each in given if isinstance(each, Tensor)), image.new_empty(0))
+        timestep, image, prompt = family.timestep(call), family.image(call), self._prompt(call)
         return ModelCall(
             timesteps=lambda: [
                 -each if family.time_rises else each for each in reader.read(timestep)
@@ -222,7 +252,7 @@ class ModelBorder(Border):
                 family.noise_level(each, reader.scheduler) for each in reader.read(timestep)
             ],
             prompt=prompt,
-            shape=(image.shape, image.dtype, image.device, prompt.shape, prompt.dtype),
+            shape=(image.shape, image.dtype, image.device, prompt.shape, prompt.dtype, given),
         )
 
     def _after(self, decision: Decision, made: Kept) -> None:
@@ -390,3 +420,17 @@ def grids_in(model: nn.Module, call: Mapping[str, Any]) -> tuple[int, ...] | Non
         grids = model.toma_state.grids_of(ids, sort=region == "tile", places=border.places)
         found += grids or (ids.shape[0],)
     return tuple(found) if len(found) > 1 else None
+
+
+def given_in(model: nn.Module, call: Mapping[str, Any]) -> tuple[bool, ...] | None:
+    """Whether each frame of a video is given; None where the values of the call do not tell.
+
+    Args:
+        model: transformed or not.
+        call: keyword arguments.
+    """
+    border = model.toma_key.grids if isinstance(model, ModelBorder) else None
+    tensors = [each for each in pytree.tree_leaves(dict(call)) if isinstance(each, Tensor)]
+    if border is None or border.reads_given is None or any(map(is_empty, tensors)):
+        return None
+    return border.reads_given(model, call)

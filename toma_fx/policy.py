@@ -45,6 +45,8 @@ class Decision:
     """Where what this call makes is kept."""
     grids: tuple[int, ...] | None = None
     """Token counts of the grids in the image sequence, when there are several."""
+    given: tuple[bool, ...] | None = None
+    """Whether each frame of a video is given, where values of the call tell."""
     keeps: bool = False
     """Whether what the call makes is wanted afterwards."""
 

@@ -13,6 +13,7 @@ from toma_fx.calls import LastCall, to_meta
 from toma_fx.config import MergeConfig
 from toma_fx.grids import sequence_in
 from toma_fx.inputs import random_inputs, weightless
+from toma_fx.model_border import given_in
 from toma_fx.recipe import BlockRecipe, Recipe, plan_options
 from toma_fx.runtime import regions
 from toma_fx.runtime.plan import REMEMBER, UNTOUCHED
@@ -62,7 +63,7 @@ class Report:
     frames: int = 1
     """Latent frames; 1 of an image."""
     unmerged_frames: int = 0
-    """How many of them, from the first, are given and stay as they are."""
+    """How many of them are given, or may be, and stay as they are."""
     kept_bytes: int = 0
     """Of what a run keeps from step to step, plans and memories."""
     theta: float | None = None
@@ -117,7 +118,7 @@ class Report:
         if self.config.region == "tile":
             through = f", tiles reach through {self.config.region_frames}, the first is apart"
         if self.unmerged_frames:
-            given = f"; {self.unmerged_frames} of them may be given and never merge"
+            given = f"; {self.unmerged_frames} given, or not known to be drawn, and never merged"
         return f"video: {self.frames} latent frames{through}{given}"
 
     def _when(self) -> str:
@@ -185,16 +186,16 @@ def report(
     last = getattr(model, "toma_last_call", None)
     sized = any(size is not None for size in (height, width, frames)) or batch != 1
     if inputs is not None:
-        call = LastCall(to_meta(inputs), None)
+        call = LastCall(to_meta(inputs), given=given_in(model, inputs))
     elif last is not None and not sized:
         call = last
     else:
         size = {"height": height, "width": width, "frames": frames}
-        call = LastCall(random_inputs(weightless(model), batch=batch, **size), None)
+        call = LastCall(random_inputs(weightless(model), batch=batch, **size))
     scheduler = getattr(getattr(model, "toma_reader", None), "scheduler", None)
     counted = run_operations(model, recipe, call, steps, scheduler)
     image = recipe.family.image(call.arguments)
-    sequence = sequence_in(model, call.arguments)
+    sequence = sequence_in(model, call.arguments, call.given)
     unmerged, grids = 0, call.grids
     if sequence is not None:
         unmerged, grids = sequence.unmerged, sequence.segments
@@ -227,7 +228,7 @@ def report(
         flops_before=counted.before[""],
         flops_after=counted.after[""],
         frames=1 if sequence is None else sequence.grids[0].frames,
-        unmerged_frames=0 if sequence is None else sequence.unmerged_frames,
+        unmerged_frames=0 if sequence is None else len(sequence.given_frames),
         kept_bytes=counted.kept_bytes,
         theta=recipe.theta if recipe.config.memory is not None else None,
         asked=recipe.speedup,

@@ -62,7 +62,7 @@ def for_speedup(
     if speedup == 1:
         return replace(config, ratio=0)
     skeleton, steps = weightless(model), config.region_tokens
-    call = LastCall(random_inputs(skeleton) if inputs is None else to_meta(inputs), None)
+    call = LastCall(random_inputs(skeleton) if inputs is None else to_meta(inputs))
 
     def reached(step: int) -> float:
         merged = merged_copy(skeleton, replace(config, ratio=step / steps), family=family)

@@ -78,7 +78,7 @@ class State:
 
     def __init__(self) -> None:
         self._runs: list[Run] = []
-        self._read: list[tuple[_Held, Any]] = []
+        self._read: list[tuple[tuple[tuple[_Held, ...], object], Any]] = []
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -121,25 +121,30 @@ class State:
             places: image number, row and column, of other ids.
         """
 
-        def grids(ids: Tensor) -> tuple[int, ...]:
+        def grids() -> tuple[int, ...]:
             numbers = places(ids if ids.ndim == 2 else ids[0])[:, 0].round().tolist()
             return grid_sizes(numbers, sort=sort)
 
-        found: tuple[int, ...] = self.read(ids, grids)
+        found: tuple[int, ...] = self.read((ids,), grids)
         return found if len(found) > 1 else None
 
-    def read(self, tensor: Tensor, how: Callable[[Tensor], Any]) -> Any:
-        """What the values of a tensor say, which is asked once for each tensor.
+    def read(self, of: tuple[Tensor, ...], how: Callable[[], Any], sizes: object = None) -> Any:
+        """What the values of an image's tensors say, which is asked once for each image.
 
-        A pipeline makes those that are read, positions of tokens, once an image.
+        Args:
+            of: tensors made once an image, as positions of tokens, which tell it from others.
+            how: reads the values.
+            sizes: what else tells it from others.
         """
         with self._lock:
-            for known, read in self._read:
-                if known.has(tensor):
+            for (known, known_sizes), read in self._read:
+                same = len(known) == len(of) and known_sizes == sizes
+                if same and all(held.has(each) for held, each in zip(known, of, strict=True)):
                     return read
-        read = how(tensor)
+        read = how()
+        key = tuple(map(_Held, of)), sizes
         with self._lock:
-            self._read = [*self._read[1 - MOST_RUNS :], (_Held(tensor), read)]
+            self._read = [*self._read[1 - MOST_RUNS :], (key, read)]
         return read
 
     def keep(self, run: Run, made: Kept, *, earlier: bool = False) -> None:

@@ -42,6 +42,16 @@ class TimestepReader:
         pipeline = None if self._pipeline is None else self._pipeline()
         return getattr(pipeline, "scheduler", self._scheduler)
 
+    @property
+    def planned(self) -> Tensor | None:
+        """The timesteps of the run that the pipeline's scheduler planned: another tensor each run.
+
+        None where the pipeline is not known.
+        """
+        known = self._pipeline is not None and self._pipeline() is not None
+        tensor = getattr(self.scheduler, "timesteps", None) if known else None
+        return tensor if isinstance(tensor, Tensor) else None
+
     def end(self) -> None:
         """Note that the run is over."""
         self._planned = self._scale = None

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from toma_fx.calls import forced
 from toma_fx.inputs import random_inputs, weightless
-from toma_fx.model_border import grids_in
+from toma_fx.model_border import given_in, grids_in
 from toma_fx.passes.capture import ValueTracer
 from toma_fx.passes.pipeline import recompile
 from toma_fx.policy import Decision
@@ -41,7 +41,7 @@ def trace(model: Any, inputs: Mapping[str, Any] | None = None) -> fx.GraphModule
     model = model_of(model)
     skeleton = weightless(model)
     inputs = random_inputs(skeleton) if inputs is None else inputs
-    decision = Decision(grids=grids_in(model, inputs))
+    decision = Decision(grids=grids_in(model, inputs), given=given_in(model, inputs))
     inputs = pytree.tree_map_only(torch.Tensor, lambda t: t.to("meta"), dict(inputs))
     with forced(decision):
         gm = _ModelTracer({**inputs, "return_dict": False}).capture(skeleton, over=model)

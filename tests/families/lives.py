@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from tests.tiny_families import FAMILY_MODELS
@@ -97,6 +98,8 @@ LIVES = {
     for name, other in _ROWS.items()
     if name in {**FAMILY_MODELS, **MORE_FAMILIES} and _is_known(name)
 }
+SPLIT = {**LIVES, "Wan 2.1 FLF2V": _of("Wan 2.1 FLF2V")}
+"""Those that ranks share, one of whose given frames is not the first."""
 
 
 def run(model: nn.Module, call: dict[str, Any]) -> Tensor:
@@ -104,6 +107,19 @@ def run(model: nn.Module, call: dict[str, Any]) -> Tensor:
     with torch.no_grad():
         output = model(**call, return_dict=False)[0]
     return output if isinstance(output, Tensor) else torch.stack(output)
+
+
+def adapt(model: Any) -> Any:
+    """Load a LoRA on every linear layer, the same every time; returns the model."""
+    layers = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    lora = LoraConfig(r=2, lora_alpha=1, target_modules=layers, init_lora_weights=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if hasattr(model, "add_adapter"):
+            model.add_adapter(lora)
+        else:
+            inject_adapter_in_model(lora, model)
+    return model.eval()
 
 
 QUICK = ("FLUX.2", "Qwen-Image-Edit 2511", "Z-Image", "Wan 2.2 TI2V from an image", "sd3.5")

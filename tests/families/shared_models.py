@@ -7,7 +7,7 @@ from diffusers import ContextParallelConfig
 from diffusers.models._modeling_parallel import ContextParallelOutput
 from torch import Tensor
 
-from tests.families.lives import LIVES, run
+from tests.families.lives import LIVES, SPLIT, run
 from tests.matrix.ranks import RANKS
 from toma_fx import MergeConfig, TomaError, restore, transform
 
@@ -24,7 +24,7 @@ def _split(
     name: str, config: MergeConfig, size: dict[str, Any], anything: bool, mode: str
 ) -> Tensor | str:
     torch._dynamo.reset()
-    life = LIVES[name]
+    life = SPLIT[name]
     model = transform(life.build(), config)
     parallel = ContextParallelConfig(ulysses_degree=RANKS, ulysses_anything=anything)
     try:

@@ -13,10 +13,9 @@ from diffusers.hooks import (
     PyramidAttentionBroadcastConfig,
     TaylorSeerCacheConfig,
 )
-from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from tests.families.lives import LIVES, quick_first, run
+from tests.families.lives import LIVES, adapt, quick_first, run
 from tests.matrix.frame import difference
 from tests.tiny import lossless
 from toma_fx import restore, transform
@@ -24,23 +23,6 @@ from toma_fx.errors import InputError, ModelError, TomaWarning
 from toma_fx.families import family_of
 
 FAMILIES = pytest.mark.parametrize("name", LIVES)
-
-
-def lora(model: nn.Module) -> LoraConfig:
-    """A LoRA on every linear layer, embedders and output projections among them."""
-    layers = [name for name, module in model.named_modules() if type(module) is nn.Linear]
-    return LoraConfig(r=2, lora_alpha=1, target_modules=layers, init_lora_weights=False)
-
-
-def adapt(model: Any) -> Any:
-    """Load it, the same every time; returns the model."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        if hasattr(model, "add_adapter"):
-            model.add_adapter(lora(model))
-        else:
-            inject_adapter_in_model(lora(model), model)
-    return model.eval()
 
 
 @pytest.mark.filterwarnings("ignore:Already found a .peft_config. attribute:UserWarning")

@@ -1,6 +1,7 @@
 """Calls of merged FLUX.2, Qwen-Image, Z-Image and Wan, beside calls of the untouched models."""
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import toma_fx
 from tests.family_cases import (
     ALL,
     CASES,
@@ -33,8 +35,10 @@ def alone(inputs: dict[str, Any], row: int, batch: int) -> dict[str, Any]:
     """The call of one row of a batch."""
 
     def own(value: Any) -> Any:
-        batched = isinstance(value, Tensor | list) and len(value) == batch
-        return value[row : row + 1] if batched else value
+        if not isinstance(value, Tensor | list) or len(value) not in (batch, 2 * batch):
+            return value
+        each = len(value) // batch  # Wan's two images are rows in turn
+        return value[row * each : (row + 1) * each]
 
     return {name: own(value) for name, value in inputs.items()}
 
@@ -83,9 +87,9 @@ def test_lossless(name: str, placement: str, region: str) -> None:
     assert difference(run(transform(model, config), inputs), run(model, inputs)) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["wan i2v", "wan i2v embeds"])
+@pytest.mark.parametrize("name", ["wan i2v", "wan i2v embeds", "wan flf2v", "wan given"])
 @pytest.mark.parametrize("region", ["tile", "stripe"])
-def test_a_given_frame_goes_through_blocks_unmerged(name: str, region: str) -> None:
+def test_given_frames_go_through_blocks_unmerged(name: str, region: str) -> None:
     case = CASES[name]
     model, inputs = built(case.model), case.inputs_of(2)
     transformed = transform(model, skip=(), region=region, region_tokens=16)
@@ -102,7 +106,19 @@ def test_a_given_frame_goes_through_blocks_unmerged(name: str, region: str) -> N
     for path, module in transformed.named_modules():
         if path.startswith("blocks."):
             module.register_forward_hook(see(path))
+
+    def see_order(*_: Any) -> None:
+        seen["order"] = toma_fx.token_order()
+
+    see_order.any_tokens = True  # type: ignore[attr-defined]
+    transformed.blocks[0].register_forward_hook(see_order)
     run(transformed, inputs)
+    order = seen["order"]
+    first = torch.arange(area) if order is None else order[:area]
+    frames, each = torch.unique(first // math.prod(case.grids[0][1:]), return_counts=True)
+    assert frames.tolist() == list(case.given)
+    assert each.tolist() == [area // len(case.given)] * len(case.given)
+    assert first.unique().numel() == area
     for index, block in enumerate(model.blocks):
         (hidden, text, time, _), out = seen[f"blocks.{index}"]
         (merged,), _ = seen[f"blocks.{index}.norm1"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.families.lives import LIVES, run
+from tests.families.lives import LIVES, SPLIT, run
 from tests.families.shared_models import Case, joint, restored, split
 from tests.matrix.frame import difference
 from tests.matrix.ranks import RANKS, on_ranks
@@ -27,6 +27,8 @@ SAME: list[Case] = [
     ("Qwen-Image", SCHEDULE, SQUARE, False),
     ("Wan", MergeConfig(), VIDEO, False),
     ("Wan 2.1 I2V", MergeConfig(), VIDEO, UNEVEN),
+    ("Wan 2.1 FLF2V", MergeConfig(), VIDEO, UNEVEN),
+    ("Wan 2.1 FLF2V", MergeConfig(region="stripe"), VIDEO, UNEVEN),
     ("Wan 2.2 TI2V from an image", MergeConfig(), VIDEO, UNEVEN),
     ("Wan 2.2 TI2V from an image", MergeConfig(region="stripe"), VIDEO, UNEVEN),
 ]
@@ -47,7 +49,7 @@ UNEQUAL: list[Case] = [
 def alone(case: Case, config: MergeConfig | None = None) -> Tensor:
     """What one process computes."""
     name, given, size, _ = case
-    life = LIVES[name]
+    life = SPLIT[name]
     model = life.build()
     call = life.call(model, batch=1, **size)
     return run(transform(model, given if config is None else config), call)
@@ -90,7 +92,7 @@ def test_a_restored_model_is_still_split(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["compile", "regional"])
 def test_compiled_ranks(mode: str, tmp_path: Path) -> None:
-    cases: list[Any] = [SAME[0], SAME[1], SAME[5], SAME[7]]
+    cases: list[Any] = [SAME[0], SAME[1], SAME[5], SAME[7], SAME[9]]
     for case, output in zip(cases, on_ranks(split, tmp_path, cases, mode), strict=True):
         assert isinstance(output, Tensor), (case, output)
         assert difference(output, alone(case)) < 1e-4, case

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.matrix import table
-from tests.matrix.frame import Cell
+from tests.matrix.frame import SECTIONS, Cell
 
 RESULTS = Path("build/matrix.jsonl")
 """Every result as it comes, so that a run that was broken off need not begin again."""
@@ -22,6 +22,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--matrix-continue",
         action="store_true",
         help=f"with --matrix-table: keep what worked in {RESULTS}, and run the rest",
+    )
+    group.addoption(
+        "--matrix-section",
+        action="append",
+        choices=list(SECTIONS),
+        help="run the rows of this section alone; the others stay as the table has them",
     )
     group.addoption("--matrix-backend", default="aot_eager", help="what torch.compile compiles by")
 
@@ -43,6 +49,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    sections = config.getoption("--matrix-section", None)
+    if sections:
+        marked = [(item, item.get_closest_marker("matrix")) for item in items]
+        items[:] = [item for item, mark in marked if mark and mark.kwargs["section"] in sections]
     goes_on = config.getoption("--matrix-table", None) and config.getoption("--matrix-continue")
     known = table.Store(RESULTS).known if goes_on else {}
     for order, item in enumerate(items):

@@ -1,7 +1,7 @@
 """The matrix: what users of diffusers do, each with real pipelines, in every mode that they run.
 
 A row is an ordinary test. `row` runs it once for each family and mode, a cell of the table, and the
-test gets the `Cell` as its argument::
+test gets the `Cell` as its argument. The newer families have a line each, whose cells are uses::
 
     @row("Image-to-image", section="Pipelines")
     def test_image_to_image(cell: Cell) -> None:
@@ -30,13 +30,19 @@ FAMILIES = {"sdxl": "SDXL", "flux": "Flux"}
 """With the headings of the table."""
 MODES = {"eager": "eager", "compile": "torch.compile", "regional": "regional compile"}
 """As they are, `model.compile` and diffusers' `model.compile_repeated_blocks`."""
-SECTIONS = (
-    "Pipelines",
-    "Adapters",
-    "Memory and speed",
-    "Life of a model",
-    "More than one machine",
-)
+CELLS = {(f, m): f"{FAMILIES[f]}, {MODES[m]}" for f in FAMILIES for m in MODES}
+"""The cells of a line, by family and mode, with the headings of their columns."""
+USES = {**MODES, "lora": "LoRA", "offload": "group offload", "export": "`toma_fx.export`"}
+"""What is tried with each of the newer families, whose lines name the family."""
+SECTIONS = {
+    "Pipelines": CELLS,
+    "Adapters": CELLS,
+    "Memory and speed": CELLS,
+    "Life of a model": CELLS,
+    "More than one machine": CELLS,
+    "Newer families": {("", use): heading for use, heading in USES.items()},
+}
+"""The parts of the table, with the cells of their lines."""
 TOLERANCE = 1e-4
 """What compiling may change, in standard deviations; merging itself changes more than 1e-2."""
 
@@ -45,8 +51,8 @@ class Cell:
     """What a row's test runs in.
 
     Attributes:
-        family: ``"sdxl"`` or ``"flux"``.
-        mode: ``"eager"``, ``"compile"`` or ``"regional"``.
+        family: ``"sdxl"`` or ``"flux"``; ``""`` where the line names the family.
+        mode: ``"eager"``, ``"compile"`` or ``"regional"``, or another use.
         backend: what compiles, in the compiled modes.
         refusals: the messages of the errors that `refuses` saw.
     """
@@ -119,7 +125,7 @@ def row(
     cells = [
         pytest.param(
             (family, mode),
-            id=f"{family}-{mode}",
+            id=f"{family}-{mode}".removeprefix("-"),
             marks=() if mode in quick else (pytest.mark.matrix_full,),
         )
         for family in families

@@ -1,4 +1,7 @@
-"""The table that the matrix makes: Markdown from the outcomes of its tests."""
+"""The table that the matrix makes: Markdown from the outcomes of its tests.
+
+Parts whose tests did not run stay as the page has them.
+"""
 
 import datetime
 import importlib.metadata
@@ -12,14 +15,14 @@ from pathlib import Path
 import torch
 
 import toma_fx
-from tests.matrix.frame import FAMILIES, MODES, SECTIONS
+from tests.matrix.frame import FAMILIES, SECTIONS
 
 README = Path(__file__).parents[2] / "README.md"
 START, END = "<!-- matrix: written by `make matrix` -->", "<!-- end of matrix -->"
 # The worst of its tests is what a cell is.
 OUTCOMES = ("works", "refused", "not run", "fails")
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate")
-CELLS = [(family, mode) for family in FAMILIES for mode in MODES]
+HEADS = ["what users do", "works", "refused", "fails or not run", "cells", "run on"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +119,8 @@ Matrix = dict[str, dict[str, Row]]
 def gather(results: list[Result]) -> Matrix:
     """The rows, in the order of the sections and of the tests."""
     matrix: Matrix = {}
-    for result in sorted(results, key=lambda each: (SECTIONS.index(each.section), each.order)):
+    sections = list(SECTIONS)
+    for result in sorted(results, key=lambda each: (sections.index(each.section), each.order)):
         rows = matrix.setdefault(result.section, {})
         rows.setdefault(result.title, Row()).add(result)
     return matrix
@@ -127,26 +131,54 @@ INTRODUCTION = """\
 
 Each line is something that users of diffusers do, run with real pipeline classes and small models with random weights: as it is, with `model.compile(fullgraph=True)`
 and with `model.compile_repeated_blocks(fullgraph=True)`. *Works*: what comes out is what should, compiled or not, on a used model as on a fresh one. *Refused*: a clear error, quoted
-here, says what to do. A dash: there is no such thing. `make matrix` runs all and writes this page; `make test` runs a part.
+here, says what to do. A dash: there is no such thing. `make matrix` runs all and writes this page, `make matrix PYTEST="--matrix-section 'Newer families'"` one part of it; `make test` runs some.
 """  # noqa: E501
 
 
-def page(results: list[Result]) -> str:
-    """The whole page."""
-    sections = (_section(title, rows) for title, rows in gather(results).items())
-    return "\n".join([INTRODUCTION, summary(results), *sections])
+@dataclass(frozen=True)
+class Part:
+    """A section of the page, and its line in the summary."""
+
+    text: str
+    line: str
 
 
-def summary(results: list[Result]) -> str:
-    """A line for each section, as README has it."""
-    lines = [_line(["what users do", "works", "refused", "fails or not run"]), _line(["---"] * 4)]
+def parts_of(page: str) -> dict[str, Part]:
+    """The sections of a page, by their titles."""
+    between = page.partition(START)[2].partition(END)[0]
+    lines = {line.split(" | ")[0].removeprefix("| "): line for line in between.splitlines()}
+    texts = re.split(r"^## ", page, flags=re.M)[1:]
+    named = {text.partition("\n")[0]: f"## {text.strip()}\n" for text in texts}
+    return {title: Part(text, lines[title]) for title, text in named.items()}
+
+
+def parts_from(results: list[Result]) -> dict[str, Part]:
+    """The sections that results make."""
+    made = {}
     for section, rows in gather(results).items():
+        mine = [each for each in results if each.section == section]
         count = Counter(max(row.outcomes.values(), key=OUTCOMES.index) for row in rows.values())
         bad = count["fails"] + count["not run"]
-        lines.append(_line([section, str(count["works"]), str(count["refused"]), str(bad)]))
-    cells = sum(len(row.outcomes) for rows in gather(results).values() for row in rows.values())
-    said = f"Lines of the matrix, each by the worst of its cells: {cells} in all. {_runs(results)}"
-    return "\n".join([START, *lines, "", said, END])
+        cells = sum(len(row.outcomes) for row in rows.values())
+        days = sorted({each.date for each in mine})
+        when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+        numbers = (count["works"], count["refused"], bad, cells)
+        line = _line([section, *map(str, numbers), when])
+        made[section] = Part(_section(section, rows, mine), line)
+    return made
+
+
+def page(parts: dict[str, Part]) -> str:
+    """The whole page."""
+    texts = (parts[title].text for title in SECTIONS if title in parts)
+    return "\n".join([INTRODUCTION, summary(parts), "", *texts])
+
+
+def summary(parts: dict[str, Part]) -> str:
+    """A line for each section, as README has it."""
+    lines = [parts[title].line for title in SECTIONS if title in parts]
+    said = "Lines of the matrix, each by the worst of its cells; the page says what ran them."
+    return "\n".join([START, _line(HEADS), _line(["---"] * len(HEADS)), *lines, "", said, END])
 
 
 def _runs(results: list[Result]) -> str:
@@ -177,21 +209,27 @@ def today() -> str:
 
 
 def write(results: list[Result], file: Path, readme: Path = README) -> None:
-    """Write the page, and the summary into the README, between its markers."""
-    file.write_text(page(results))
+    """Write the page, and the summary into the README, between its markers.
+
+    Sections without results stay as they are.
+    """
+    before = parts_of(file.read_text()) if file.exists() else {}
+    parts = {**before, **parts_from(results)}
+    file.write_text(page(parts))
     between = re.escape(START) + ".*?" + re.escape(END)
-    text = re.sub(between, lambda _: summary(results), readme.read_text(), flags=re.S)
+    text = re.sub(between, lambda _: summary(parts), readme.read_text(), flags=re.S)
     readme.write_text(text)
 
 
-def _section(title: str, rows: dict[str, Row]) -> str:
-    heads = ["", *(f"{FAMILIES[family]}, {MODES[mode]}" for family, mode in CELLS), "note"]
-    lines = ["", f"## {title}", "", _line(heads), _line(["---"] * len(heads))]
+def _section(title: str, rows: dict[str, Row], results: list[Result]) -> str:
+    cells = SECTIONS[title]
+    heads = ["", *cells.values(), "note"]
+    lines = [f"## {title}", "", _line(heads), _line(["---"] * len(heads))]
     for name, row in rows.items():
-        found = [row.outcomes.get(cell, "-") for cell in CELLS]
+        found = [row.outcomes.get(cell, "-") for cell in cells]
         shown = [f"**{each}**" if each in ("fails", "not run") else each for each in found]
         lines.append(_line([name, *shown, row.note()]))
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, "", _runs(results), ""])
 
 
 def _line(cells: list[str]) -> str:

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from tests.matrix import table
+from tests.matrix.frame import SECTIONS
 from tests.matrix.table import END, README, START, Result
 
 PAGE = README.parent / "docs" / "matrix.md"
@@ -17,11 +18,12 @@ def result(
     test: str = "",
     date: str = "2026-01-01",
     setting: str = "torch 2",
+    section: str = "Pipelines",
 ) -> Result:
     return Result(
         test=test,
         order=0,
-        section="Pipelines",
+        section=section,
         title="Something",
         cell=cell,
         outcome=outcome,
@@ -33,7 +35,8 @@ def result(
 
 
 def line_of(*results: Result) -> str:
-    (line,) = re.findall(r"^\| Something .*$", table.page([*results]), re.M)
+    page = table.page(table.parts_from([*results]))
+    (line,) = re.findall(r"^\| Something .*$", page, re.M)
     assert isinstance(line, str)
     return line
 
@@ -58,20 +61,47 @@ def test_summary_goes_between_the_markers_of_the_readme(tmp_path: Path) -> None:
     table.write([result(("flux", "eager"), "fails", "why")], page, readme)
     text = readme.read_text()
     assert text.startswith("before\n<!--") and text.endswith("-->\nafter\n") and "old" not in text
-    assert "| Pipelines | 0 | 0 | 1 |" in text
+    assert "| Pipelines | 0 | 0 | 1 | 1 | 2026-01-01 |" in text
     assert text.partition(START)[2].partition(END)[0] in page.read_text()
 
 
-def test_the_summary_says_when_and_with_what_results_came() -> None:
+def test_a_part_says_when_and_with_what_results_came() -> None:
     cell = ("sdxl", "eager")
-    assert "1 in all. Run on 2026-01-01: torch 2." in table.summary([result(cell, "works")])
+    part = table.parts_from([result(cell, "works")])["Pipelines"]
+    assert "Run on 2026-01-01: torch 2." in part.text
+    assert part.line == "| Pipelines | 1 | 0 | 0 | 1 | 2026-01-01 |"
     several = [
         result(cell, "works", date="2026-01-03"),
         result(("flux", "eager"), "works", date="2026-01-02", setting="torch 3"),
         result(("flux", "compile"), "works"),
     ]
-    said = "3 in all. Run from 2026-01-01 to 2026-01-03: torch 2. Run on 2026-01-02: torch 3."
-    assert said in table.summary(several)
+    part = table.parts_from(several)["Pipelines"]
+    said = "Run from 2026-01-01 to 2026-01-03: torch 2. Run on 2026-01-02: torch 3."
+    assert said in part.text
+    assert part.line == "| Pipelines | 1 | 0 | 0 | 3 | 2026-01-01 to 2026-01-03 |"
+
+
+def test_parts_that_did_not_run_stay_as_they_are(tmp_path: Path) -> None:
+    page, readme = tmp_path / "matrix.md", tmp_path / "README.md"
+    readme.write_text(f"{START}\n{END}\n")
+    cell = ("sdxl", "eager")
+    table.write([result(cell, "works")], page, readme)
+    table.write([result(("", "lora"), "works", section="Newer families")], page, readme)
+    later = result(cell, "fails", "why", date="2026-01-02")
+    before = table.parts_of(page.read_text())
+    table.write([later], page, readme)
+    after = table.parts_of(page.read_text())
+    assert list(before) == list(after) == ["Pipelines", "Newer families"]
+    assert before["Newer families"] == after["Newer families"]
+    assert after["Pipelines"] == table.parts_from([later])["Pipelines"]
+    assert "| Newer families | 1 | 0 | 0 | 1 | 2026-01-01 |" in readme.read_text()
+    assert "| Pipelines | 0 | 0 | 1 | 1 | 2026-01-02 |" in readme.read_text()
+
+
+def test_every_part_of_the_page_is_one_of_the_matrix() -> None:
+    parts = table.parts_of(PAGE.read_text())
+    assert list(parts) == [title for title in SECTIONS if title in parts]
+    assert table.page(parts) == PAGE.read_text()
 
 
 def test_what_did_not_fail_need_not_run_again(tmp_path: Path) -> None:

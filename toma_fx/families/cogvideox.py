@@ -146,9 +146,9 @@ def _grids(model: Any, call: Mapping[str, Any]) -> tuple[Grid, ...]:
     return (Grid(height // size, width // size, frames // (config.patch_size_t or 1)),)
 
 
-def _unmerged_frames(model: Any, call: Mapping[str, Any]) -> int:
+def _given_frames(model: Any, call: Mapping[str, Any]) -> tuple[int, ...]:
     """The first frame, where it may be given: with more channels than are drawn."""
-    return int(model.config.in_channels != model.config.out_channels)
+    return (0,) if model.config.in_channels != model.config.out_channels else ()
 
 
 _MODULE = "diffusers.models.transformers.cogvideox_transformer_3d"
@@ -184,7 +184,7 @@ FAMILY = Family(
                 Place(argument="image_rotary_emb", dim=0, listed=True),
             ),
             leave=(Place(module="norm_out"),),
-            unmerged_frames=_unmerged_frames,
+            given_frames=_given_frames,
         ),
     ),
     attention_kwargs="attention_kwargs",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from toma_fx.errors import InputError
-from toma_fx.families import noise
+from toma_fx.families import given, noise
 from toma_fx.families.example_tensors import check_frames, check_size, random_tensors
 from toma_fx.families.rows import NOT_MEASURED, Block, Family, Form, Grid, Place, TokenGrids
 from toma_fx.passes.plan_nodes import Rows, TokenFlow
@@ -216,11 +216,23 @@ def _grids(model: Any, call: Mapping[str, Any]) -> tuple[Grid, ...]:
     return (Grid(rows, columns, frames),)
 
 
-def _unmerged_frames(model: Any, call: Mapping[str, Any]) -> int:
+def _given_frames(model: Any, call: Mapping[str, Any]) -> tuple[int, ...]:
     """The frames that may be given: as many as pipelines go on from, of a video."""
     frames: int = call["hidden_states"].shape[-3]
     given = model.config.in_channels > model.config.out_channels
-    return min(GIVEN_FRAMES, frames - 1) if given else 0
+    return tuple(range(min(GIVEN_FRAMES, frames - 1))) if given else ()
+
+
+def _reads_given(model: Any, call: Mapping[str, Any]) -> tuple[bool, ...] | None:
+    """The first frames that the mask of conditions marks.
+
+    Others would be moved before them, and the model hands out timesteps of frames by their place.
+    """
+    mask: Tensor | None = call.get("condition_mask")
+    if mask is None:
+        return None
+    marked = given.marked_frames(mask, *_grids(model, call))
+    return tuple(all(marked[: frame + 1]) for frame in range(len(marked)))
 
 
 def _frames_apart(model: Any, call: Mapping[str, Any]) -> bool:
@@ -271,7 +283,8 @@ FAMILY = Family(
                 Place(module="learnable_pos_embed"),
             ),
             leave=(Place(module="norm_out"),),
-            unmerged_frames=_unmerged_frames,
+            given_frames=_given_frames,
+            reads_given=_reads_given,
             frames_apart=_frames_apart,
         ),
     ),

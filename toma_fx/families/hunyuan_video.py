@@ -157,9 +157,14 @@ def _patch(config: Any) -> tuple[int, int, int]:
     return (config.patch_size_t, config.patch_size, config.patch_size)
 
 
-def _unmerged_frames(model: Any, call: Mapping[str, Any]) -> int:
-    """The first frame, in models that start from an image."""
-    return int(model.config.image_condition_type is not None)
+def _given_frames(model: Any, call: Mapping[str, Any]) -> tuple[int, ...]:
+    """The first frame, in models that start from an image.
+
+    Those of SkyReels say so by their channels alone.
+    """
+    config = model.config
+    given = config.image_condition_type is not None or config.in_channels != config.out_channels
+    return (0,) if given else ()
 
 
 FAMILY = Family(
@@ -203,7 +208,7 @@ FAMILY = Family(
             ),
             leave=(Place(patches=True),),
             patch=_patch,
-            unmerged_frames=_unmerged_frames,
+            given_frames=_given_frames,
         ),
     ),
     prompt=("encoder_hidden_states",),

@@ -132,12 +132,12 @@ def _patch(config: Any) -> tuple[int, int, int]:
     return (config.patch_size_t, config.patch_size, config.patch_size)
 
 
-def _unmerged_frames(model: Any, call: Mapping[str, Any]) -> int:
+def _given_frames(model: Any, call: Mapping[str, Any]) -> tuple[int, ...]:
     """The first frame, in models made to start from an image.
 
     Whether a call has an image is in its values alone, so the model's config decides.
     """
-    return int(model.config.task_type != "t2v")
+    return (0,) if model.config.task_type != "t2v" else ()
 
 
 FAMILY = Family(
@@ -171,7 +171,7 @@ FAMILY = Family(
             ),
             leave=(Place(patches=True),),
             patch=_patch,
-            unmerged_frames=_unmerged_frames,
+            given_frames=_given_frames,
         ),
     ),
     prompt=("encoder_hidden_states",),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from toma_fx.errors import InputError
-from toma_fx.families import noise
+from toma_fx.families import given, noise
 from toma_fx.families.example_tensors import check_frames, check_size, random_tensors
 from toma_fx.families.rows import NOT_MEASURED, Block, Family, Grid, Place, Reading, TokenGrids
 from toma_fx.passes.plan_nodes import Rows, TokenFlow
@@ -142,18 +142,41 @@ def given_tokens(model: Any, call: Mapping[str, Any]) -> int:
         InputError: when there are fewer tokens than the video has.
     """
     (video,) = grids(model, call)
-    given: int = call["hidden_states"].shape[1] - video.tokens
-    if given < 0:
+    tokens: int = call["hidden_states"].shape[1]
+    if tokens < video.tokens:
         raise InputError(
-            f"hidden_states has {given + video.tokens} tokens, but {video} has {video.tokens}; "
+            f"hidden_states has {tokens} tokens, but {video} has {video.tokens}; "
             "pass num_frames, height and width of the latent video"
         )
-    return given
+    return tokens - video.tokens
 
 
-def unmerged_frames(model: Any, call: Mapping[str, Any]) -> int:
-    """The first frame, where tokens have a timestep each: it may be given."""
-    return int(call["timestep"].ndim == 2)
+def given_frames(model: Any, call: Mapping[str, Any]) -> tuple[int, ...]:
+    """The first frame, where tokens have a timestep each: it may be given in part."""
+    return (0,) if _has_a_timestep_each(call) else ()
+
+
+def reads_given(
+    model: Any, call: Mapping[str, Any], *, given_last: bool = False
+) -> tuple[bool, ...] | None:
+    """The frames whose tokens have timestep 0.
+
+    Args:
+        model: of the call.
+        call: its arguments by name.
+        given_last: whether frames that are given for places inside the video are behind it.
+    """
+    if not _has_a_timestep_each(call):
+        return None
+    (video,) = grids(model, call)
+    start = 0 if given_last else given_tokens(model, call)
+    return given.frames_without_noise(call["timestep"].narrow(1, start, video.tokens), video)
+
+
+def _has_a_timestep_each(call: Mapping[str, Any]) -> bool:
+    """Whether tokens have timesteps of their own, ``(B, N)``; one for all may be ``(B, 1)``."""
+    timestep: Tensor = call["timestep"]
+    return timestep.ndim == 2 and timestep.shape[1] > 1
 
 
 def _video_of(coords: Tensor) -> dict[str, int]:
@@ -214,7 +237,8 @@ FAMILY = Family(
                 Place(module="rope", output=1),
             ),
             leave=(Place(),),
-            unmerged_frames=unmerged_frames,
+            given_frames=given_frames,
+            reads_given=reads_given,
             given_tokens=given_tokens,
             reading=Reading(argument="video_coords", makes=_video_of),
         ),

@@ -1,6 +1,7 @@
 """The transformer of LTX-2, which makes a video and its sound."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -264,7 +265,8 @@ FAMILY = Family(
                 *_rotary_places("cross_attn_rope"),
             ),
             leave=(Place(),),
-            unmerged_frames=ltx.unmerged_frames,
+            given_frames=ltx.given_frames,
+            reads_given=partial(ltx.reads_given, given_last=True),
             given_tokens=ltx.given_tokens,
             given_last=True,
         ),

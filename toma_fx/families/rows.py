@@ -237,7 +237,11 @@ def _hidden_states(call: Mapping[str, Any]) -> Any:
     return call["hidden_states"]
 
 
-def _none_unmerged(model: Any, call: Mapping[str, Any]) -> int:
+def _no_frames(model: Any, call: Mapping[str, Any]) -> tuple[int, ...]:
+    return ()
+
+
+def _no_tokens(model: Any, call: Mapping[str, Any]) -> int:
     return 0
 
 
@@ -259,21 +263,29 @@ class TokenGrids:
     leave: tuple[Place, ...]
     patch: Callable[[Any], tuple[int, ...]] = _no_patch
     """The size of a token, in what the model takes, ``(H, W)`` or ``(F, H, W)``; of its config."""
-    unmerged_frames: Callable[[Any, Mapping[str, Any]], int] = _none_unmerged
-    """How many frames, from the first, stay as they are in a call, ``(model, call)``: those that
-    are given and not drawn."""
-    last_frame_given: Callable[[Any, Mapping[str, Any]], bool] = _no
-    """Whether the last frame stays as it is too, ``(model, call)``. Token order puts it behind the
-    first ones; where tokens stay in their order, it merges."""
+    given_frames: Callable[[Any, Mapping[str, Any]], tuple[int, ...]] = _no_frames
+    """Frames of the first grid that are given and not drawn, or may be, as far as the shapes of a
+    call tell, ``(model, call)``; -1 is the last one. They stay as they are, and come before all
+    others in token order."""
+    reads_given: Callable[[Any, Mapping[str, Any]], tuple[bool, ...] | None] | None = None
+    """Whether each frame of the first grid is given, as the values of a call tell, ``(model,
+    call)``; None where they do not. Those that are given stay as they are too."""
     frames_apart: Callable[[Any, Mapping[str, Any]], bool] = _no
     """Whether each frame is put in order by itself in a call, ``(model, call)``, since the model
     makes something for each token of a frame where no place reaches it."""
-    given_tokens: Callable[[Any, Mapping[str, Any]], int] = _none_unmerged
+    given_tokens: Callable[[Any, Mapping[str, Any]], int] = _no_tokens
     """How many tokens of no grid there are in a call, ``(model, call)``, which stay as they are."""
     given_last: bool = False
     """Whether they are behind those of the grids, and not before."""
     reading: Reading | None = None
     """What a call may leave to the values of a tensor."""
+
+    def is_ordered(self, region: str) -> bool:
+        """Whether tokens may have to be put in order for a kind of region.
+
+        In stripes they stay as they are, unless some are given that are not the first.
+        """
+        return region == "tile" or self.reads_given is not None or self.given_last
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from toma_fx.families import noise
+from toma_fx.families import given, noise
 from toma_fx.families.example_tensors import check_frames, check_size, random_tensors
 from toma_fx.families.rows import (
     NOT_MEASURED,
@@ -185,19 +185,30 @@ def grids(model: Any, call: Mapping[str, Any]) -> tuple[Grid, ...]:
     return (Grid(rows, columns, frames),)
 
 
-def unmerged_frames(model: Any, call: Mapping[str, Any]) -> int:
-    """The first frame, where it may be given.
+def _given_frames(model: Any, call: Mapping[str, Any]) -> tuple[int, ...]:
+    """The first frame with more channels than are drawn, or with a timestep for each token.
 
-    It may be with more channels than are drawn, and with a timestep for each token.
+    The last one too, of a model that looks at two images: those from which and to which it draws.
     """
     config = model.config
-    given = config.in_channels != (config.out_channels or config.in_channels)
-    return int(given or call["timestep"].ndim == 2)
+    drawn = config.out_channels or config.in_channels
+    first = (0,) if config.in_channels != drawn or call["timestep"].ndim == 2 else ()
+    return first if config.pos_embed_seq_len is None else (*first, -1)
 
 
-def last_frame_given(model: Any, call: Mapping[str, Any]) -> bool:
-    """Of a model that looks at two images: those from which and to which it draws."""
-    return model.config.pos_embed_seq_len is not None and call["hidden_states"].shape[2] > 1
+def _reads_given(model: Any, call: Mapping[str, Any]) -> tuple[bool, ...] | None:
+    """The frames that are marked as given, or whose tokens have timestep 0.
+
+    Marks are channels between those that are drawn and the latents that are given: one for each
+    frame of the video that a latent frame stands for.
+    """
+    config, latents, (grid,) = model.config, call["hidden_states"], grids(model, call)
+    if call["timestep"].ndim == 2:
+        return given.frames_without_noise(call["timestep"], grid)
+    drawn = config.out_channels or config.in_channels
+    if config.in_channels != 2 * drawn + FRAMES_PER_LATENT:
+        return None
+    return given.marked_frames(latents[:, drawn : drawn + FRAMES_PER_LATENT], grid)
 
 
 BORDER = TokenGrids(
@@ -210,8 +221,8 @@ BORDER = TokenGrids(
     ),
     leave=(Place(patches=True),),
     patch=lambda config: tuple(config.patch_size),
-    unmerged_frames=unmerged_frames,
-    last_frame_given=last_frame_given,
+    given_frames=_given_frames,
+    reads_given=_reads_given,
 )
 
 FAMILY = Family(

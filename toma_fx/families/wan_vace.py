@@ -1,9 +1,10 @@
 """The transformer of Wan 2.1 VACE, in which further blocks run on a video that controls."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from toma_fx.families import wan
+from toma_fx.families import given, wan
 from toma_fx.families.rows import Block, Family, Place
 from toma_fx.passes.plan_nodes import TokenFlow
 
@@ -19,6 +20,19 @@ _MODULE = "diffusers.models.transformers.transformer_wan_vace"
 def _examples(block: Any) -> dict[str, Any]:
     examples = wan.examples(block)
     return {**examples, "control_hidden_states": examples["hidden_states"]}
+
+
+def _reads_given(model: Any, call: Mapping[str, Any]) -> tuple[bool, ...] | None:
+    """Reference images, which are frames before the video, and frames of it that are kept.
+
+    The last channels of the control video mark what is made anew, pixel by pixel.
+    """
+    grids, control = wan.grids(model, call), call["control_hidden_states"]
+    anew = control[:, 2 * model.config.in_channels :]
+    if anew.shape[1] == 0 or anew.shape[2:] != call["hidden_states"].shape[2:]:
+        return None
+    made = [given.marked_frames(sample[None], *grids) for sample in anew]
+    return tuple(not all(of_samples) for of_samples in zip(*made, strict=True))
 
 
 FAMILY: Family = replace(
@@ -46,6 +60,7 @@ FAMILY: Family = replace(
         replace(
             wan.BORDER,
             enter=(*wan.BORDER.enter, Place(argument="control_hidden_states", patches=True)),
+            reads_given=_reads_given,
         ),
     ),
     unmerged_by_default={"blocks": (1, 4), "vace_blocks": (1, 4)},

@@ -21,7 +21,7 @@ from toma_fx.build import recipe_of_transformed
 from toma_fx.calls import LastCall, to_meta
 from toma_fx.config import MergeConfig
 from toma_fx.lab.variants import STEPS, UNTOUCHED, Changed, FewerSteps, Merging, Rival, Variant
-from toma_fx.model_border import grids_in
+from toma_fx.model_border import given_in, grids_in
 from toma_fx.transform import model_of, pipeline_models, transform
 
 
@@ -128,7 +128,7 @@ def _code() -> str:
 def _share_of_run(transformed: nn.Module, pipeline: Any, steps: int, call: Call) -> float:
     """Operations of a run, some of whose steps may not merge or not plan, relative to untouched."""
     named = inspect.signature(transformed.forward).bind(*call.args, **call.kwargs).arguments
-    last = LastCall(to_meta(named), grids_in(transformed, named))
+    last = LastCall(to_meta(named), grids_in(transformed, named), given_in(transformed, named))
     recipe = recipe_of_transformed(transformed)
     counted = run_operations(transformed, recipe, last, steps, pipeline.scheduler)
     return counted.after[""] / counted.before[""]
