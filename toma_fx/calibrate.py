@@ -248,6 +248,12 @@ def _check_options(pipeline: Any, config: MergeConfig) -> None:
         raise ModelError(
             f"calibrate draws images and needs a pipeline, not a {type(pipeline).__name__} alone"
         )
+    if config.tokens == "references":
+        raise ConfigError(
+            "tokens='references' merges in no block, and calibrate measures what blocks bear; "
+            "leave it out, or choose its ratio by images: toma_fx.transform(pipe, ratio=0.75, "
+            "tokens='references')"
+        )
     if config.block_ratios:
         raise ConfigError(
             f"block_ratios={config.block_ratios!r} are what calibrate finds; leave them out"

@@ -13,7 +13,7 @@ from typing import get_args
 import toma_fx
 from toma_fx.bench.cli import add_bench
 from toma_fx.choices import DTYPE_NAMES, PROMPT
-from toma_fx.config import PRESETS, Component, MergeConfig, Placement, Region
+from toma_fx.config import PRESETS, Component, MergeConfig, Placement, Region, Tokens
 from toma_fx.errors import TomaError
 from toma_fx.lab.cli import add_commands
 from toma_fx.quiet import hush_libraries
@@ -76,6 +76,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", choices=tuple(PRESETS), default="default")
+    parser.add_argument(
+        "--tokens",
+        choices=get_args(Tokens),
+        help="all, or those of the images that an edit model takes (all)",
+    )
     parser.add_argument("--placement", choices=get_args(Placement))
     parser.add_argument("--components", nargs="+", choices=get_args(Component))
     parser.add_argument("--region", choices=get_args(Region))
@@ -91,7 +96,7 @@ def _add_size(parser: argparse.ArgumentParser) -> None:
 
 
 def _config(options: argparse.Namespace, ratio: float) -> MergeConfig:
-    names = ("placement", "components", "region", "region_tokens", "skip")
+    names = ("tokens", "placement", "components", "region", "region_tokens", "skip")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     return MergeConfig.preset(options.preset, ratio=ratio, **given)
 

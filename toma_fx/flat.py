@@ -56,6 +56,11 @@ def transform_flat(flat: Flat, config: MergeConfig) -> Any:
 
 
 def _check_config(config: MergeConfig) -> None:
+    if config.tokens == "references":
+        raise ModelError(
+            "tokens='references' merges at the border of a live model, and this is a graph; "
+            "transform the model before it is captured: toma_fx.export gives a program"
+        )
     if isinstance(policy_of(config), Always):
         return
     option = f"merge_below={config.merge_below:g}" if config.merge_below < 1 else config.schedule

@@ -141,7 +141,7 @@ class Watched:
                 _check_forward(path, module, block)
         held = ((path, module()) for path, module in self._processed)
         _check_processors((path, module) for path, module in held if module is not None)
-        if self._recipe.config.region == "tile":
+        if self._recipe.merged and self._recipe.config.region == "tile":
             self._check_hooks()
 
     def _check_hooks(self) -> None:

@@ -73,6 +73,14 @@ class Always:
 
 
 @dataclass(frozen=True)
+class OncePerImage(Always):
+    """Merge references alone, by one plan for all steps of a run; it is told by their values."""
+
+    def shares(self, levels: Sequence[float]) -> Mapping[str, float]:
+        return {MERGED: 1 / len(levels), REUSE: 1 - 1 / len(levels)}
+
+
+@dataclass(frozen=True)
 class BelowNoiseLevel:
     """Merge where the noise is low."""
 
@@ -136,6 +144,8 @@ class OnSchedule:
 
 def policy_of(config: MergeConfig) -> Policy:
     """The policy of a configuration."""
+    if config.tokens == "references":
+        return OncePerImage()
     if config.merge_below < 1:
         return BelowNoiseLevel(config.merge_below)
     if not config.schedule.stateless:

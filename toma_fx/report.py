@@ -13,7 +13,9 @@ from toma_fx.calls import LastCall, to_meta
 from toma_fx.config import MergeConfig
 from toma_fx.grids import sequence_in
 from toma_fx.inputs import random_inputs, weightless
+from toma_fx.model_border import grids_in
 from toma_fx.recipe import BlockRecipe, Recipe, plan_options
+from toma_fx.references import reference_grids, tokens_left
 from toma_fx.runtime import regions
 from toma_fx.runtime.plan import MERGED
 from toma_fx.transform import model_of
@@ -63,6 +65,8 @@ class Report:
     """Latent frames; 1 of an image."""
     unmerged_frames: int = 0
     """How many of them, from the first, are given and stay as they are."""
+    references: tuple[tuple[int, int], ...] | None = None
+    """Tokens of each reference before and after, where only references merge."""
     asked: float | None = None
     """The ``speedup`` that the ratio was chosen for."""
 
@@ -98,8 +102,20 @@ class Report:
         return (
             f"{self.model}, {self.image}, {ratio}\n"
             f"{tabulate(rows, headers, disable_numparse=True)}\n"
-            f"plan: {_plan(self.config)}" + self._video() + self._when() + self._prediction()
+            f"plan: {_plan(self.config)}"
+            + self._of_references()
+            + self._video()
+            + self._when()
+            + self._prediction()
         )
+
+    def _of_references(self) -> str:
+        if self.references is None:
+            return ""
+        each = ", ".join(_arrow(*pair) for pair in self.references)
+        if not each:
+            return "\nreferences: none in this call, which runs untouched"
+        return f"\nreferences: {each} tokens, merged at the model's border; the image is not"
 
     def _video(self) -> str:
         if self.frames == 1:
@@ -163,16 +179,21 @@ def report(
     last = getattr(model, "toma_last_call", None)
     sized = any(size is not None for size in (height, width, frames)) or batch != 1
     if inputs is not None:
-        call = LastCall(to_meta(inputs), None)
+        call = LastCall(to_meta(inputs), grids_in(model, inputs))
     elif last is not None and not sized:
         call = last
     else:
         size = {"height": height, "width": width, "frames": frames}
-        call = LastCall(random_inputs(weightless(model), batch=batch, **size), None)
+        call = _made_up(model, recipe, random_inputs(weightless(model), batch=batch, **size))
     scheduler = getattr(getattr(model, "toma_reader", None), "scheduler", None)
     counted = run_operations(model, recipe, call, steps, scheduler)
     image = recipe.family.image(call.arguments)
     sequence = sequence_in(model, call.arguments)
+    references = None
+    if recipe.merges_references:
+        found = reference_grids(model, call.arguments) or call.grids or ()
+        left = tokens_left(found, recipe.config.ratio)
+        references = tuple(zip(found[1:], left, strict=True))
     unmerged, grids = 0, call.grids
     if sequence is not None:
         unmerged, grids = sequence.unmerged, sequence.segments
@@ -183,6 +204,8 @@ def report(
         given = whole if block.row.flow.joint else counted.tokens[block.path]
         # Some blocks do not run in every call, as those for reference images.
         left = tokens_after(given, recipe.config, block.ratio, grids, unmerged) if given else 0
+        if references is not None:
+            left = given - sum(before - after for before, after in references)
         groups.append(
             GroupReport(
                 path=parent,
@@ -190,7 +213,7 @@ def report(
                 merged=block.components,
                 skipped=block.unmerged_because,
                 tokens_before=given,
-                tokens_after=left if block.role else given,
+                tokens_after=left if block.role or references else given,
                 flops_before=sum(counted.before[m.path] for m in members),
                 flops_after=sum(counted.after[m.path] for m in members),
             )
@@ -206,8 +229,20 @@ def report(
         flops_after=counted.after[""],
         frames=1 if sequence is None else sequence.grids[0].frames,
         unmerged_frames=0 if sequence is None else sequence.unmerged_frames,
+        references=references,
         asked=recipe.speedup,
     )
+
+
+def _made_up(model: Any, recipe: Recipe, call: dict[str, Any]) -> LastCall:
+    """A made-up call; with a reference as large as the image where only references merge."""
+    family = recipe.family
+    if family.references is None or not recipe.merges_references:
+        return LastCall(call, None)
+    edit = family.references.example(call)
+    shapes_tell = reference_grids(model, edit)
+    drawn = family.image(call).shape[1]
+    return LastCall(edit, shapes_tell or (drawn, drawn))
 
 
 def tokens_after(
@@ -246,6 +281,11 @@ def _alike(recipe: Recipe) -> Iterator[tuple[str, list[BlockRecipe]]]:
 
 
 def _plan(config: MergeConfig) -> str:
+    if config.tokens == "references":
+        return (
+            f"{config.selector} in each reference, weights at temperature {config.temperature:g}, "
+            "once for an image, never unmerged"
+        )
     where = (
         config.region if config.region == "image" else f"{config.region} of {config.region_tokens}"
     )

@@ -24,11 +24,14 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from toma_fx.families.rows import grid_sizes
-from toma_fx.runtime.plan import Plans
+from toma_fx.runtime.plan import Plan, Plans
 
 MOST_RUNS = 32
 """Runs that are kept at the same time. The one that was used longest ago goes first; should it go
 on, it makes new plans."""
+
+MOST_REFERENCES = 4
+"""References, of one image or of several in one call, whose plans are kept at the same time."""
 
 
 class _Held:
@@ -46,6 +49,11 @@ class _Held:
             and (mine.shape, mine.stride()) == (tensor.shape, tensor.stride())
             and self._version == _version(tensor)
         )
+
+    def is_like(self, tensor: Tensor) -> bool:
+        """Whether shape, type and device are the same."""
+        mine = self._tensor
+        return (mine.shape, mine.dtype, mine.device) == (tensor.shape, tensor.dtype, tensor.device)
 
     def equals(self, tensor: Tensor) -> bool:
         """Whether the values are equal. On a GPU, asking waits for it."""
@@ -77,6 +85,7 @@ class State:
     def __init__(self) -> None:
         self._runs: list[Run] = []
         self._read: list[tuple[_Held, Any]] = []
+        self._references: list[tuple[_Held, tuple[int, ...], Plan]] = []
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -140,6 +149,29 @@ class State:
             self._read = [*self._read[1 - MOST_RUNS :], (_Held(tensor), read)]
         return read
 
+    def plan_for(
+        self, references: Tensor, grids: tuple[int, ...], make: Callable[[], Plan]
+    ) -> Plan:
+        """The plan for the tokens of references, which is made once for those of equal values.
+
+        Args:
+            references: ``(B, n, C)``.
+            grids: of the call.
+            make: makes the plan, of tensors.
+        """
+        with self._lock:
+            known = list(self._references)
+        for held, of_grids, plan in known:
+            if of_grids == grids and held.is_like(references) and held.equals(references):
+                return plan
+        # What a call outside of `torch.inference_mode` can use.
+        with torch.inference_mode(mode=False), torch.no_grad():
+            plan = make()
+            held = _Held(references.clone())
+        with self._lock:
+            self._references = [*self._references[1 - MOST_REFERENCES :], (held, grids, plan)]
+        return plan
+
     def keep(self, run: Run, plans: Plans) -> None:
         """Keep the plans of a call for those that follow in its run.
 
@@ -155,10 +187,12 @@ class State:
         with self._lock:
             self._runs = [run for run in self._runs if run.thread != thread]
             self._read = []
+            self._references = []
 
     def nbytes(self) -> int:
         """Bytes of the plans that are kept."""
         plans = pytree.tree_leaves([run.plans for run in self._runs])
+        plans += [each for _, _, plan in self._references for each in plan]
         return sum(each.nbytes for each in plans if isinstance(each, Tensor))
 
 
