@@ -250,9 +250,9 @@ def method_in_order(
     @wraps(method)
     def in_order(self: Any, *args: Any, **kwargs: Any) -> Any:
         scope = plan.current()
-        order = None if scope is None else scope.order
-        if order is None:
+        if scope is None or scope.order is None:
             return method(self, *args, **kwargs)
+        order = scope.order
         call = named(args, kwargs)
         ways = [(place, order) for place in enter] + [(p, order.argsort()) for p in leave]
         rows, whole = scope.rows, scope.whole or {}

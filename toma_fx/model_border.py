@@ -191,7 +191,8 @@ class ModelBorder(Border):
         decision = Decision()
         if self.toma_recipe.merges_references:
             grids = reference_grids(self, call)
-            return Decision(kept=grids and kept_plan(self, call, grids), grids=grids)
+            kept = None if grids is None else kept_plan(self, call, grids)
+            return Decision(kept=kept, grids=grids)
         if not isinstance(policy, Always):
             decision = policy.decide(self._facts(call), self.toma_state)
         if decision.variant == REUSE and self.toma_recipe.needs_new_rows(call):

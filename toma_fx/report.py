@@ -189,11 +189,8 @@ def report(
     counted = run_operations(model, recipe, call, steps, scheduler)
     image = recipe.family.image(call.arguments)
     sequence = sequence_in(model, call.arguments)
-    references = None
-    if recipe.merges_references:
-        found = reference_grids(model, call.arguments) or call.grids or ()
-        left = tokens_left(found, recipe.config.ratio)
-        references = tuple(zip(found[1:], left, strict=True))
+    references = _references(model, recipe, call)
+    fewer = sum(before - after for before, after in references or ())
     unmerged, grids = 0, call.grids
     if sequence is not None:
         unmerged, grids = sequence.unmerged, sequence.segments
@@ -204,8 +201,6 @@ def report(
         given = whole if block.row.flow.joint else counted.tokens[block.path]
         # Some blocks do not run in every call, as those for reference images.
         left = tokens_after(given, recipe.config, block.ratio, grids, unmerged) if given else 0
-        if references is not None:
-            left = given - sum(before - after for before, after in references)
         groups.append(
             GroupReport(
                 path=parent,
@@ -213,7 +208,7 @@ def report(
                 merged=block.components,
                 skipped=block.unmerged_because,
                 tokens_before=given,
-                tokens_after=left if block.role or references else given,
+                tokens_after=left if block.role else given - fewer,
                 flops_before=sum(counted.before[m.path] for m in members),
                 flops_after=sum(counted.after[m.path] for m in members),
             )
@@ -278,6 +273,14 @@ def _alike(recipe: Recipe) -> Iterator[tuple[str, list[BlockRecipe]]]:
 
     for (parent, *_), members in groupby(recipe.blocks, kind):
         yield str(parent), list(members)
+
+
+def _references(model: Any, recipe: Recipe, call: LastCall) -> tuple[tuple[int, int], ...] | None:
+    """Tokens of each reference before and after; None where all image tokens merge."""
+    if not recipe.merges_references:
+        return None
+    grids = reference_grids(model, call.arguments) or call.grids or ()
+    return tuple(zip(grids[1:], tokens_left(grids, recipe.config.ratio), strict=True))
 
 
 def _plan(config: MergeConfig) -> str:

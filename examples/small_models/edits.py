@@ -81,7 +81,8 @@ def _recoloured(scene: Scene, name: str, generator: np.random.Generator) -> Vers
         new = replace(thing, colour=str(generator.choice(list(COLOURS))))
         alike = other is not None and (new.colour, new.shape) == (other.colour, other.shape)
         if new.colour != thing.colour and not alike and not is_held_out(new):
-            return Version(scene=replace(scene, **{name: new}))
+            first, second = (new, other) if name == "first" else (scene.first, new)
+            return Version(scene=replace(scene, first=first, second=second))
 
 
 def draw_edit(edit: Edit, seed: int) -> tuple[Picture, Picture]:

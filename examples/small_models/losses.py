@@ -157,8 +157,8 @@ def edit_loss(
         pooled, states = (each[torch.where(dropped, len(after), chosen)] for each in text)
         tokens = torch.cat([mixed, reference], dim=1)
         moved = _moved(parts, tokens, time, guidance, pooled, states, img_ids, txt_ids)
-        names = ("hidden_states", "timestep", "guidance", "pooled_projections")
-        names += ("encoder_hidden_states", "img_ids", "txt_ids")
+        names = ["hidden_states", "timestep", "guidance", "pooled_projections"]
+        names += ["encoder_hidden_states", "img_ids", "txt_ids"]
         with autocast(moved[0].device):
             predicted = parts["transformer"](**dict(zip(names, moved, strict=True))).sample
         return F.mse_loss(predicted[:, : clean.shape[1]].float(), (noise - clean).to(moved[0]))
