@@ -3,7 +3,8 @@
 Pairs of scenes that training did not show are edited with the untouched model, with references
 merged, with everything merged in blocks, and with fewer steps at the arithmetic of each of those.
 The distance is measured inside and outside the edited part: to the untouched model's picture, and
-to the true one.
+to the true one. What was drawn is kept in ``--images``, and the same command goes on where it was
+stopped. The model runs in bfloat16 by autocast, as in its training, the decoder in float32.
 
     python -m benchmarks.edit_references --out benchmarks/results
 """
@@ -13,7 +14,7 @@ import csv
 import inspect
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,14 @@ import numpy as np
 import torch
 from diffusers import FluxKontextPipeline, FluxTransformer2DModel
 from PIL import Image
+from torch import Tensor
 
 from examples.small_models.edits import Edit, Picture, draw_edit, edit_of
+from examples.small_models.losses import autocast, to_pixels
 from examples.small_models.train import UNSEEN
-from toma_fx import MergeConfig, restore, transform
+from toma_fx import MergeConfig, transform
 from toma_fx.arithmetic import Call, first_call, run_operations
-from toma_fx.bench.record import Column, Record, Table, beside, percent
+from toma_fx.bench.record import Column, Record, Table, percent
 from toma_fx.build import recipe_of_transformed
 from toma_fx.calls import LastCall, to_meta
 from toma_fx.lab.contenders import affordable
@@ -48,6 +51,8 @@ MEASURES = {
     "outside_true": "outside, to true",
 }
 UNTOUCHED = "untouched"
+BEFORE = "the picture before"
+THROUGH_VAE = "the true one, through the VAE"
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ class Contender:
     """What edits the pictures, and what it costs."""
 
     name: str
-    config: MergeConfig | None
+    transformer: Any
     steps: int
     arithmetic: float
     """Relative to the untouched model's at all steps."""
@@ -95,21 +100,31 @@ def pipeline(folder: Path) -> Any:
     return pipe
 
 
+@torch.no_grad()
 def draw(pipe: Any, pair: Pair, steps: int) -> Picture:
     """The edited picture; its noise follows from the index of the pair."""
-    made = pipe(
-        image=Image.fromarray(pair.before),
-        prompt=pair.edit.prompt,
-        height=128,
-        width=128,
-        max_area=128 * 128,
-        _auto_resize=False,
-        max_sequence_length=24,
-        num_inference_steps=steps,
-        generator=torch.Generator().manual_seed(pair.index),
-        output_type="np",
-    ).images[0]
-    return np.asarray(np.clip(made, 0, 1) * 255 + 0.5, np.uint8)
+    with autocast(pipe.device):
+        tokens = pipe(
+            image=Image.fromarray(pair.before),
+            prompt=pair.edit.prompt,
+            height=128,
+            width=128,
+            max_area=128 * 128,
+            _auto_resize=False,
+            max_sequence_length=24,
+            num_inference_steps=steps,
+            generator=torch.Generator().manual_seed(pair.index),
+            output_type="latent",
+        ).images
+    config = pipe.vae.config
+    latents = pipe._unpack_latents(tokens, 128, 128, pipe.vae_scale_factor).float()
+    return decoded(pipe, latents / config.scaling_factor + config.shift_factor)
+
+
+def decoded(pipe: Any, latents: Tensor) -> Picture:
+    """The picture of latents, decoded in float32."""
+    pixels = pipe.vae.decode(latents).sample[0].permute(1, 2, 0).numpy()
+    return np.asarray(np.clip((pixels + 1) * 127.5 + 0.5, 0, 255), np.uint8)
 
 
 def arithmetic_of(pipe: Any, call: Call, config: MergeConfig, steps: int) -> float:
@@ -121,17 +136,17 @@ def arithmetic_of(pipe: Any, call: Call, config: MergeConfig, steps: int) -> flo
     return counted.after[""] / counted.before[""]
 
 
-def contenders(pipe: Any, steps: int) -> Iterator[Contender]:
+def contenders(pipe: Any, steps: int) -> list[Contender]:
     """The untouched model, what merges, and fewer steps of equal arithmetic."""
     call = first_call(pipe.transformer, lambda: draw(pipe, pair_of(UNSEEN), steps))
-    yield Contender(UNTOUCHED, None, steps, 1.0)
-    fewer: dict[int, Contender] = {}
+    merging, fewer = [], {}
     for name, config in CONFIGS.items():
         share = arithmetic_of(pipe, call, config, steps)
-        yield Contender(name, config, steps, share)
+        merging.append(Contender(name, transform(pipe.transformer, config), steps, share))
         left = affordable(steps, share)
-        fewer[left] = Contender(f"{left} steps", None, left, left / steps)
-    yield from (fewer[left] for left in sorted(fewer, reverse=True))
+        fewer[left] = Contender(f"{left} steps", pipe.transformer, left, left / steps)
+    untouched = Contender(UNTOUCHED, pipe.transformer, steps, 1.0)
+    return [untouched, *merging, *(fewer[left] for left in sorted(fewer, reverse=True))]
 
 
 def psnr(picture: Picture, other: Picture, where: Any) -> float:
@@ -153,17 +168,27 @@ def measured(pair: Pair, picture: Picture, untouched: Picture | None) -> dict[st
 @torch.no_grad()
 def through_vae(pipe: Any, picture: Picture) -> Picture:
     """A picture that was encoded and decoded: no model draws closer to it, but by luck."""
-    pixels = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None] / 127.5 - 1
-    decoded = pipe.vae.decode(pipe.vae.encode(pixels).latent_dist.mean).sample[0]
-    made = (decoded.permute(1, 2, 0).numpy() + 1) * 127.5 + 0.5
-    return np.asarray(np.clip(made, 0, 255), np.uint8)
+    return decoded(pipe, pipe.vae.encode(to_pixels(picture[None])).latent_dist.mean)
+
+
+def rows_of(pipe: Any, pair: Pair, drawing: Sequence[Contender]) -> Iterator[dict[str, Any]]:
+    """What each contender makes of a pair; the first one is the untouched model."""
+    own = {"pair": pair.index, "edit": pair.edit.kind}
+    yield {"contender": BEFORE, **own, **measured(pair, pair.before, None)}
+    yield {"contender": THROUGH_VAE, **own, **measured(pair, through_vae(pipe, pair.after), None)}
+    untouched = None
+    for contender in drawing:
+        pipe.transformer = contender.transformer
+        picture = draw(pipe, pair, contender.steps)
+        yield {"contender": contender.name, **own, **measured(pair, picture, untouched)}
+        untouched = picture if untouched is None else untouched
 
 
 def summary(name: str, arithmetic: float | None, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Means and the ends of their 95 % intervals."""
     found: dict[str, Any] = {"contender": name, "arithmetic": arithmetic}
     for measure in MEASURES:
-        values = [row[measure] for row in rows if measure in row]
+        values = [float(row[measure]) for row in rows if row.get(measure)]
         if values and np.isfinite(values).all():
             ends = mean_interval(np.array(values)[:, None])
             found[measure] = [float(np.mean(values)), *ends]
@@ -175,56 +200,58 @@ def _decibels(value: list[float]) -> str:
     return f"{mean:.1f} ({low:.1f} to {high:.1f})"
 
 
+def read(file: Path) -> list[dict[str, Any]]:
+    """The rows of an earlier run that was stopped."""
+    if not file.exists():
+        return []
+    with file.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
 def main() -> None:
     """Measure, print, and write."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", type=Path, default=FOLDER / "kontext")
     parser.add_argument("--pairs", type=int, default=32)
     parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--images", type=Path, default=Path("edit_references.csv"))
+    parser.add_argument("--out", type=Path, help="folder of the table")
     options = parser.parse_args()
     pipe = pipeline(options.model)
-    pairs = [pair_of(UNSEEN + index) for index in range(options.pairs)]
-    rows: list[dict[str, Any]] = []
-    summaries: list[dict[str, Any]] = []
-
-    def add(name: str, arithmetic: float | None, pictures: list[Picture]) -> None:
-        own = [
-            {"contender": name, "pair": pair.index, "edit": pair.edit.kind}
-            | measured(pair, picture, close)
-            for pair, picture, close in zip(pairs, pictures, untouched, strict=True)
-        ]
-        rows.extend(own)
-        summaries.append(summary(name, arithmetic, own))
-        print(summaries[-1], flush=True)
-
-    untouched: list[Any] = [None] * len(pairs)
-    add("the picture before", None, [pair.before for pair in pairs])
-    add("the true one through the VAE", None, [through_vae(pipe, pair.after) for pair in pairs])
-    for contender in list(contenders(pipe, options.steps)):
-        if contender.config is not None:
-            transform(pipe, contender.config)
-        pictures = [draw(pipe, pair, contender.steps) for pair in pairs]
-        if contender.config is not None:
-            restore(pipe)
-        add(contender.name, contender.arithmetic, pictures)
-        if contender.name == UNTOUCHED:
-            untouched = list(pictures)
-    columns = (
-        Column("contender", "contender"),
-        Column("arithmetic", "arithmetic", percent),
-        *(Column(key, header, _decibels) for key, header in MEASURES.items()),
+    drawing = contenders(pipe, options.steps)
+    rows = read(options.images)
+    done = {int(row["pair"]) for row in rows}
+    for index in range(UNSEEN, UNSEEN + options.pairs):
+        if index in done:
+            continue
+        rows += (new := list(rows_of(pipe, pair_of(index), drawing)))
+        with options.images.open("a", newline="") as stream:
+            writer = csv.DictWriter(stream, ["contender", "pair", "edit", *MEASURES])
+            if stream.tell() == 0:
+                writer.writeheader()
+            writer.writerows(new)
+    shares = {BEFORE: None, THROUGH_VAE: None} | {each.name: each.arithmetic for each in drawing}
+    taken = range(UNSEEN, UNSEEN + options.pairs)
+    table = Table(
+        title=f"Small Kontext, {options.pairs} edits, {options.steps} steps: PSNR in dB",
+        columns=(
+            Column("contender", "contender"),
+            Column("arithmetic", "arithmetic", percent),
+            *(Column(key, header, _decibels) for key, header in MEASURES.items()),
+        ),
+        rows=[
+            summary(
+                name,
+                share,
+                [r for r in rows if r["contender"] == name and int(r["pair"]) in taken],
+            )
+            for name, share in shares.items()
+        ],
     )
-    title = f"Small Kontext, {options.pairs} edits, {options.steps} steps: PSNR in dB"
     command = shlex.join(["python", "-m", "benchmarks.edit_references", *sys.argv[1:]])
     record = Record(command=command, folder=options.out)
-    record.add(Table(title=title, columns=columns, rows=summaries))
-    print(record.tables[0].text())
-    if record.stem is not None:
-        with beside(record.stem, "-images.csv").open("w", newline="") as stream:
-            writer = csv.DictWriter(stream, ["contender", "pair", "edit", *MEASURES])
-            writer.writeheader()
-            writer.writerows(rows)
+    record.add(table)
+    print(table.text())
 
 
 if __name__ == "__main__":

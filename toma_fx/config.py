@@ -323,12 +323,12 @@ class MergeConfig:
             if name not in allowed and given != value:
                 raise ConfigError(
                     f"{name}={given!r} cannot be combined with tokens='references', with which no "
-                    f"block merges; leave it out: {', '.join(allowed)} are what counts"
+                    f"block merges; leave {name} out: {', '.join(allowed)} are what counts"
                 )
         if self.selector == "fixed":
             raise ConfigError(
                 "selector='fixed' cannot be combined with tokens='references': its weights are "
-                "random, a bound of time for merging in blocks; use another selector"
+                "random, a bound of time for merging in blocks; use selector='facility_location'"
             )
 
     @classmethod

@@ -221,7 +221,7 @@ def make_recipe(
             by a ratio of 0; or when only references are to merge, and the family has none.
     """
     if config.tokens == "references":
-        check_references(family)
+        _check_references(family)
     paths = [plain_path(block.module) for block in found]
     if config.merges and paths:
         _check_patterns(paths, config)
@@ -234,8 +234,6 @@ def make_recipe(
         sites = _sites(block, config)
         without = "" if sites else f"it has none of {', '.join(config.components)}"
         why = RATIO_IS_ZERO if ratio == 0 else unmerged.get(path, without)
-        if ratio > 0 and config.tokens == "references":
-            why = ONLY_REFERENCES
         role: Role | None = None
         if not why:
             role = "alone" if config.share == "block" else "follow" if group in led else "lead"
@@ -259,7 +257,7 @@ def make_recipe(
     return Recipe(family=family, config=config, blocks=tuple(blocks), speedup=speedup)
 
 
-def check_references(family: Family) -> None:
+def _check_references(family: Family) -> None:
     """Refuse ``tokens="references"`` for a family without them.
 
     Raises:
@@ -326,6 +324,8 @@ def _never_merged(paths: Sequence[str], family: Family) -> Mapping[str, str]:
 
 def _unmerged(paths: Sequence[str], config: MergeConfig, family: Family) -> Mapping[str, str]:
     """The blocks that the options or the family leave unmerged, each with the reason."""
+    if config.tokens == "references":
+        return dict.fromkeys(paths, ONLY_REFERENCES)
     if config.skip is not None:
         return {
             path: f"skip={pattern!r}"

@@ -17,7 +17,7 @@ weights are shared, so it costs no memory.
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,14 +50,20 @@ class _Held:
             and self._version == _version(tensor)
         )
 
-    def is_like(self, tensor: Tensor) -> bool:
-        """Whether shape, type and device are the same."""
-        mine = self._tensor
-        return (mine.shape, mine.dtype, mine.device) == (tensor.shape, tensor.dtype, tensor.device)
-
     def equals(self, tensor: Tensor) -> bool:
         """Whether the values are equal. On a GPU, asking waits for it."""
-        return self._version == _version(self._tensor) and torch.equal(self._tensor, tensor)
+        mine = self._tensor
+        alike = (mine.dtype, mine.device) == (tensor.dtype, tensor.device)
+        return alike and self._version == _version(mine) and torch.equal(mine, tensor)
+
+
+class _Planned(NamedTuple):
+    """References that have a plan, and the thread that made it."""
+
+    thread: int
+    references: _Held
+    grids: tuple[int, ...]
+    plan: Plan
 
 
 @dataclass(eq=False)
@@ -85,7 +91,7 @@ class State:
     def __init__(self) -> None:
         self._runs: list[Run] = []
         self._read: list[tuple[_Held, Any]] = []
-        self._references: list[tuple[_Held, tuple[int, ...], Plan]] = []
+        self._references: list[_Planned] = []
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -161,16 +167,15 @@ class State:
         """
         with self._lock:
             known = list(self._references)
-        for held, of_grids, plan in known:
-            if of_grids == grids and held.is_like(references) and held.equals(references):
-                return plan
+        for each in known:
+            if each.grids == grids and each.references.equals(references):
+                return each.plan
         # What a call outside of `torch.inference_mode` can use.
         with torch.inference_mode(mode=False), torch.no_grad():
-            plan = make()
-            held = _Held(references.clone())
+            made = _Planned(threading.get_ident(), _Held(references.clone()), grids, make())
         with self._lock:
-            self._references = [*self._references[1 - MOST_REFERENCES :], (held, grids, plan)]
-        return plan
+            self._references = [*self._references[1 - MOST_REFERENCES :], made]
+        return made.plan
 
     def keep(self, run: Run, plans: Plans) -> None:
         """Keep the plans of a call for those that follow in its run.
@@ -187,12 +192,12 @@ class State:
         with self._lock:
             self._runs = [run for run in self._runs if run.thread != thread]
             self._read = []
-            self._references = []
+            self._references = [each for each in self._references if each.thread != thread]
 
     def nbytes(self) -> int:
         """Bytes of the plans that are kept."""
         plans = pytree.tree_leaves([run.plans for run in self._runs])
-        plans += [each for _, _, plan in self._references for each in plan]
+        plans += [each for planned in self._references for each in planned.plan]
         return sum(each.nbytes for each in plans if isinstance(each, Tensor))
 
 
