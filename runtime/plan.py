@@ -59,7 +59,10 @@ class CallScope:
         grids: token counts of the grids in the image sequence; None when it is one grid.
         unmerged: image tokens before those grids that stay as they are, as those of a first frame
             that is given.
-        order: the order of the image tokens, ``(N,)`` int64; None where it is the caller's.
+        order: the order of the image tokens, ``(N,)`` int64; None where it is the caller's. Where
+            references merged before the call, the tokens that are left, in the caller's order.
+        rows: how many tokens there were then; None where none is left out.
+        whole: arguments of the model that tell of all of them, by name.
         plans: what a group's first block made, for the blocks that follow it, by the name of the
             group. So a block that runs again later, as in gradient checkpointing, finds its plan.
         planners: what makes the plan of a group whose first block was skipped, if one asks for it.
@@ -80,9 +83,11 @@ class CallScope:
         "order",
         "planners",
         "plans",
+        "rows",
         "stages",
         "unmerged",
         "variant",
+        "whole",
     )
 
     def __init__(
@@ -94,6 +99,8 @@ class CallScope:
         keeps: bool = False,
         unmerged: int = 0,
         order: Tensor | None = None,
+        rows: int | None = None,
+        whole: Mapping[str, Any] | None = None,
         memories: "Memories | None" = None,
     ) -> None:
         self.variant = variant
@@ -102,6 +109,8 @@ class CallScope:
         self.grids = grids
         self.unmerged = unmerged
         self.order = order
+        self.rows = rows
+        self.whole = whole
         self.kept_by_stage = {} if kept is None else kept
         self.kept = self.kept_by_stage.get(stage, {})
         self.plans: dict[str, Plan] = dict(self.kept) if variant in MERGE_AS_BEFORE else {}

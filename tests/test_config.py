@@ -402,6 +402,7 @@ def test_a_ratio_that_merges_nothing_is_led_out(
 
 TEN: dict[str, Any] = {"schedule": Schedule(select_every=10)}
 TINY: dict[str, Any] = {"ratio": 0.001}
+REFERENCES: dict[str, Any] = {"tokens": "references"}
 # What is refused, the words that name a way out, and the options of whoever takes it.
 WAYS_OUT: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ({"ratio": 2}, "such as 0.5", {"ratio": 0.5}),
@@ -421,6 +422,12 @@ WAYS_OUT: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
         ({name: "other"}, repr(choice), {name: choice})
         for name, choices in config._CHOICES.items()
         for choice in choices
+    ),
+    ({**REFERENCES, "merge_below": 0.6}, "leave merge_below out", REFERENCES),
+    (
+        {**REFERENCES, "selector": "fixed"},
+        "use selector='facility_location'",
+        {**REFERENCES, "selector": "facility_location"},
     ),
     ({"region_tokens": 0}, "such as 64", {"region_tokens": 64}),
     ({"temperature": 0}, "such as 0.001", {"temperature": 0.001}),

@@ -68,6 +68,7 @@ def merged_copy(
     check_copy(copied, recipe)
     if recipe.merged:
         install_blocks(copied, recipe)
+    if recipe.merged or recipe.merges_references:
         install_borders(copied, recipe, pipeline)
     else:  # an untouched model that knows that it was asked to stay so
         copied.toma_recipe = recipe  # type: ignore[assignment]

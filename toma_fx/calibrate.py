@@ -253,6 +253,12 @@ def _check_options(pipeline: Any, config: MergeConfig) -> None:
             f"{config.memory} cannot be calibrated with the ratios, whose savings it averages over "
             "a run; find ratios with memory=None, then theta with toma_fx.calibrate_theta"
         )
+    if config.tokens == "references":
+        raise ConfigError(
+            "tokens='references' merges in no block, and calibrate measures what blocks bear; "
+            "leave it out, or choose its ratio by images: toma_fx.transform(pipe, ratio=0.75, "
+            "tokens='references')"
+        )
     if config.block_ratios:
         raise ConfigError(
             f"block_ratios={config.block_ratios!r} are what calibrate finds; leave them out"

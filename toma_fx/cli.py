@@ -13,7 +13,7 @@ from typing import get_args
 import toma_fx
 from toma_fx.bench.cli import add_bench
 from toma_fx.choices import DTYPE_NAMES, PROMPT
-from toma_fx.config import PRESETS, Component, MergeConfig, Placement, Region
+from toma_fx.config import PRESETS, Component, MergeConfig, Placement, Region, Tokens
 from toma_fx.errors import TomaError
 from toma_fx.lab.cli import add_commands
 from toma_fx.quiet import hush_libraries
@@ -77,6 +77,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", choices=tuple(PRESETS), default="default")
+    parser.add_argument(
+        "--tokens",
+        choices=get_args(Tokens),
+        help="all, or those of the images that an edit model takes (all)",
+    )
     parser.add_argument("--placement", choices=get_args(Placement))
     parser.add_argument("--components", nargs="+", choices=get_args(Component))
     parser.add_argument("--region", choices=get_args(Region))
@@ -93,7 +98,7 @@ def _add_size(parser: argparse.ArgumentParser) -> None:
 
 
 def _config(options: argparse.Namespace, ratio: float) -> MergeConfig:
-    names = ("placement", "components", "region", "region_tokens", "skip")
+    names = ("tokens", "placement", "components", "region", "region_tokens", "skip")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if options.memory is not None:
         given["memory"] = Memory(every=options.memory)

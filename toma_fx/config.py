@@ -22,6 +22,7 @@ from toma_fx.option_values import (
 )
 from toma_fx.schedule import Memory, Schedule
 
+Tokens = Literal["all", "references"]
 Component = Literal["self_attention", "cross_attention", "mlp"]
 Placement = Literal["component", "block", "keys"]
 Residual = Literal["keep", "replace"]
@@ -74,6 +75,14 @@ class MergeConfig:
     ``skip`` goes first. Blocks of one list share a plan with those of the same ratio.
     `toma_fx.calibrate` finds the ratios that change images least at the arithmetic of a uniform
     one."""
+    tokens: Tokens = "all"
+    """The image tokens that merge. ``"all"`` merges them in blocks, those of references (the images
+    that an edit model takes) among them. ``"references"`` merges these alone: once for an image,
+    at the model's border, each reference as one region, and they stay merged, so that every block
+    is shorter and none is rewritten. The image that is drawn never merges. Of all other options
+    ``ratio``, ``selector`` and ``temperature`` go with it; others are refused. For FLUX.1 Kontext,
+    FLUX.2 and Qwen-Image-Edit; what the model returns in the rows of references is 0. A call
+    without a reference is the untouched model's."""
     components: tuple[Component, ...] = get_args(Component)
     """The parts of a block that run on merged tokens. The paper merges all three (section 4);
     self-attention alone is only about 15 % of SDXL's transformer arithmetic.
@@ -257,6 +266,9 @@ class MergeConfig:
         return tuple(sorted(plain) if isinstance(given, set | frozenset) else plain)
 
     def _check_combinations(self) -> None:
+        if self.tokens == "references":
+            self._check_references()
+            return
         if self.placement == "block" and self.components != get_args(Component):
             raise ConfigError(
                 f"components={self.components!r} cannot be combined with placement='block', which "
@@ -296,6 +308,22 @@ class MergeConfig:
                 *((f"block_ratios[{name!r}]={ratio}", ratio) for name, ratio in self.block_ratios),
             ):
                 check_merging(given, ratio, self.region_tokens)
+
+    def _check_references(self) -> None:
+        default = {field.name: field.default for field in fields(self)}
+        allowed = ("ratio", "tokens", "selector", "temperature")
+        for name, value in default.items():
+            given = getattr(self, name)
+            if name not in allowed and given != value:
+                raise ConfigError(
+                    f"{name}={given!r} cannot be combined with tokens='references', with which no "
+                    f"block merges; leave {name} out: {', '.join(allowed)} are what counts"
+                )
+        if self.selector == "fixed":
+            raise ConfigError(
+                "selector='fixed' cannot be combined with tokens='references': its weights are "
+                "random, a bound of time for merging in blocks; use selector='facility_location'"
+            )
 
     def _check_memory(self) -> None:
         if self.share == "block":
@@ -350,6 +378,7 @@ def build_config(cls: type[MergeConfig] = MergeConfig, **options: Any) -> Any:
 
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
+    "tokens": get_args(Tokens),
     "placement": get_args(Placement),
     "residual": get_args(Residual),
     "region": get_args(Region),

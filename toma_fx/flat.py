@@ -61,6 +61,11 @@ def _check_config(config: MergeConfig) -> None:
             "placement='keys' rewrites the attention of live models; transform the model before it "
             "is captured, as by toma_fx.export, or use placement='block'"
         )
+    if config.tokens == "references":
+        raise ModelError(
+            "tokens='references' merges at the border of a live model, and this is a graph; "
+            "transform the model before it is captured: toma_fx.export gives a program"
+        )
     if isinstance(policy_of(config), Always):
         return
     raise ModelError(

@@ -144,7 +144,7 @@ class Watched:
                 _check_forward(path, module, block)
         held = ((path, module()) for path, module in self._processed)
         _check_processors((path, module) for path, module in held if module is not None)
-        if self._recipe.config.region == "tile":
+        if self._recipe.merged and self._recipe.config.region == "tile":
             self._check_hooks()
 
     def _check_hooks(self) -> None:
@@ -229,13 +229,17 @@ def _check_masks(recipe: Recipe, call: Mapping[str, Any]) -> None:
     if not masks:
         return
     lengths = recipe.family.sequence_lengths(call)
+    way = "leave it out"
+    if recipe.merged:
+        way += (
+            ", or merge the MLP alone: transform with placement='component', components=('mlp',) "
+            "and region='stripe'"
+        )
     for name, mask in masks.items():
         if mask.shape[-1] in lengths:
             raise InputError(
                 f"the attention kwarg {name!r} of shape {tuple(mask.shape)} has a row for each of "
-                f"{mask.shape[-1]} tokens, which merging joins; leave it out, or merge the MLP "
-                "alone: transform with placement='component', components=('mlp',) and "
-                "region='stripe'"
+                f"{mask.shape[-1]} tokens, which merging joins; {way}"
             )
 
 

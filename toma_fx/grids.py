@@ -162,17 +162,36 @@ def run_in_order(
         config: of the model, for the size of a token.
     """
     patch = border.patch(config)
-    call = dict(call)
-    for place in border.enter:
-        if not place.module and place.method == "forward" and place.argument is not None:
-            given = call.get(place.argument)
-            call[place.argument] = _in_order(given, place, order, patch)
-    output = forward(**call)
+    output = forward(**rows_in_order(call, border, order, patch=patch))
     back = order.argsort()
     for place in border.leave:
         if not place.module and place.method == "forward":
             output = _output_in_order(output, place, back, patch)
     return output
+
+
+def rows_in_order(
+    call: Arguments,
+    border: TokenGrids,
+    order: Tensor,
+    rows: int | None = None,
+    patch: tuple[int, ...] = (),
+) -> Arguments:
+    """A call whose arguments have their rows for tokens in an order.
+
+    Args:
+        call: of the model, by name.
+        border: where its tokens are.
+        order: ``(n,)`` int64: rows that are left, in their order.
+        rows: how many there are; as many as ``order`` has when left out.
+        patch: the size of a token, for an argument that is the image itself.
+    """
+    call = dict(call)
+    for place in border.enter:
+        if not place.module and place.method == "forward" and place.argument is not None:
+            given = call.get(place.argument)
+            call[place.argument] = _in_order(given, place, order, patch, rows)
+    return call
 
 
 def _output_in_order(output: Any, place: Place, order: Tensor, patch: tuple[int, ...]) -> Any:
@@ -186,15 +205,17 @@ def _output_in_order(output: Any, place: Place, order: Tensor, patch: tuple[int,
     return output
 
 
-def _in_order(value: Any, place: Place, order: Tensor, patch: tuple[int, ...]) -> Any:
+def _in_order(
+    value: Any, place: Place, order: Tensor, patch: tuple[int, ...], rows: int | None = None
+) -> Any:
     """What stands at a place, in another order; None, or what has no rows there, as it is."""
     if place.listed and isinstance(value, dict):
-        return {key: _in_order(each, place, order, patch) for key, each in value.items()}
+        return {key: _in_order(each, place, order, patch, rows) for key, each in value.items()}
     if place.listed and isinstance(value, list | tuple):
-        each_moved = [_in_order(each, place, order, patch) for each in value]
+        each_moved = [_in_order(each, place, order, patch, rows) for each in value]
         return tuple(each_moved) if isinstance(value, tuple) else each_moved
     if place.listed and isinstance(value, Mapping):
-        return {key: _in_order(each, place, order, patch) for key, each in value.items()}
+        return {key: _in_order(each, place, order, patch, rows) for key, each in value.items()}
     if not isinstance(value, Tensor) or (place.ndim is not None and value.ndim != place.ndim):
         return value
     if place.patches:
@@ -203,7 +224,7 @@ def _in_order(value: Any, place: Place, order: Tensor, patch: tuple[int, ...]) -
         last = place.dim + place.dims - 1
         moved = value.flatten(place.dim, last).index_select(place.dim, order)
         return moved.unflatten(place.dim, value.shape[place.dim : last + 1])
-    tokens = order.shape[0]
+    tokens = order.shape[0] if rows is None else rows
     if value.shape[place.dim] == 1:  # one row for all tokens
         return value
     others = value.shape[place.dim] - tokens
@@ -249,26 +270,29 @@ def method_in_order(
     @wraps(method)
     def in_order(self: Any, *args: Any, **kwargs: Any) -> Any:
         scope = plan.current()
-        order = None if scope is None else scope.order
-        if order is None:
+        if scope is None or scope.order is None:
             return method(self, *args, **kwargs)
+        order = scope.order
         call = named(args, kwargs)
         ways = [(place, order) for place in enter] + [(p, order.argsort()) for p in leave]
+        rows, whole = scope.rows, scope.whole or {}
         for place, way in ways:
             if place.argument is not None:
-                call[place.argument] = _in_order(call.get(place.argument), place, way, ())
+                call[place.argument] = _in_order(call.get(place.argument), place, way, (), rows)
+            if place.told is not None and place.told[1] in whole:
+                call[place.told[0]] = whole[place.told[1]]
         output = method(self, **call)
         for place, way in ways:
             if place.argument is None:
-                output = _part_in_order(output, place, way)
+                output = _part_in_order(output, place, way, rows)
         return output
 
     return in_order
 
 
-def _part_in_order(output: Any, place: Place, order: Tensor) -> Any:
+def _part_in_order(output: Any, place: Place, order: Tensor, rows: int | None) -> Any:
     if place.output is None:
-        return _in_order(output, place, order, ())
+        return _in_order(output, place, order, (), rows)
     parts = list(output)
-    parts[place.output] = _in_order(parts[place.output], place, order, ())
+    parts[place.output] = _in_order(parts[place.output], place, order, (), rows)
     return tuple(parts)

@@ -29,6 +29,7 @@ from toma_fx.ordering import (
 from toma_fx.policy import Always, Decision, ModelCall, policy_of
 from toma_fx.ranks import Ranks, check_family, part_of
 from toma_fx.recipe import Recipe
+from toma_fx.references import kept_plan, reference_grids, refuse_traced, run_on_references
 from toma_fx.runtime.memory import Kept, Memories
 from toma_fx.runtime.plan import (
     MERGE_AS_BEFORE,
@@ -106,6 +107,8 @@ class ModelBorder(Border):
             keep: whether what this call makes is returned too.
         """
         border, config = self.toma_key.grids, self.toma_key.config
+        if config.tokens == "references":
+            return run_on_references(self.toma_base_forward, call, self, grids, kept, keep)
         # A block that needs nothing of a call may be run, or exported, on its own.
         alone = config.share == "block" and (variant, grids) == (MERGED, None) and border is None
         unmerged, order = 0, None
@@ -198,6 +201,8 @@ class ModelBorder(Border):
             ModelError: when the policy needs values.
         """
         config = self.toma_recipe.config
+        if config.tokens == "references":
+            refuse_traced(self.toma_key)
         if isinstance(policy_of(config), Always):
             return Decision()
         raise ModelError(
@@ -211,6 +216,10 @@ class ModelBorder(Border):
         policy, model = policy_of(self.toma_recipe.config), cast(nn.Module, self)
         given = self._given(call)
         decision = Decision()
+        if self.toma_recipe.merges_references:
+            grids = reference_grids(self, call)
+            kept = None if grids is None else kept_plan(self, call, grids)
+            return Decision(kept=kept, grids=grids)
         if not isinstance(policy, Always):
             decision = policy.decide(self._facts(call, given), self.toma_state)
         if decision.variant == REUSE and self.toma_recipe.needs_new_rows(call):
@@ -269,6 +278,7 @@ class ModelBorder(Border):
         compiled = "_run" in vars(self) and torch.is_grad_enabled()
         if (
             compiled
+            and self.toma_recipe.merged
             and self.toma_recipe.config.share == "group"
             and model.is_gradient_checkpointing
         ):
@@ -341,6 +351,12 @@ class ParallelModelBorder(ModelBorder):
                 "that placement='keys' rewrote; transform with placement='block'"
             )
         model: Any = super()
+        if self.toma_recipe.merges_references and _is_context_parallel(config):
+            raise ModelError(
+                "ranks of context parallelism split the tokens before references are merged; use "
+                "tensor parallelism (TensorParallelConfig), or let the ranks share the model "
+                "without merging: toma_fx.restore(model)"
+            )
         if self.toma_key.grids is not None and _is_context_parallel(config):
             self._split_by_shapes(config, cp_plan)
             return
@@ -408,6 +424,8 @@ def grids_in(model: nn.Module, call: Mapping[str, Any]) -> tuple[int, ...] | Non
     """
     if not isinstance(model, ModelBorder):
         return None
+    if model.toma_recipe.merges_references:
+        return reference_grids(model, call)
     border, region = model.toma_key.positions, model.toma_key.config.region
     if border is None or region == "image" or call[border.ids].is_meta:
         return None

@@ -22,18 +22,11 @@ toma = torch.ops.toma
 
 def in_token_order(forward: Callable[..., Any], call: Arguments, sequence: TokenSequence) -> Any:
     """A model on tokens in tile order; what comes out is in the caller's order."""
-    call = dict(call)
-    order = _put_in_order(call, sequence, sequence.tokens, sequence.ids)
+    order = _order_of(call, sequence, sequence.tokens, sequence.ids)
+    call = rows_in_order(call, sequence, order)
     if sequence.references is not None and call.get(sequence.references[0]) is not None:
-        _put_in_order(call, sequence, *sequence.references)
-    for name in sequence.more:
-        if call.get(name) is not None:
-            call[name] = [toma.reorder(each, order) for each in call[name]]
-    for name in sequence.joint:
-        if call.get(name) is not None:
-            text = call[name].shape[1] - order.shape[0]
-            image = call[name][:, text:].index_select(1, order)
-            call[name] = torch.cat([call[name][:, :text], image], dim=1)
+        tokens, ids = sequence.references
+        _place(call, sequence, tokens, ids, _order_of(call, sequence, tokens, ids))
     raster = order.argsort()
     with known_order(lambda: order):
         output = forward(**call)
@@ -43,17 +36,42 @@ def in_token_order(forward: Callable[..., Any], call: Arguments, sequence: Token
     return output
 
 
-def _put_in_order(call: Arguments, sequence: TokenSequence, tokens: str, ids: str) -> Tensor:
-    """Put tokens, and their ids, in tile order, which is returned."""
+def rows_in_order(call: Arguments, sequence: TokenSequence, order: Tensor) -> Arguments:
+    """A call in which what has a row for each token has those of an order.
+
+    Args:
+        call: of the model, by name.
+        sequence: where its tokens are.
+        order: ``(n,)`` int64: tokens that are left, in their order.
+    """
+    call = dict(call)
+    tokens = call[sequence.tokens].shape[1]
+    _place(call, sequence, sequence.tokens, sequence.ids, order)
+    for name in sequence.more:
+        if call.get(name) is not None:
+            call[name] = [toma.reorder(each, order) for each in call[name]]
+    for name in sequence.joint:
+        if call.get(name) is not None:
+            text = call[name].shape[1] - tokens
+            image = call[name][:, text:].index_select(1, order)
+            call[name] = torch.cat([call[name][:, :text], image], dim=1)
+    return call
+
+
+def _order_of(call: Arguments, sequence: TokenSequence, tokens: str, ids: str) -> Tensor:
+    order: Tensor = toma.tile_order_of_ids(sequence.places(image_ids(call, sequence, tokens, ids)))
+    return order
+
+
+def _place(call: Arguments, sequence: TokenSequence, tokens: str, ids: str, order: Tensor) -> None:
+    """Put tokens, and their ids, in an order."""
     mine = image_ids(call, sequence, tokens, ids)
     given = call[ids] if call[ids].ndim == 2 else call[ids][0]
-    order: Tensor = toma.tile_order_of_ids(sequence.places(mine))
     call[tokens] = toma.reorder(call[tokens], order)
     text = given[: given.shape[0] - mine.shape[0]]
     placed = torch.cat([text, mine[order]]) if sequence.text_first else mine[order]
     # With a dimension for samples where it had one, since hooks may split it.
     call[ids] = placed if call[ids].ndim == 2 else placed.expand(call[ids].shape[0], -1, -1)
-    return order
 
 
 def image_ids(call: Mapping[str, Any], sequence: TokenSequence, tokens: str, ids: str) -> Tensor:

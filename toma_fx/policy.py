@@ -79,6 +79,14 @@ class Always:
 
 
 @dataclass(frozen=True)
+class OncePerImage(Always):
+    """Merge references alone, by one plan for all steps of a run; it is told by their values."""
+
+    def shares(self, levels: Sequence[float]) -> Mapping[str, float]:
+        return {MERGED: 1 / len(levels), REUSE: 1 - 1 / len(levels)}
+
+
+@dataclass(frozen=True)
 class BelowNoiseLevel:
     """Merge where the noise is low."""
 
@@ -190,6 +198,8 @@ def _one_timestep(call: ModelCall, counting: str, instead: str) -> float:
 
 def policy_of(config: MergeConfig) -> Policy:
     """The policy of a configuration."""
+    if config.tokens == "references":
+        return OncePerImage()
     if config.memory is not None:
         return WithMemory(config.memory, config.merge_below)
     if config.merge_below < 1:

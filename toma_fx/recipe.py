@@ -35,6 +35,7 @@ Role = Literal["alone", "lead", "follow"]
 
 RATIO_IS_ZERO = "ratio is 0"
 ALL_STEPS_FULL = "memory.every is 1"
+ONLY_REFERENCES = "only references merge, at the model's border"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +100,11 @@ class Recipe:
     blocks: tuple[BlockRecipe, ...]
     speedup: float | None = None
     """What the ratio was chosen for, when it was not given."""
+
+    @property
+    def merges_references(self) -> bool:
+        """Whether references merge, at the model's border, and nothing else does."""
+        return self.config.tokens == "references" and self.config.ratio > 0
 
     @property
     def merged(self) -> tuple[BlockRecipe, ...]:
@@ -221,7 +227,10 @@ class Recipe:
             for block in self.blocks
         ]
         headers = ("block", "merged", "ratio", "plan", "variants")
-        return f"{self.family.title}, {self.config}\n{tabulate(rows, headers)}"
+        title = f"{self.family.title}, {self.config}"
+        if self.merges_references:
+            title += "\nreferences merge once for an image, at the model's border"
+        return f"{title}\n{tabulate(rows, headers)}"
 
 
 def plan_options(config: MergeConfig, ratio: float) -> PlanOptions:
@@ -267,8 +276,10 @@ def make_recipe(
 
     Raises:
         ModelError: when a pattern names no block, or when none merges, unless all were asked not to
-            by a ratio of 0.
+            by a ratio of 0; or when only references are to merge, and the family has none.
     """
+    if config.tokens == "references":
+        _check_references(family)
     paths = [plain_path(block.module) for block in found]
     if config.merges and paths:
         _check_patterns(paths, config)
@@ -301,10 +312,27 @@ def make_recipe(
             )
         )
     reasons = {block.unmerged_because for block in blocks}
-    if config.merges and "" not in reasons and reasons != {RATIO_IS_ZERO}:
+    if config.merges and reasons.isdisjoint({"", ONLY_REFERENCES}) and reasons != {RATIO_IS_ZERO}:
         why = "; ".join(sorted(reasons)) or "the model has no transformer block"
         raise ModelError(f"nothing to merge in this {model}: {why}. Pass skip=() to merge all")
     return Recipe(family=family, config=config, blocks=tuple(blocks), speedup=speedup)
+
+
+def _check_references(family: Family) -> None:
+    """Refuse ``tokens="references"`` for a family without them.
+
+    Raises:
+        ModelError: when it has none.
+    """
+    if family.references is not None:
+        return
+    from toma_fx.families import all_families  # imported on an error only
+
+    known = ", ".join(each.title for each in all_families() if each.references is not None)
+    raise ModelError(
+        f"tokens='references' merges the images that a model edits, and {family.title} takes none "
+        f"as tokens; {known} do. Leave it out, or say tokens='all'"
+    )
 
 
 _WRAPPERS = re.compile(r"\.?_(checkpoint_wrapped_module|fsdp_wrapped_module|orig_mod)\b")
@@ -359,6 +387,8 @@ def _never_merged(paths: Sequence[str], family: Family) -> Mapping[str, str]:
 
 def _unmerged(paths: Sequence[str], config: MergeConfig, family: Family) -> Mapping[str, str]:
     """The blocks that the options or the family leave unmerged, each with the reason."""
+    if config.tokens == "references":
+        return dict.fromkeys(paths, ONLY_REFERENCES)
     if config.skip is not None:
         return {
             path: f"skip={pattern!r}"

@@ -13,8 +13,9 @@ from toma_fx.calls import LastCall, to_meta
 from toma_fx.config import MergeConfig
 from toma_fx.grids import sequence_in
 from toma_fx.inputs import random_inputs, weightless
-from toma_fx.model_border import given_in
+from toma_fx.model_border import given_in, grids_in
 from toma_fx.recipe import BlockRecipe, Recipe, plan_options
+from toma_fx.references import reference_grids, tokens_left
 from toma_fx.runtime import regions
 from toma_fx.runtime.plan import REMEMBER, UNTOUCHED
 from toma_fx.transform import model_of
@@ -64,6 +65,8 @@ class Report:
     """Latent frames; 1 of an image."""
     unmerged_frames: int = 0
     """How many of them are given, or may be, and stay as they are."""
+    references: tuple[tuple[int, int], ...] | None = None
+    """Tokens of each reference before and after, where only references merge."""
     kept_bytes: int = 0
     """Of what a run keeps from step to step, plans and memories."""
     theta: float | None = None
@@ -104,12 +107,21 @@ class Report:
             f"{self.model}, {self.image}, {ratio}",
             tabulate(rows, headers, disable_numparse=True),
             f"plan: {_plan(self.config)}",
+            self._of_references(),
             self._video(),
             self._when(),
             self._kept(),
             self._prediction(),
         )
         return "\n".join(filter(None, lines))
+
+    def _of_references(self) -> str:
+        if self.references is None:
+            return ""
+        each = ", ".join(_arrow(*pair) for pair in self.references)
+        if not each:
+            return "references: none in this call, which runs untouched"
+        return f"references: {each} tokens, merged at the model's border; the image is not"
 
     def _video(self) -> str:
         if self.frames == 1:
@@ -186,16 +198,18 @@ def report(
     last = getattr(model, "toma_last_call", None)
     sized = any(size is not None for size in (height, width, frames)) or batch != 1
     if inputs is not None:
-        call = LastCall(to_meta(inputs), given=given_in(model, inputs))
+        call = LastCall(to_meta(inputs), grids_in(model, inputs), given_in(model, inputs))
     elif last is not None and not sized:
         call = last
     else:
         size = {"height": height, "width": width, "frames": frames}
-        call = LastCall(random_inputs(weightless(model), batch=batch, **size))
+        call = _made_up(model, recipe, random_inputs(weightless(model), batch=batch, **size))
     scheduler = getattr(getattr(model, "toma_reader", None), "scheduler", None)
     counted = run_operations(model, recipe, call, steps, scheduler)
     image = recipe.family.image(call.arguments)
     sequence = sequence_in(model, call.arguments, call.given)
+    references = _references(model, recipe, call)
+    fewer = sum(before - after for before, after in references or ())
     unmerged, grids = 0, call.grids
     if sequence is not None:
         unmerged, grids = sequence.unmerged, sequence.segments
@@ -213,7 +227,7 @@ def report(
                 merged=block.components,
                 skipped=block.unmerged_because,
                 tokens_before=given,
-                tokens_after=left if block.role else given,
+                tokens_after=left if block.role else given - fewer,
                 flops_before=sum(counted.before[m.path] for m in members),
                 flops_after=sum(counted.after[m.path] for m in members),
             )
@@ -229,10 +243,22 @@ def report(
         flops_after=counted.after[""],
         frames=1 if sequence is None else sequence.grids[0].frames,
         unmerged_frames=0 if sequence is None else len(sequence.given_frames),
+        references=references,
         kept_bytes=counted.kept_bytes,
         theta=recipe.theta if recipe.config.memory is not None else None,
         asked=recipe.speedup,
     )
+
+
+def _made_up(model: Any, recipe: Recipe, call: dict[str, Any]) -> LastCall:
+    """A made-up call; with a reference as large as the image where only references merge."""
+    family = recipe.family
+    if family.references is None or not recipe.merges_references:
+        return LastCall(call, None)
+    edit = family.references.example(call)
+    shapes_tell = reference_grids(model, edit)
+    drawn = family.image(call).shape[1]
+    return LastCall(edit, shapes_tell or (drawn, drawn))
 
 
 def tokens_after(
@@ -270,7 +296,20 @@ def _alike(recipe: Recipe) -> Iterator[tuple[str, list[BlockRecipe]]]:
         yield str(parent), list(members)
 
 
+def _references(model: Any, recipe: Recipe, call: LastCall) -> tuple[tuple[int, int], ...] | None:
+    """Tokens of each reference before and after; None where all image tokens merge."""
+    if not recipe.merges_references:
+        return None
+    grids = reference_grids(model, call.arguments) or call.grids or ()
+    return tuple(zip(grids[1:], tokens_left(grids, recipe.config.ratio), strict=True))
+
+
 def _plan(config: MergeConfig) -> str:
+    if config.tokens == "references":
+        return (
+            f"{config.selector} in each reference, weights at temperature {config.temperature:g}, "
+            "once for an image, never unmerged"
+        )
     where = (
         config.region if config.region == "image" else f"{config.region} of {config.region_tokens}"
     )

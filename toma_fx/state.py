@@ -17,7 +17,7 @@ weights are shared, so it costs no memory.
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,10 +25,14 @@ from torch.utils import _pytree as pytree
 
 from toma_fx.families.rows import grid_sizes
 from toma_fx.runtime.memory import Kept
+from toma_fx.runtime.plan import Plan
 
 MOST_RUNS = 32
 """Runs that are kept at the same time. The one that was used longest ago goes first; should it go
 on, it makes new plans."""
+
+MOST_REFERENCES = 4
+"""References, of one image or of several in one call, whose plans are kept at the same time."""
 
 
 class _Held:
@@ -49,7 +53,18 @@ class _Held:
 
     def equals(self, tensor: Tensor) -> bool:
         """Whether the values are equal. On a GPU, asking waits for it."""
-        return self._version == _version(self._tensor) and torch.equal(self._tensor, tensor)
+        mine = self._tensor
+        alike = (mine.dtype, mine.device) == (tensor.dtype, tensor.device)
+        return alike and self._version == _version(mine) and torch.equal(mine, tensor)
+
+
+class _Planned(NamedTuple):
+    """References that have a plan, and the thread that made it."""
+
+    thread: int
+    references: _Held
+    grids: tuple[int, ...]
+    plan: Plan
 
 
 @dataclass(eq=False)
@@ -79,6 +94,7 @@ class State:
     def __init__(self) -> None:
         self._runs: list[Run] = []
         self._read: list[tuple[tuple[tuple[_Held, ...], object], Any]] = []
+        self._references: list[_Planned] = []
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -147,6 +163,28 @@ class State:
             self._read = [*self._read[1 - MOST_RUNS :], (key, read)]
         return read
 
+    def plan_for(
+        self, references: Tensor, grids: tuple[int, ...], make: Callable[[], Plan]
+    ) -> Plan:
+        """The plan for the tokens of references, which is made once for those of equal values.
+
+        Args:
+            references: ``(B, n, C)``.
+            grids: of the call.
+            make: makes the plan, of tensors.
+        """
+        with self._lock:
+            known = list(self._references)
+        for each in known:
+            if each.grids == grids and each.references.equals(references):
+                return each.plan
+        # What a call outside of `torch.inference_mode` can use.
+        with torch.inference_mode(mode=False), torch.no_grad():
+            made = _Planned(threading.get_ident(), _Held(references.clone()), grids, make())
+        with self._lock:
+            self._references = [*self._references[1 - MOST_REFERENCES :], made]
+        return made.plan
+
     def keep(self, run: Run, made: Kept, *, earlier: bool = False) -> None:
         """Keep what a call made for those that follow in its run.
 
@@ -169,10 +207,12 @@ class State:
         with self._lock:
             self._runs = [run for run in self._runs if run.thread != thread]
             self._read = []
+            self._references = [each for each in self._references if each.thread != thread]
 
     def nbytes(self) -> int:
         """Bytes of what is kept."""
         tensors = pytree.tree_leaves([run.kept for run in self._runs])
+        tensors += [each for planned in self._references for each in planned.plan]
         return sum(each.nbytes for each in tensors if isinstance(each, Tensor))
 
 

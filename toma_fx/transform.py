@@ -87,6 +87,11 @@ def transform(
             f"config={config!r} must be a MergeConfig; options go by name: "
             "toma_fx.transform(model, ratio=0.5)"
         )
+    if speedup is not None and config.tokens == "references":
+        raise ConfigError(
+            f"speedup={speedup!r} goes by a call without references, which tokens='references' "
+            "does not change; give a ratio, and see toma_fx.report"
+        )
     if speedup is not None and config.block_ratios:
         raise ConfigError(
             f"speedup={speedup!r} chooses one ratio for all blocks, and block_ratios gives some "
@@ -223,6 +228,9 @@ _ROLES = {
 
 
 def _log(recipe: Recipe, model: str) -> None:
+    if recipe.merges_references:
+        logger.info("transformed %s: references merge at its border; %s", model, recipe.config)
+        return
     logger.info(
         "transformed %s: %d of %d blocks merge tokens, in %d groups; %s",
         model,

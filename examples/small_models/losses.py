@@ -121,6 +121,51 @@ def flux_loss(parts: Any, pipe: Any, latents: Tensor, tokens: list[Tensor], batc
     return loss
 
 
+def edit_loss(
+    parts: Any, pipe: Any, latents: tuple[Tensor, Tensor], text: list[Tensor], batch: int
+) -> Loss:
+    """As `flux_loss`, beside the tokens of a reference, as Kontext takes them.
+
+    Args:
+        parts: holds the transformer.
+        pipe: of which only the packing of latents is used.
+        latents: of the pictures before and after, in the VAE's scale.
+        text: what the frozen text encoders make of each prompt and, in the last row, of the empty
+            one: pooled vectors, and states.
+        batch: pairs of a step.
+    """
+    before, after = latents
+    height = after.shape[-1] // 2
+    places = pipe._prepare_latent_image_ids(batch, height, height, "cpu", torch.float32)
+    reference_places = places.clone()
+    reference_places[:, 0] = 1
+    img_ids = torch.cat([places, reference_places])
+    txt_ids = torch.zeros(text[1].shape[1], 3)
+
+    def loss(step: int) -> Tensor:
+        generator = torch.Generator().manual_seed(step)
+        chosen = torch.randint(len(after), (batch,), generator=generator)
+        reference, clean = (
+            pipe._pack_latents(each[chosen].float(), batch, *after.shape[1:])
+            for each in (before, after)
+        )
+        noise = torch.randn(clean.shape, generator=generator)
+        time = torch.sigmoid(torch.randn(batch, generator=generator) + 0.5)
+        mixed = torch.lerp(clean, noise, time.view(-1, 1, 1))
+        guidance = 1 + 4 * torch.rand(batch, generator=generator)
+        dropped = torch.rand(batch, generator=generator) < 0.1
+        pooled, states = (each[torch.where(dropped, len(after), chosen)] for each in text)
+        tokens = torch.cat([mixed, reference], dim=1)
+        moved = _moved(parts, tokens, time, guidance, pooled, states, img_ids, txt_ids)
+        names = ["hidden_states", "timestep", "guidance", "pooled_projections"]
+        names += ["encoder_hidden_states", "img_ids", "txt_ids"]
+        with autocast(moved[0].device):
+            predicted = parts["transformer"](**dict(zip(names, moved, strict=True))).sample
+        return F.mse_loss(predicted[:, : clean.shape[1]].float(), (noise - clean).to(moved[0]))
+
+    return loss
+
+
 def tokens_of(pipe: Any, captions: list[str]) -> list[Tensor]:
     """What each tokenizer makes of the captions and, in the last row, of the empty one."""
     return [

@@ -163,14 +163,22 @@ def words() -> list[str]:
     return sorted({*grammar, *SIZES, *COLOURS, *TEXTURES, *GROUNDS, *SKIES, *shapes})
 
 
-def draw(scene: Scene, seed: int) -> npt.NDArray[np.uint8]:
-    """The scene's pixels, ``(128, 128, 3)``. Edges are smooth: a pixel takes its covered share."""
+def draw(scene: Scene, seed: int, without: Thing | None = None) -> npt.NDArray[np.uint8]:
+    """The scene's pixels, ``(128, 128, 3)``. Edges are smooth: a pixel takes its covered share.
+
+    Args:
+        scene: what is drawn.
+        seed: decides its places.
+        without: a thing of the scene that is left out; all else stays where it is.
+    """
     generator = np.random.default_rng((seed, 1234))
     y, x = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) + np.float32(0.5)
     horizon = SIZE * generator.uniform(0.52, 0.66)
     picture = _sky(scene, y / horizon, generator)
     picture = _blend(picture, _ground(scene, x, y, horizon, generator), _cover(horizon - y))
     for thing, centre, radius, mirrored in _places(scene, generator):
+        if thing == without:
+            continue
         side = -1.0 if mirrored else 1.0
         distance = SHAPES[thing.shape](side * (x - centre[0]), y - centre[1], radius)
         light = 1.0 + 0.25 * np.clip((centre[1] - y) / radius, -1, 1)

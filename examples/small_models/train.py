@@ -226,7 +226,7 @@ def train_vae(kind: Kind, options: argparse.Namespace) -> None:
     loss = vae_loss(model, pictures, options.batch, options.crop)
     average, state = fit(model, loss, options.work / f"vae_{kind}.pt", **_length(options, "vae"))
     unseen = np.stack([draw(scene_of(index), index) for index in range(UNSEEN, UNSEEN + 64)])
-    record = _record(state, options, average) | {"psnr_db": round(psnr(average, unseen), 2)}
+    record = record_of(state, options, average) | {"psnr_db": round(psnr(average, unseen), 2)}
     torch.save(average.state_dict(), options.work / f"vae_{kind}_final.pt")
     (options.work / f"vae_{kind}.json").write_text(json.dumps(record))
     print(kind, "VAE:", record["psnr_db"], "dB after", state.step, "steps")
@@ -262,7 +262,7 @@ def train_diffusion(kind: Kind, options: argparse.Namespace) -> None:
     pipe.vae.half()
     getattr(pipe, names[0]).half()
     pipe.save_pretrained(options.output)
-    record = {"vae": vae_record, "diffusion": _record(state, options, trained)}
+    record = {"vae": vae_record, "diffusion": record_of(state, options, trained)}
     (options.output / "training.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
@@ -270,7 +270,8 @@ def _length(options: argparse.Namespace, stage: str) -> dict[str, Any]:
     return {"rate": RATE[stage], "steps": options.steps, "minutes": options.minutes}
 
 
-def _record(state: State, options: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
+def record_of(state: State, options: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
+    """What a card says of a training."""
     cuda = options.device.type == "cuda"
     return {
         "pictures": options.pictures,

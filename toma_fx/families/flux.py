@@ -8,7 +8,7 @@ from torch import Tensor
 
 from toma_fx.families import noise
 from toma_fx.families.example_tensors import image_ids, random_tensors, rotary_tables, token_grid
-from toma_fx.families.rows import Block, Family, TokenSequence
+from toma_fx.families.rows import Block, Family, References, TokenSequence
 from toma_fx.passes.plan_nodes import Rows, TokenFlow
 from toma_fx.passes.sites import Site
 
@@ -96,6 +96,14 @@ def example_call(
     return call
 
 
+def _edit_call(call: Mapping[str, Any]) -> dict[str, Any]:
+    """A call of Kontext, whose reference has image number 1."""
+    tokens, ids = call["hidden_states"], call["img_ids"]
+    number = torch.tensor([1, 0, 0], device=ids.device, dtype=ids.dtype)
+    both = torch.cat([tokens, tokens], dim=1)
+    return {**call, "hidden_states": both, "img_ids": torch.cat([ids, ids + number])}
+
+
 _BLOCK = "diffusers.models.transformers.transformer_flux"
 _NORM = "diffusers.models.normalization"
 _ROTARY = Rows(argument="image_rotary_emb", items=(0, 1), dim=0, joint=True)
@@ -153,6 +161,7 @@ FAMILY = Family(
             positions="pos_embed",
         ),
     ),
+    references=References(example=_edit_call),
     attention_kwargs="joint_attention_kwargs",
     prompt=("encoder_hidden_states",),
     leaf_values={

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from toma_fx.families import noise
 from toma_fx.families.example_tensors import image_ids, random_tensors, token_grid
-from toma_fx.families.rows import NOT_MEASURED, Block, Family, TokenSequence
+from toma_fx.families.rows import NOT_MEASURED, Block, Family, References, TokenSequence
 from toma_fx.passes.plan_nodes import Rows, TokenFlow
 from toma_fx.passes.sites import Site
 
@@ -105,6 +105,14 @@ def _text_ids(device: torch.device) -> Tensor:
     return torch.stack([zero, zero, zero, position], dim=-1)
 
 
+def _edit_call(call: Mapping[str, Any]) -> dict[str, Any]:
+    """A call with a reference, whose image number is 10."""
+    tokens, ids = call["hidden_states"], call["img_ids"]
+    number = torch.tensor([10, 0, 0, 0], device=ids.device, dtype=ids.dtype)
+    both = torch.cat([tokens, tokens], dim=1)
+    return {**call, "hidden_states": both, "img_ids": torch.cat([ids, ids + number], dim=1)}
+
+
 _MODULE = "diffusers.models.transformers.transformer_flux2"
 _ROTARY = Rows(argument="image_rotary_emb", items=(0, 1), dim=0, joint=True)
 EXAMPLE_TOKENS = 64
@@ -180,6 +188,11 @@ FAMILY = Family(
             leave="proj_out",
             positions="pos_embed",
         ),
+    ),
+    references=References(
+        # Of a cache of references, which come first then, and have a modulation of their own.
+        refused=("kv_cache", "kv_cache_mode"),
+        example=_edit_call,
     ),
     attention_kwargs="joint_attention_kwargs",
     prompt=("encoder_hidden_states",),

@@ -10,7 +10,16 @@ from torch import Tensor
 from toma_fx.errors import InputError
 from toma_fx.families import noise
 from toma_fx.families.example_tensors import random_tensors, token_grid
-from toma_fx.families.rows import NOT_MEASURED, Block, Family, Grid, KeyMask, Place, TokenGrids
+from toma_fx.families.rows import (
+    NOT_MEASURED,
+    Block,
+    Family,
+    Grid,
+    KeyMask,
+    Place,
+    References,
+    TokenGrids,
+)
 from toma_fx.passes.plan_nodes import Rows, TokenFlow
 from toma_fx.passes.sites import Site
 
@@ -125,9 +134,33 @@ def _grids(model: Any, call: Mapping[str, Any]) -> tuple[Grid, ...]:
             f"img_shapes={shapes!r} gives the samples of a batch images of other sizes, and one "
             "plan is made for all; call the model once for each size"
         )
-    # A list of shapes for each sample, or one shape where there is one image.
-    mine = shapes[0] if isinstance(shapes[0], list) else [shapes[0]]
-    return tuple(Grid(rows, columns, frames) for frames, rows, columns in mine)
+    return tuple(Grid(rows, columns, frames) for frames, rows, columns in _shapes_of_sample(call))
+
+
+def _shapes_of_sample(call: Mapping[str, Any]) -> list[tuple[int, int, int]]:
+    """A list of shapes for each sample is given, or one shape where there is one image."""
+    first = call["img_shapes"][0]
+    return first if isinstance(first, list) else [first]
+
+
+def _drawn(model: Any, grids: tuple[Grid, ...]) -> int:
+    """The first image; of one that is taken apart, all but the last."""
+    return len(grids) - 1 if model.config.use_additional_t_cond else 1
+
+
+def _shorter(call: Mapping[str, Any], drawn: int, left: tuple[int, ...]) -> dict[str, Any]:
+    """Shapes from which the model sees how many tokens have timestep 0, as those to edit may."""
+    shapes = [*_shapes_of_sample(call)[:drawn], *((1, 1, tokens) for tokens in left)]
+    return {"img_shapes": [shapes] * len(call["img_shapes"])}
+
+
+def _edit_call(call: Mapping[str, Any]) -> dict[str, Any]:
+    """A call with an image to edit, unless it has one already."""
+    shapes = _shapes_of_sample(call)
+    if len(shapes) > 1:
+        return dict(call)
+    both = torch.cat([call["hidden_states"]] * 2, dim=1)
+    return {**call, "hidden_states": both, "img_shapes": [shapes * 2] * len(call["img_shapes"])}
 
 
 FAMILY = Family(
@@ -160,11 +193,12 @@ FAMILY = Family(
             enter=(
                 Place(argument="hidden_states"),
                 Place(argument="controlnet_block_samples", listed=True),
-                Place(module="pos_embed", output=0, dim=0),
+                Place(module="pos_embed", output=0, dim=0, told=("video_fhw", "img_shapes")),
             ),
             leave=(Place(),),
         ),
     ),
+    references=References(drawn=_drawn, shorter=_shorter, example=_edit_call),
     attention_kwargs="attention_kwargs",
     prompt=("encoder_hidden_states",),
     unmerged_by_default={"transformer_blocks": (1, 4)},

@@ -208,6 +208,10 @@ class Place:
     listed: bool = False
     """Whether it is a list or a tuple of such tensors, or a dictionary: one for each sample or
     block."""
+    told: tuple[str, str] | None = None
+    """An argument of the module that says how many tokens there are, and the model's argument that
+    it is: where the model is told of fewer, the module is told of all of them, and its rows are
+    picked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,6 +292,31 @@ class TokenGrids:
         return region == "tile" or self.reads_given is not None or self.given_last
 
 
+def _first(model: Any, grids: tuple[Grid, ...]) -> int:
+    return 1
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class References:
+    """Images that a model edits, whose tokens stand behind those of the image that it draws.
+
+    They carry no noise, and pipelines throw away what the model returns for them. Where their
+    positions are told by a `TokenSequence`, each image number but the first is a reference.
+    """
+
+    tokens: str = "hidden_states"
+    """The argument with all image tokens, ``(B, N, C)``."""
+    drawn: Callable[[Any, tuple[Grid, ...]], int] = _first
+    """Of the grids of a call, ``(model, grids)``: how many, from the first, are drawn."""
+    shorter: Callable[[Mapping[str, Any], int, tuple[int, ...]], dict[str, Any]] | None = None
+    """The arguments that say how many tokens there are, of a call in which references have so many,
+    ``(call, drawn grids, tokens of each reference)``."""
+    refused: tuple[str, ...] = ()
+    """Arguments that speak of single tokens of references, or put them elsewhere."""
+    example: Callable[[Mapping[str, Any]], dict[str, Any]]
+    """A made-up call with one reference as large as the image, of one without."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Family:
     """A model class and the blocks in it."""
@@ -336,6 +365,8 @@ class Family:
     """Numbers of tokens in the sequences that attention sees in a call."""
     image: Callable[[Mapping[str, Any]], Tensor] = _hidden_states
     """The argument of a call that holds the image."""
+    references: References | None = None
+    """The images that the models edit, if there are such models."""
     reads_values: bool = False
     """Whether the model picks the words of a text by its mask, and so cannot run on tensors without
     data unless it is told which they are."""
