@@ -141,11 +141,13 @@ FORMS = {
 }
 
 
-def _some(quick: set[tuple[Any, ...]], *rows: tuple[Any, ...]) -> Iterator[Any]:
+def _some(quick: set[tuple[Any, ...]], *rows: tuple[Any, ...]) -> list[Any]:
     """Parameters of a test; those that begin with none of ``quick`` are slow."""
-    for row in rows:
-        is_quick = any(row[: len(each)] == each for each in quick)
-        yield pytest.param(*row, marks=() if is_quick else (pytest.mark.slow,))
+    marks = [
+        () if any(row[: len(each)] == each for each in quick) else (pytest.mark.slow,)
+        for row in rows
+    ]
+    return [pytest.param(*row, marks=mark) for row, mark in zip(rows, marks, strict=True)]
 
 
 @pytest.mark.parametrize(
