@@ -165,7 +165,7 @@ def _lead_of(graphs: Graphs, follower: Graphs | None) -> _Lead | None:
         if planner is None:
             return None
         apart.append((name, _code_of(planner)))
-    return _Lead(tuple(apart), _codes_of(follower))
+    return _Lead(tuple(apart), _codes_of(follower)) if apart else None
 
 
 def _code_of(graph: fx.Graph) -> _Code:

@@ -254,11 +254,18 @@ def check_caches(model: nn.Module, recipe: Recipe) -> None:
 
     Raises:
         ModelError: when a module within a merged block keeps its output for later steps, while
-            every step chooses its own destinations.
+            every step chooses its own destinations, or full steps have all tokens.
     """
-    if recipe.config.selector != "facility_location":
+    memory = recipe.config.memory
+    if recipe.config.selector != "facility_location" and memory is None:
         return
     for path, kept in _caches(model, recipe):
+        if memory is not None:
+            raise ModelError(
+                f"{kept} keeps the output of {path} for later steps, and {memory} runs some steps "
+                "on all tokens and others on merged ones; transform with memory=None and "
+                "selector='grid', or cache whole blocks: FirstBlockCacheConfig or MagCacheConfig"
+            )
         raise ModelError(
             f"{kept} keeps the output of {path} for later steps, which merge into other tokens; "
             "transform with selector='grid', which keeps its tokens, or cache whole blocks: "
