@@ -123,7 +123,7 @@ def _lead_of(graphs: Graphs, follower: Graphs | None) -> Lead | None:
         if planner is None:
             return None
         apart.append((name, _code_of(planner)))
-    return Lead(tuple(apart), _codes_of(follower))
+    return Lead(tuple(apart), _codes_of(follower)) if apart else None
 
 
 def _code_of(graph: fx.Graph) -> Code:

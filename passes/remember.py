@@ -29,7 +29,7 @@ from torch import fx
 from toma_fx.passes.pipeline import Pass, run_passes
 from toma_fx.passes.plan_nodes import TokenFlow, call, placeholder
 from toma_fx.passes.streams import streams
-from toma_fx.runtime import memory
+from toma_fx.runtime import memory, plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class Remember(Pass):
 
     flow: TokenFlow
     merging: tuple[Pass, ...]
-    """The passes that make the plan and merge."""
+    """The passes that make the plan and merge; none where later steps do not merge."""
     control: bool
     """Whether the block runs on merged tokens too, to remember its updates of them."""
 
@@ -59,6 +59,8 @@ class Remember(Pass):
             kwargs = None
             if self.flow.attention_kwargs is not None:
                 kwargs = placeholder(graph, self.flow.attention_kwargs)
-            args = (kwargs, tuple(whole), tuple(merged) if self.control else ())
-            call(graph, memory.remember, args, name="remembered")
+            # Nothing else may ask for the plan here, and later steps cannot do without.
+            asked = graph.find_nodes(op="call_function", target=plan.shared)
+            given = (tuple(merged),) if self.control else ((), *asked)
+            call(graph, memory.remember, (kwargs, tuple(whole), *given), name="remembered")
         return len(whole)

@@ -21,8 +21,12 @@ class Stream:
     """What comes out."""
     tokens: fx.Node | None
     """What comes in, to which the block adds; None where it is not known."""
-    merged: fx.Node | None
+    merged: fx.Node | None = None
     """What the block adds to merged tokens; None where no tokens of the stream merge."""
+    merging: tuple[Any, ...] = ()
+    """Behind the tokens, the arguments that merge them."""
+    unmerging: tuple[Any, ...] = ()
+    """Those that spread them."""
 
     def update(self, graph: fx.Graph) -> fx.Node:
         """What the block adds, or all that comes out where it is not known what came in."""
@@ -38,15 +42,13 @@ class Stream:
         """Tokens merged as the stream is; as they are where it does not merge."""
         if self.merged is None:
             return tokens
-        merge: Any = self.merged.args[1]
-        return call(graph, toma.merge.default, (tokens, *merge.args[1:]), name="merged")
+        return call(graph, toma.merge.default, (tokens, *self.merging), name="merged")
 
     def unmerge(self, graph: fx.Graph, tokens: fx.Node) -> fx.Node:
         """Merged tokens spread as the stream is; as they are where it does not merge."""
         if self.merged is None:
             return tokens
-        unmerge = next(u for u in self.merged.users if u.target is toma.unmerge.default)
-        return call(graph, toma.unmerge.default, (tokens, *unmerge.args[1:]), name="unmerged")
+        return call(graph, toma.unmerge.default, (tokens, *self.unmerging), name="unmerged")
 
 
 def streams(graph: fx.Graph, flow: TokenFlow) -> list[Stream]:
@@ -55,10 +57,18 @@ def streams(graph: fx.Graph, flow: TokenFlow) -> list[Stream]:
     if isinstance(outputs, fx.Node):
         return [_image(graph, outputs, flow)]
     return [
-        _image(graph, node, flow) if index == flow.output else _other(graph, node, flow)
+        _stream(graph, index, node, flow)
         for index, node in enumerate(outputs)
         if isinstance(node, fx.Node)
     ]
+
+
+def _stream(graph: fx.Graph, index: int, returned: fx.Node, flow: TokenFlow) -> Stream:
+    if index == flow.output:
+        return _image(graph, returned, flow)
+    if index in flow.also_returned:
+        return _also(graph, returned)
+    return _other(graph, returned, flow)
 
 
 def return_instead(graph: fx.Graph, made: Sequence[fx.Node]) -> None:
@@ -73,8 +83,30 @@ def return_instead(graph: fx.Graph, made: Sequence[fx.Node]) -> None:
 
 
 def _image(graph: fx.Graph, returned: fx.Node, flow: TokenFlow) -> Stream:
-    merged = next((node for node in graph.nodes if UPDATE in node.meta), None)
-    return Stream(returned, placeholder(graph, flow.tokens), merged)
+    tokens, update = placeholder(graph, flow.tokens), _update(graph)
+    if update is None:
+        return Stream(returned, tokens)
+    unmerge = next(user for user in update.users if user.target is toma.unmerge.default)
+    return Stream(returned, tokens, update, _merging(update), unmerge.args[1:])
+
+
+def _also(graph: fx.Graph, returned: fx.Node) -> Stream:
+    """Further tokens of the image, which are made anew."""
+    update = _update(graph)
+    if update is None or returned.target is not toma.unmerge.default:
+        return Stream(returned, None)
+    merged: Any = returned.args[0]
+    return Stream(returned, None, merged, _merging(update), returned.args[1:])
+
+
+def _update(graph: fx.Graph) -> fx.Node | None:
+    """What the block adds to merged tokens of the image, if they merge."""
+    return next((node for node in graph.nodes if UPDATE in node.meta), None)
+
+
+def _merging(update: fx.Node) -> tuple[Any, ...]:
+    merge: Any = update.args[1]
+    return tuple(merge.args[1:])
 
 
 def _other(graph: fx.Graph, returned: fx.Node, flow: TokenFlow) -> Stream:
@@ -86,4 +118,4 @@ def _other(graph: fx.Graph, returned: fx.Node, flow: TokenFlow) -> Stream:
         and isinstance(node.meta["val"], Tensor)
         and node.meta["val"].shape == returned.meta["val"].shape
     ]
-    return Stream(returned, like[0] if len(like) == 1 else None, None)
+    return Stream(returned, like[0] if len(like) == 1 else None)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.fx.node import has_side_effect
 
-from toma_fx.runtime.plan import Plans, scope_of
+from toma_fx.runtime.plan import Plan, Plans, scope_of
 
 Updates = tuple[Tensor, ...]
 """What a block adds to each of its streams of tokens, ``(B, N, D)`` each."""
@@ -92,13 +92,19 @@ def memories_in(attention_kwargs: Mapping[str, Any] | None) -> Memories | None:
 
 
 @has_side_effect
-def remember(attention_kwargs: Mapping[str, Any] | None, update: Updates, merged: Updates) -> None:
+def remember(
+    attention_kwargs: Mapping[str, Any] | None,
+    update: Updates,
+    merged: Updates,
+    plan: Plan | None = None,
+) -> None:
     """Leave what a block added to its tokens for the steps that follow.
 
     Args:
         attention_kwargs: of the call of the block; their scope holds the memories.
         update: of all tokens.
         merged: of merged tokens.
+        plan: by which they will be merged, where this block does not do so now.
     """
     memories = memories_in(attention_kwargs)
     if memories is not None:

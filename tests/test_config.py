@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from toma_fx import MergeConfig, Schedule, config, option_values
+from toma_fx import Memory, MergeConfig, Schedule, config, option_values, schedule
 from toma_fx.config import PRESETS, matches
 from toma_fx.errors import ConfigError
 from toma_fx.runtime.regions import kept_tokens
@@ -403,6 +403,7 @@ def test_a_ratio_that_merges_nothing_is_led_out(
 TEN: dict[str, Any] = {"schedule": Schedule(select_every=10)}
 TINY: dict[str, Any] = {"ratio": 0.001}
 REFERENCES: dict[str, Any] = {"tokens": "references"}
+MEMORY = Memory(every=3)
 # What is refused, the words that name a way out, and the options of whoever takes it.
 WAYS_OUT: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ({"ratio": 2}, "such as 0.5", {"ratio": 0.5}),
@@ -457,6 +458,30 @@ WAYS_OUT: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
         )
         for options in ({"unmerge": "pinv"}, {"merge_over": "image"})
     ),
+    ({"memory": MEMORY, "share": "block"}, "use share='group'", {"memory": MEMORY}),
+    ({"memory": MEMORY, "share": "block"}, "or memory=None", {"memory": None, "share": "block"}),
+    (
+        {"memory": MEMORY, **TEN},
+        "use Schedule()",
+        {"memory": MEMORY, "schedule": Schedule()},
+    ),
+    ({"memory": MEMORY, **TEN}, "or memory=None", {"memory": None, **TEN}),
+    (
+        {"memory": MEMORY, "residual": "replace"},
+        "use residual='keep'",
+        {"memory": MEMORY, "residual": "keep"},
+    ),
+    (
+        {"memory": MEMORY, "residual": "replace"},
+        "or memory=None",
+        {"memory": None, "residual": "replace"},
+    ),
+    ({"memory": {"theta": 2}}, "such as 0.5", {"memory": {"theta": 0.5}}),
+    ({"memory": {"theta": "much"}}, "or None", {"memory": {"theta": None}}),
+    ({"memory": {"control": 1}}, "must be True or False", {"memory": {"control": True}}),
+    ({"memory": {"every": 0}}, "such as 2", {"memory": {"every": 2}}),
+    ({"memory": {"steps": 2}}, "choose from 'every'", {"memory": {"every": 2}}),
+    ({"memory": 2}, "such as Memory(every=2)", {"memory": Memory(every=2)}),
     (TINY, "a ratio of at least 0.00782,", {"ratio": 0.00782}),
     (TINY, "region_tokens=1024,", {**TINY, "region_tokens": 1024}),
     (TINY, "or a ratio of 0", {"ratio": 0}),
@@ -480,7 +505,7 @@ def test_the_way_out_leads_out(bad: dict[str, Any], way: str, good: dict[str, An
 
 
 def test_every_refusal_has_a_way_out() -> None:
-    files = (config.__file__, option_values.__file__)
+    files = (config.__file__, option_values.__file__, schedule.__file__)
     raised = set()
     for bad, _, _ in WAYS_OUT:
         with pytest.raises(ConfigError) as caught:

@@ -127,7 +127,7 @@ def install_blocks(model: nn.Module, recipe: Recipe) -> None:
     graphs = _Graphs(recipe)
     for each in recipe.blocks:
         block = model.get_submodule(each.module)
-        leads, form = each.role == "lead", each.form
+        leads, form = each.role == "lead" and recipe.makes_plans, each.form
         install(
             block,
             graphs.of(block, each, recipe.variants(each)),

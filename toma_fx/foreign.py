@@ -280,8 +280,8 @@ def check_caches(model: nn.Module, recipe: Recipe) -> None:
 
     Raises:
         ModelError: when a module within a merged block keeps its output for later steps, while
-            every step chooses its own destinations, or a hook is on an attention of which only the
-            layers run.
+            every step chooses its own destinations or full steps have all tokens, or a hook is on
+            an attention of which only the layers run.
     """
     for path, attention in _opened(model, recipe):
         if any(hooks_of(attention)):
@@ -290,9 +290,17 @@ def check_caches(model: nn.Module, recipe: Recipe) -> None:
                 "block's graph; cache whole blocks (FirstBlockCacheConfig, MagCacheConfig), or "
                 "transform with placement='block'"
             )
-    if recipe.config.placement == "keys" or recipe.config.selector != "facility_location":
+    memory = recipe.config.memory
+    chooses = recipe.config.selector == "facility_location" or memory is not None
+    if recipe.config.placement == "keys" or not chooses:
         return
     for path, kept in _caches(model, recipe):
+        if memory is not None:
+            raise ModelError(
+                f"{kept} keeps the output of {path} for later steps, and {memory} runs some steps "
+                "on all tokens and others on merged ones; transform with memory=None and "
+                "selector='grid', or cache whole blocks: FirstBlockCacheConfig or MagCacheConfig"
+            )
         raise ModelError(
             f"{kept} keeps the output of {path} for later steps, which merge into other tokens; "
             "transform with selector='grid', which keeps its tokens, or cache whole blocks: "

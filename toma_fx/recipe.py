@@ -144,6 +144,11 @@ class Recipe:
         return self.family.theta if given is None else given
 
     @property
+    def makes_plans(self) -> bool:
+        """Whether anything runs on merged tokens: not where updates are only extrapolated."""
+        return self.config.memory is None or self.theta > 0
+
+    @property
     def controls(self) -> bool:
         """Whether full steps also run on merged tokens."""
         memory = self.config.memory
@@ -152,14 +157,15 @@ class Recipe:
     def _with_memory(
         self, block: BlockRecipe, memory: Memory
     ) -> dict[str, tuple[Pass, ...] | None]:
-        remember = Remember(flow=block.row.flow, merging=self._passes(block), control=self.controls)
+        merging = self._passes(block) if self.makes_plans else ()
+        remember = Remember(flow=block.row.flow, merging=merging, control=self.controls)
         recall = Recall(
             flow=block.row.flow,
             theta=self.theta,
             extrapolate=memory.extrapolate,
             control=self.controls,
         )
-        between = self._passes(replace(block, role="follow"))
+        between = self._passes(replace(block, role="follow")) if self.makes_plans else ()
         return {REMEMBER: (remember, Cleanup()), RECALL: (*between, recall, Cleanup())}
 
     def needs_new_rows(self, call: Mapping[str, Any]) -> bool:
