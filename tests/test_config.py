@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from toma_fx import Memory, MergeConfig, Schedule, config, option_values, schedule
+from toma_fx import Memory, MergeConfig, Schedule, combinations, config, option_values, schedule
 from toma_fx.config import PRESETS, matches
 from toma_fx.errors import ConfigError
 from toma_fx.runtime.regions import kept_tokens
@@ -505,7 +505,7 @@ def test_the_way_out_leads_out(bad: dict[str, Any], way: str, good: dict[str, An
 
 
 def test_every_refusal_has_a_way_out() -> None:
-    files = (config.__file__, option_values.__file__, schedule.__file__)
+    files = (config.__file__, combinations.__file__, option_values.__file__, schedule.__file__)
     raised = set()
     for bad, _, _ in WAYS_OUT:
         with pytest.raises(ConfigError) as caught:

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Self, get_args
 
+from toma_fx.combinations import check_combinations
 from toma_fx.errors import ConfigError
 from toma_fx.option_values import (
-    check_merging,
     choice,
     count,
     listed,
@@ -178,7 +178,7 @@ class MergeConfig:
             )
         for name, value in checked.items():
             object.__setattr__(self, name, value)
-        self._check_combinations()
+        check_combinations(self)
 
     def __repr__(self) -> str:
         """The ratio, and the fields that differ from their defaults; evaluates to the config."""
@@ -264,83 +264,6 @@ class MergeConfig:
         plain = map(str, patterns)
         # The order of a set differs from one process to the next.
         return tuple(sorted(plain) if isinstance(given, set | frozenset) else plain)
-
-    def _check_combinations(self) -> None:
-        if self.tokens == "references":
-            self._check_references()
-            return
-        if self.placement == "block" and self.components != get_args(Component):
-            raise ConfigError(
-                f"components={self.components!r} cannot be combined with placement='block', which "
-                "merges the whole block; use placement='component' or leave components out"
-            )
-        if self.placement == "keys" and self.components != get_args(Component):
-            raise ConfigError(
-                f"components={self.components!r} cannot be combined with placement='keys', which "
-                "merges the keys and values of self-attention and nothing else; leave components "
-                "out"
-            )
-        if self.placement == "keys" and self.unmerge != "transpose":
-            raise ConfigError(
-                f"unmerge={self.unmerge!r} cannot be combined with placement='keys', which counts "
-                "tokens by the transpose and unmerges nothing; leave unmerge out"
-            )
-        if self.share == "block" and not self.schedule.stateless:
-            raise ConfigError(
-                f"share='block' cannot be combined with {self.schedule}, which keeps one plan per "
-                "group; use share='group' or Schedule()"
-            )
-        if self.memory is not None:
-            self._check_memory()
-        if self.merge_below < 1 and not self.schedule.stateless:
-            raise ConfigError(
-                f"merge_below={self.merge_below} cannot be combined with {self.schedule}, which "
-                "counts every step; use Schedule() or merge_below=1"
-            )
-        if self.selector == "fixed" and (self.unmerge, self.merge_over) != ("transpose", "region"):
-            raise ConfigError(
-                "selector='fixed' has no weights to invert or to spread over the image; use "
-                "unmerge='transpose' and merge_over='region'"
-            )
-        if self.region != "image":  # whose size only the model's input tells
-            for given, ratio in (
-                (f"ratio={self.ratio}", self.ratio),
-                *((f"block_ratios[{name!r}]={ratio}", ratio) for name, ratio in self.block_ratios),
-            ):
-                check_merging(given, ratio, self.region_tokens)
-
-    def _check_references(self) -> None:
-        default = {field.name: field.default for field in fields(self)}
-        allowed = ("ratio", "tokens", "selector", "temperature")
-        for name, value in default.items():
-            given = getattr(self, name)
-            if name not in allowed and given != value:
-                raise ConfigError(
-                    f"{name}={given!r} cannot be combined with tokens='references', with which no "
-                    f"block merges; leave {name} out: {', '.join(allowed)} are what counts"
-                )
-        if self.selector == "fixed":
-            raise ConfigError(
-                "selector='fixed' cannot be combined with tokens='references': its weights are "
-                "random, a bound of time for merging in blocks; use selector='facility_location'"
-            )
-
-    def _check_memory(self) -> None:
-        if self.share == "block":
-            raise ConfigError(
-                f"share='block' cannot be combined with {self.memory}, which keeps one plan per "
-                "group; use share='group' or memory=None"
-            )
-        if not self.schedule.stateless:
-            raise ConfigError(
-                f"{self.schedule} cannot be combined with {self.memory}, which makes its plans at "
-                "full steps; use Schedule() or memory=None"
-            )
-        if self.placement == "block" and self.residual == "replace":
-            raise ConfigError(
-                f"residual='replace' cannot be combined with {self.memory}, which adds to tokens "
-                "that stay whole; use residual='keep' or memory=None"
-            )
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Self:

@@ -17,10 +17,10 @@ from toma_fx.border import Border, BorderKey
 from toma_fx.calls import Arguments, named_arguments
 from toma_fx.families.rows import Stage, TokenGrids, qualified_name
 from toma_fx.grids import method_in_order
-from toma_fx.model_border import (
+from toma_fx.model_border import ModelBorder
+from toma_fx.model_kinds import (
     CachedModelBorder,
     CachedParallelModelBorder,
-    ModelBorder,
     ParallelModelBorder,
 )
 from toma_fx.ordering import TOKEN_ORDER_HOOK, enter_in_order, known_order, leave_in_order
