@@ -482,6 +482,12 @@ WAYS_OUT: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ({"memory": {"every": 0}}, "such as 2", {"memory": {"every": 2}}),
     ({"memory": {"steps": 2}}, "choose from 'every'", {"memory": {"every": 2}}),
     ({"memory": 2}, "such as Memory(every=2)", {"memory": Memory(every=2)}),
+    (
+        {"placement": "keys", "components": ("mlp",)},
+        "leave components out",
+        {"placement": "keys"},
+    ),
+    ({"placement": "keys", "unmerge": "pinv"}, "leave unmerge out", {"placement": "keys"}),
     (TINY, "a ratio of at least 0.00782,", {"ratio": 0.00782}),
     (TINY, "region_tokens=1024,", {**TINY, "region_tokens": 1024}),
     (TINY, "or a ratio of 0", {"ratio": 0}),
