@@ -20,6 +20,7 @@ order, and then ``merge``, ``one_plan`` and ``cleanup`` run as on a block.
 ``pipeline`` says what a pass is and runs them. ``sites`` names the parts of a block that can merge,
 and ``plan_nodes`` inserts the nodes that make a plan. ``block_graph`` and ``flat_graph`` are two
 kinds of graph as the merge pass sees them, and ``flat_nodes`` and ``flat_values`` help with the
-second. ``open_attention`` shows a graph the inside of attention. ``stand_ins`` are what a capture traces through in place of a block's modules. ``readable``
-and ``debug`` show graphs, and ``pass_manager`` runs the passes among torch.fx's own.
+second. ``open_attention`` shows a graph the inside of attention. ``stand_ins`` are what a capture
+traces through in place of a block's modules. ``readable`` and ``debug`` show graphs, and
+``pass_manager`` runs the passes among torch.fx's own.
 """
