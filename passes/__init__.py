@@ -5,6 +5,7 @@ In the order in which a block goes through them:
 ============= ====================================================================
 capture       a block's forward becomes a graph; makes what the passes rewrite
 merge         merge and unmerge around sites of the block, or around all of it
+merge_keys    or merge the keys and values of its self-attention alone
 guard_inputs  refuse inputs that merged tokens cannot carry
 one_plan      one plan for all sites of the block
 hand_on       one plan for the blocks of a group, and for several steps
@@ -19,6 +20,7 @@ order, and then ``merge``, ``one_plan`` and ``cleanup`` run as on a block.
 ``pipeline`` says what a pass is and runs them. ``sites`` names the parts of a block that can merge,
 and ``plan_nodes`` inserts the nodes that make a plan. ``block_graph`` and ``flat_graph`` are two
 kinds of graph as the merge pass sees them, and ``flat_nodes`` and ``flat_values`` help with the
-second. ``stand_ins`` are what a capture traces through in place of a block's modules. ``readable``
-and ``debug`` show graphs, and ``pass_manager`` runs the passes among torch.fx's own.
+second. ``open_attention`` shows a graph the inside of attention. ``stand_ins`` are what a capture
+traces through in place of a block's modules. ``readable`` and ``debug`` show graphs, and
+``pass_manager`` runs the passes among torch.fx's own.
 """

@@ -27,7 +27,7 @@ SCOPE = "toma"
 Plan = tuple[Any, ...]
 """Merge weight, unmerge weight, the destinations' rows of what has one for each token, such as
 rotary values, or None for an argument that was; and the destinations, in a model that keeps plans
-for later calls."""
+for later calls. Where keys alone merge, merge weight and the logarithms of the clusters' sizes."""
 
 Plans = Mapping[str, Mapping[str, Plan]]
 """Plans by the path of the stage whose blocks share them, and by the name of their group in it."""

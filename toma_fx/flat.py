@@ -18,6 +18,7 @@ from toma_fx.families import all_families, find_family
 from toma_fx.families.rows import Family, Stage, TokenSequence
 from toma_fx.passes.cleanup import Cleanup
 from toma_fx.passes.flat_nodes import module_stack
+from toma_fx.passes.merge import Merge
 from toma_fx.passes.one_plan import OnePlan
 from toma_fx.passes.order_tokens import OrderTokens
 from toma_fx.passes.pipeline import FLAT, Pass, run_passes
@@ -143,7 +144,8 @@ def _recipe(classes: Mapping[str, str], family: Family, config: MergeConfig, roo
 def _merge(recipe: Recipe, block: BlockRecipe, root: str) -> Pass:
     group = block.group
     shared = f"{group.stage}.{group.name}" if recipe.config.share == "group" else block.path
-    merge: Any = recipe.merge(block)
+    merge = recipe.merge(block)
+    assert isinstance(merge, Merge), "keys are refused before"
     return replace(merge, block=_under(root, block.module), group=shared)
 
 

@@ -230,3 +230,18 @@ def test_another_backend_counts_after_transform() -> None:
     flux.set_attention_backend("_native_efficient")  # which is of GPUs alone
     with pytest.raises(RuntimeError, match="backend"):
         flux(**inputs)
+
+
+def test_lora_reaches_the_layers_of_an_opened_attention() -> None:
+    from peft import LoraConfig
+
+    flux, inputs = smallest_flux(), flux_inputs(smallest_flux())
+    lora = LoraConfig(r=4, target_modules=["to_q", "to_k"], init_lora_weights=False)
+    after = transform(flux, placement="keys", skip=(), region_tokens=16)
+    without = after(**inputs).sample
+    after.add_adapter(lora)
+    flux.add_adapter(lora)
+    flux.load_state_dict(after.state_dict())
+    before = transform(flux, placement="keys", skip=(), region_tokens=16)
+    torch.testing.assert_close(before(**inputs).sample, after(**inputs).sample)
+    assert (after(**inputs).sample - without).abs().max() > 0.01

@@ -26,6 +26,8 @@ PADDED_WEIGHTS = toma.weigh(TOKENS, PADDED_DESTINATIONS, PADDED, 0.1, "region", 
 PADDED_MERGED = toma.merge(TOKENS, PADDED_WEIGHTS[0], PADDED)
 IDS = torch.cartesian_prod(torch.zeros(1), torch.arange(8.0), torch.arange(8.0))
 
+HEADS = random_tokens(2, 5, 5, 4)
+
 ARGUMENTS: dict[str, list[tuple[Any, ...]]] = {
     "tile_order": [(TOKENS, 8, 8), (TOKENS, 3, 7)],
     "video_order": [(TOKENS, 5, 3, 4, 1, 4), (TOKENS, 4, 4, 4, 0, 2)],
@@ -64,6 +66,16 @@ ARGUMENTS: dict[str, list[tuple[Any, ...]]] = {
         (TOKENS[:, :37], WEIGHTS[1], LAYOUT, 5),
         (TOKENS[:, :39], WEIGHTS[1], LAYOUT, 5),
     ],
+    "log_sizes": [(WEIGHTS[1],), (PADDED_WEIGHTS[1],)],
+    "merge_heads": [
+        (random_tokens(2, 64, 3, 4), WEIGHTS[0], LAYOUT, 1),
+        (random_tokens(2, 3, 5 + 64, 4), WEIGHTS[0], LAYOUT, 2),
+        (random_tokens(2, 64 + 5, 3, 4), PADDED_WEIGHTS[0], PADDED, 1, 5),
+    ],
+    "with_sizes": [
+        (HEADS, HEADS, HEADS, random_tokens(2, 5), 0.3, 1),
+        (HEADS, HEADS, HEADS, random_tokens(2, 2), 0.3, 2, 1),
+    ],
 }
 
 
@@ -84,6 +96,9 @@ class AllOperators(nn.Module):
             toma.tile_order_of_ids(ids),
             toma.video_order(image, 4, 4, 4, 0, 4),
             fixed,
+            toma.log_sizes(spreading),
+            toma.merge_heads(tokens[:, :, None], merging, LAYOUT, 1),
+            *toma.with_sizes(*[merged[:, :, None]] * 3, toma.log_sizes(spreading), 0.3, 1),
         )
 
 
