@@ -123,7 +123,9 @@ def test_drawn_block_by_block(cell: Cell, name: str) -> None:
 @row("{name}", section=SECTION, families=("",), modes=("lora",), quick=())
 def test_lora_before_and_after(cell: Cell, name: str) -> None:
     images = []
-    for steps in ([adapt_all, transform], [transform, adapt_all], [transform]):
+    ways: list[list[Callable[[Any], Any]]]
+    ways = [[adapt_all, transform], [transform, adapt_all], [transform]]
+    for steps in ways:
         pipe = pipeline(name)
         for step in steps:
             step(pipe)
