@@ -15,10 +15,10 @@ demo: $(STAMP)  ## the main job on the real architectures; DEMO="--quick" for tw
 test: $(QUANTISATION) lint wheel docs  ## lint, types, tests, and the wheel tested outside the tree
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not matrix_full" $(PYTEST)
 
-matrix: $(QUANTISATION)  ## all that users of diffusers do, in every mode; writes docs/matrix.md and README's summary
+matrix: $(QUANTISATION)  ## all that users of diffusers do, in every mode; writes docs/matrix.md and its summary in docs/limits.md
 	$(BIN)/python -m pytest tests/matrix -n 2 --matrix-table docs/matrix.md $(PYTEST)
 
-bench: $(STAMP)  ## the README's tables of speed, in ten minutes on two cores; BENCH="..." for more options
+bench: $(STAMP)  ## the tables of speed in docs/speed.md, in ten minutes on two cores; BENCH="..." for more options
 	$(BIN)/toma-fx bench --preset readme --out benchmarks/results $(BENCH)
 
 bench-gpu: $(STAMP)  ## what is measured on a GPU, in ten minutes

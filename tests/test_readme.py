@@ -1,4 +1,4 @@
-"""What the README shows is what the code does."""
+"""What the README and the pages on options and on how it works show is what the code does."""
 
 import operator
 import re
@@ -14,11 +14,13 @@ from toma_fx.passes.readable import readable
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+OPTIONS = (ROOT / "docs" / "options.md").read_text()
+HOW = (ROOT / "docs" / "how_it_works.md").read_text()
 
 
 def test_printed_block_is_the_generated_one() -> None:
     _, _, lead = next(block_graphs(tiny_sdxl_unet(), MergeConfig()))
-    assert readable(lead) in README
+    assert readable(lead) in HOW
 
 
 def test_three_lines_run(capsys: pytest.CaptureFixture[str]) -> None:
@@ -38,7 +40,11 @@ def test_three_lines_run(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_every_field_and_preset_is_named() -> None:
     for name in [*MergeConfig.__dataclass_fields__, *PRESETS]:
-        assert f"`{name}`" in README or f'`"{name}"`' in README, name
+        assert f"`{name}`" in OPTIONS or f'`"{name}"`' in OPTIONS, name
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 120
 
 
 def test_import_does_not_touch_the_gpu() -> None:

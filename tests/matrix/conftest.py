@@ -17,7 +17,7 @@ RESULTS = Path("build/matrix.jsonl")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("matrix")
-    group.addoption("--matrix-table", metavar="FILE", help="write the table, and README's summary")
+    group.addoption("--matrix-table", metavar="FILE", help="write the table and its summary")
     group.addoption(
         "--matrix-continue",
         action="store_true",

@@ -17,7 +17,7 @@ import torch
 import toma_fx
 from tests.matrix.frame import FAMILIES, SECTIONS
 
-README = Path(__file__).parents[2] / "README.md"
+LIMITS = Path(__file__).parents[2] / "docs" / "limits.md"
 START, END = "<!-- matrix: written by `make matrix` -->", "<!-- end of matrix -->"
 # The worst of its tests is what a cell is.
 OUTCOMES = ("works", "refused", "not run", "fails")
@@ -175,7 +175,7 @@ def page(parts: dict[str, Part]) -> str:
 
 
 def summary(parts: dict[str, Part]) -> str:
-    """A line for each section, as README has it."""
+    """A line for each section, as docs/limits.md has it."""
     lines = [parts[title].line for title in SECTIONS if title in parts]
     said = "Lines of the matrix, each by the worst of its cells; the page says what ran them."
     return "\n".join([START, _line(HEADS), _line(["---"] * len(HEADS)), *lines, "", said, END])
@@ -208,8 +208,8 @@ def today() -> str:
     return datetime.datetime.now(datetime.UTC).date().isoformat()
 
 
-def write(results: list[Result], file: Path, readme: Path = README) -> None:
-    """Write the page, and the summary into the README, between its markers.
+def write(results: list[Result], file: Path, limits: Path = LIMITS) -> None:
+    """Write the page, and the summary into docs/limits.md, between its markers.
 
     Sections without results stay as they are.
     """
@@ -217,8 +217,8 @@ def write(results: list[Result], file: Path, readme: Path = README) -> None:
     parts = {**before, **parts_from(results)}
     file.write_text(page(parts))
     between = re.escape(START) + ".*?" + re.escape(END)
-    text = re.sub(between, lambda _: summary(parts), readme.read_text(), flags=re.S)
-    readme.write_text(text)
+    text = re.sub(between, lambda _: summary(parts), limits.read_text(), flags=re.S)
+    limits.write_text(text)
 
 
 def _section(title: str, rows: dict[str, Row], results: list[Result]) -> str:

@@ -1,13 +1,13 @@
-"""The table says what came of the rows, and README says what the table says."""
+"""The table says what came of the rows, and docs/limits.md says what the table says."""
 
 import re
 from pathlib import Path
 
 from tests.matrix import table
 from tests.matrix.frame import SECTIONS
-from tests.matrix.table import END, README, START, Result
+from tests.matrix.table import END, LIMITS, START, Result
 
-PAGE = README.parent / "docs" / "matrix.md"
+PAGE = LIMITS.parent / "matrix.md"
 
 
 def result(
@@ -55,11 +55,11 @@ def test_notes_name_the_family_that_they_are_about() -> None:
     assert line_of(works, refused) == f"| Something | works | - | - | - | refused | - | {note} |"
 
 
-def test_summary_goes_between_the_markers_of_the_readme(tmp_path: Path) -> None:
-    page, readme = tmp_path / "matrix.md", tmp_path / "README.md"
-    readme.write_text(f"before\n{START}\nold\n{END}\nafter\n")
-    table.write([result(("flux", "eager"), "fails", "why")], page, readme)
-    text = readme.read_text()
+def test_summary_goes_between_the_markers_of_the_page_on_limits(tmp_path: Path) -> None:
+    page, limits = tmp_path / "matrix.md", tmp_path / "limits.md"
+    limits.write_text(f"before\n{START}\nold\n{END}\nafter\n")
+    table.write([result(("flux", "eager"), "fails", "why")], page, limits)
+    text = limits.read_text()
     assert text.startswith("before\n<!--") and text.endswith("-->\nafter\n") and "old" not in text
     assert "| Pipelines | 0 | 0 | 1 | 1 | 2026-01-01 |" in text
     assert text.partition(START)[2].partition(END)[0] in page.read_text()
@@ -82,20 +82,20 @@ def test_a_part_says_when_and_with_what_results_came() -> None:
 
 
 def test_parts_that_did_not_run_stay_as_they_are(tmp_path: Path) -> None:
-    page, readme = tmp_path / "matrix.md", tmp_path / "README.md"
-    readme.write_text(f"{START}\n{END}\n")
+    page, limits = tmp_path / "matrix.md", tmp_path / "limits.md"
+    limits.write_text(f"{START}\n{END}\n")
     cell = ("sdxl", "eager")
-    table.write([result(cell, "works")], page, readme)
-    table.write([result(("", "lora"), "works", section="Newer families")], page, readme)
+    table.write([result(cell, "works")], page, limits)
+    table.write([result(("", "lora"), "works", section="Newer families")], page, limits)
     later = result(cell, "fails", "why", date="2026-01-02")
     before = table.parts_of(page.read_text())
-    table.write([later], page, readme)
+    table.write([later], page, limits)
     after = table.parts_of(page.read_text())
     assert list(before) == list(after) == ["Pipelines", "Newer families"]
     assert before["Newer families"] == after["Newer families"]
     assert after["Pipelines"] == table.parts_from([later])["Pipelines"]
-    assert "| Newer families | 1 | 0 | 0 | 1 | 2026-01-01 |" in readme.read_text()
-    assert "| Pipelines | 0 | 0 | 1 | 1 | 2026-01-02 |" in readme.read_text()
+    assert "| Newer families | 1 | 0 | 0 | 1 | 2026-01-01 |" in limits.read_text()
+    assert "| Pipelines | 0 | 0 | 1 | 1 | 2026-01-02 |" in limits.read_text()
 
 
 def test_every_part_of_the_page_is_one_of_the_matrix() -> None:
@@ -125,6 +125,6 @@ def test_what_did_not_fail_need_not_run_again(tmp_path: Path) -> None:
 
 
 def test_readme_shows_the_summary_of_the_page() -> None:
-    _, start, rest = README.read_text().partition(START)
+    _, start, rest = LIMITS.read_text().partition(START)
     assert start
     assert rest.partition(END)[0] in PAGE.read_text()
