@@ -61,6 +61,7 @@ def test_training_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")
 def test_shipped_transformer_keeps_what_is_not_edited() -> None:
     from benchmarks.edit_references import draw, measured, pair_of, pipeline
 
