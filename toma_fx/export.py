@@ -34,8 +34,8 @@ def export(
     """Export a model with `torch.export`; nodes are named ``torch.ops.toma`` until decomposed.
 
     A model that does the same in every call becomes one program, which takes the model's keyword
-    arguments and returns a tuple with the output tensor. A model whose policy chooses between
-    variants becomes a program for each, and the caller chooses:
+    arguments and returns a tuple with the output tensor, of LTX-2 with the sound too. A model whose
+    policy chooses between variants becomes a program for each, and the caller chooses:
 
     * ``merge_below``: ``"merged"`` below the noise level, ``"untouched"`` above it;
     * a schedule: ``"merged"`` makes a plan and returns ``(output, plan)``; ``"weigh"`` takes
@@ -95,10 +95,10 @@ def _export(
         given = _to_plans(arguments.pop("plan"), recipe) if takes_plan else None
         decision = Decision(variant, given, grids=grids, given=frames, keeps=keeps)
         with forced(decision) as now:
-            (output,) = model(**arguments, return_dict=False)
+            outputs = tuple(model(**arguments, return_dict=False))
         if keeps and variant != REUSE:
-            return output, _from_plans(now.made, recipe)
-        return (output,)
+            return *outputs, _from_plans(now.made, recipe)
+        return outputs
 
     if takes_plan and kept is not None:
         inputs = {"plan": _from_plans(kept, recipe), **inputs}
