@@ -35,8 +35,8 @@ def export(
     """Export a model with `torch.export`; nodes are named ``torch.ops.toma`` until decomposed.
 
     A model that does the same in every call becomes one program, which takes the model's keyword
-    arguments and returns a tuple with the output tensor. A model whose policy chooses between
-    variants becomes a program for each, and the caller chooses:
+    arguments and returns a tuple with the output tensor, of LTX-2 with the sound too. A model whose
+    policy chooses between variants becomes a program for each, and the caller chooses:
 
     * ``merge_below``: ``"merged"`` below the noise level, ``"untouched"`` above it;
     * a memory: ``"remember"``, a full step, returns ``(output, plan, memory)``; ``"recall"`` takes
@@ -112,10 +112,10 @@ def _export(
             variant, kept_before, ahead=ahead, grids=grids, given=frames, keeps=kept is not None
         )
         with forced(decision) as now:
-            (output,) = model(**arguments, return_dict=False)
+            outputs = tuple(model(**arguments, return_dict=False))
         if now.made is None:
-            return (output,)
-        return output, *_as_arguments(now.made, recipe).values()
+            return outputs
+        return *outputs, *_as_arguments(now.made, recipe).values()
 
     inputs = {**example, **inputs}
     if dynamic_shapes is not None:
