@@ -5,6 +5,7 @@
     python examples/export.py --model sdxl --package    # the real size, random weights
     python examples/export.py --merge-below 0.6         # a program for each side of a noise level
     python examples/export.py --select-every 10 --weigh-every 5      # and for the steps of a plan
+    python examples/export.py --ratio 0.9 --memory-every 2           # and for those with memory
 
 Then ``python examples/run_exported.py exported``, which imports nothing but torch.
 """
@@ -53,6 +54,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--merge-below", type=float, default=1.0, help="noise level (1)")
     parser.add_argument("--select-every", type=int, default=1, help="steps between selections")
     parser.add_argument("--weigh-every", type=int, default=1, help="steps between weights")
+    parser.add_argument("--memory-every", type=int, help="steps from one full step to the next")
+    parser.add_argument("--theta", type=float, help="how far merged tokens are believed, then")
     parser.add_argument("--package", action="store_true", help="also compile with AOTInductor")
     parser.add_argument("--output", type=Path, default=Path("exported"))
     options = parser.parse_args(arguments)
@@ -67,6 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
         schedule=toma_fx.Schedule(
             select_every=options.select_every, weigh_every=options.weigh_every
         ),
+        memory=_memory(options),
     )
     with _measured("export and save"):
         made = toma_fx.export(merged, request["inputs"], path=options.output / "model.pt2")
@@ -75,7 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
     programs = {f"model.{variant}": each for variant, each in made.items()} if several else {}
     programs = programs or {"model": made}
     request["variants"] = sorted(made) if several else []
-    for name in ("merge_below", "select_every", "weigh_every"):
+    for name in ("merge_below", "select_every", "weigh_every", "memory_every"):
         request[name] = getattr(options, name)
     torch.save(request, options.output / "request.pt")
     if decoder is not None:
@@ -88,6 +92,12 @@ def main(arguments: list[str] | None = None) -> None:
                     program, package_path=str(options.output / f"{name}.aoti.pt2")
                 )
     print("wrote", *sorted(str(path) for path in options.output.iterdir()))
+
+
+def _memory(options: argparse.Namespace) -> toma_fx.Memory | None:
+    if options.memory_every is None:
+        return None
+    return toma_fx.Memory(every=options.memory_every, theta=options.theta)
 
 
 @contextmanager

@@ -55,10 +55,13 @@ def load(folder: Path, variants: list[str], *, package: bool) -> dict[str, Any]:
 
 
 def choose(request: dict[str, Any], step: int) -> str:
-    """The variant that runs at a step: by the noise level, or by the schedule."""
-    if request["merge_below"] < 1:
-        below = bool(request["levels"][step] <= request["merge_below"])
-        return "merged" if below else "untouched"
+    """The variant that runs at a step: by the noise level, the memory or the schedule."""
+    below = request["levels"] <= request["merge_below"]
+    if not below[step]:
+        return "untouched"
+    if request["memory_every"] is not None:
+        since = step - int(below.int().argmax())  # the first step below the level is full
+        return "remember" if since % request["memory_every"] == 0 else "recall"
     if step % request["select_every"] == 0:
         return "merged"
     return "weigh" if step % request["weigh_every"] == 0 else "reuse"
@@ -74,7 +77,8 @@ def denoise(models: dict[str, Any], request: dict[str, Any], seed: int) -> Tenso
         seed: of the noise.
     """
     inputs, sigmas = request["inputs"], request["sigmas"]
-    plan: dict[str, Any] = {}  # of this request, and of no other
+    kept: dict[str, Any] = {}  # of this request, and of no other
+    full: list[int] = []  # the steps that remembered
     name, guidance = request["latents"], request["guidance"]
     like: Tensor = inputs[name]
     noise = torch.randn(like[:1].shape, generator=torch.Generator().manual_seed(seed))
@@ -88,10 +92,18 @@ def denoise(models: dict[str, Any], request: dict[str, Any], seed: int) -> Tenso
         inputs[name] = (latents * scale).expand(like.shape).to(like.dtype).contiguous()
         inputs["timestep"] = timestep.expand(inputs["timestep"].shape).to(inputs["timestep"])
         variant = choose(request, step)
-        takes_plan = variant in ("weigh", "reuse")
-        update, *made = models[variant](**inputs, **(plan if takes_plan else {}))
-        if made:
-            plan = {"plan": made[0]}
+        if variant == "recall":  # how far past the last full step, in units of the last two's
+            first, last = full[-2:][0], full[-1]
+            kept["ahead"] = torch.tensor((step - last) / max(last - first, 1))
+        takes = variant in ("weigh", "reuse", "recall")
+        update, *made = models[variant](**inputs, **(kept if takes else {}))
+        if variant == "remember":
+            plan, memory = made
+            before = kept.get("memory", memory)
+            kept = {"plan": plan, "memory": memory, "memory_before": before}
+            full.append(step)
+        elif made:
+            kept = {"plan": made[0]}
         update = update.float()
         if guidance is not None:
             without, with_prompt = update.chunk(2)

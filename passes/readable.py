@@ -33,7 +33,7 @@ def readable(gm: fx.GraphModule) -> str:
     for pattern, text in (
         (r";  [\w = ]*None$", ""),  # freeing of values that are not used again
         (r"\b(torch\.ops\.toma\.\w+)\.default\b", r"\1"),
-        (r"\btoma_fx_runtime_(plan|arguments)_", ""),
+        (r"\btoma_fx_runtime_(plan|arguments|memory)_", ""),
         (r"\[\((.*slice\(.*)\)\]", _subscript),
         (r"^ {4}", ""),
     ):

@@ -13,7 +13,7 @@ from PIL import Image
 import toma_fx
 from examples import benchmark, export, flux, lora_controlnet, run_exported, sdxl
 from tests.pipelines import tiny_flux_pipeline, tiny_sdxl_pipeline
-from toma_fx import MergeConfig, Schedule
+from toma_fx import Memory, MergeConfig, Schedule
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SMALL = EXAMPLES / "small_models"
@@ -67,6 +67,14 @@ VARIANTS = {
         MergeConfig(schedule=Schedule(select_every=3, weigh_every=2)),
         ["--select-every", "3", "--weigh-every", "2"],
     ),
+    "memory": (
+        MergeConfig(ratio=0.75, memory=Memory(every=2, theta=0.5)),
+        ["--ratio", "0.75", "--memory-every", "2", "--theta", "0.5"],
+    ),
+    "memory below": (
+        MergeConfig(ratio=0.75, merge_below=0.8, memory=Memory(every=2)),
+        ["--ratio", "0.75", "--merge-below", "0.8", "--memory-every", "2"],
+    ),
 }
 
 
@@ -74,6 +82,9 @@ VARIANTS = {
     ("build", "what"),
     [
         (tiny_flux_pipeline, "schedule"),
+        (tiny_flux_pipeline, "memory"),
+        pytest.param(tiny_sdxl_pipeline, "memory", marks=pytest.mark.slow),
+        pytest.param(tiny_flux_pipeline, "memory below", marks=pytest.mark.slow),
         pytest.param(tiny_flux_pipeline, "merge_below", marks=pytest.mark.slow),
         pytest.param(tiny_sdxl_pipeline, "schedule", marks=pytest.mark.slow),
         pytest.param(tiny_sdxl_pipeline, "merge_below", marks=pytest.mark.slow),

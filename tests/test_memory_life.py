@@ -1,7 +1,7 @@
 """Models with memory among what else is done to models: hooks, caches, gradients, files."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +150,7 @@ def test_a_cache_inside_a_block_is_refused_whatever_the_selector() -> None:
 
 
 @pytest.fixture
-def training() -> Iterator[Callable[..., tuple[dict[str, Tensor], Tensor]]]:
+def training() -> Callable[..., tuple[dict[str, Tensor], Tensor]]:
     def gradients(
         name: str, step: int, checkpointing: bool, mode: Any = torch.no_grad
     ) -> tuple[dict[str, Tensor], Tensor]:

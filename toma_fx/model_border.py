@@ -36,6 +36,7 @@ from toma_fx.runtime.plan import (
     REMEMBER,
     REUSE,
     SCOPE,
+    UNTOUCHED,
     WEIGH,
     CallScope,
     InScope,
@@ -69,7 +70,7 @@ class ModelBorder(Border):
             call, decision = self.toma_named(args, kwargs), self._decide_traced()
         else:
             call, decision = self._before(args, kwargs)
-        keep = decision.keeps and decision.variant not in MERGE_AS_BEFORE
+        keep = decision.keeps and decision.variant not in (*MERGE_AS_BEFORE, UNTOUCHED)
         output, made = self._run(
             call,
             decision.variant,
