@@ -1,8 +1,8 @@
 """How close memory stays to the untouched image, for its arithmetic, on the small trained models.
 
 Every row draws the same prompts and seeds, and compares them with what the untouched model draws.
-The arithmetic is that of the real model at 1024 x 1024, where blocks are a larger share of the whole
-than in the small one: fewer steps, and a cache that runs nothing between full steps
+The arithmetic is that of the real model at 1024 x 1024, where blocks are a larger share of the
+whole than in the small one: fewer steps, and a cache that runs nothing between full steps
 (``Memory(theta=0)``), stand beside it.
 
     python benchmarks/memory.py sdxl --scheduler euler
@@ -148,7 +148,7 @@ class Bench:
         return dict(zip(COLUMNS, (*found_row, numbers), strict=True))
 
     def _arithmetic(self, config: MergeConfig) -> float:
-        """Of the real model's run, relative to the untouched one, by the pipeline's noise levels."""
+        """Of the real model's run, relative to untouched, by the pipeline's noise levels."""
         merged = toma_fx.transform(_real(self._kind), replace(config, merge_below=1))
         first = toma_fx.report(merged, steps=1)
         costs = {UNTOUCHED: first.flops_before}

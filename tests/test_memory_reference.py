@@ -38,7 +38,7 @@ class Case(NamedTuple):
 
 IMAGE, WIDE = Picture([(1, 16, 16)]), Picture([(1, 16, 12)])
 VIDEO, LONGER = Picture([(3, 8, 8)]), Picture([(5, 8, 12)])
-GIVEN, LONGER_GIVEN = Picture([(3, 8, 8)], 1), Picture([(5, 8, 12)], 1)
+GIVEN, LONGER_GIVEN = Picture([(3, 8, 8)], [0]), Picture([(5, 8, 12)], [0])
 
 
 def _two(build: Callable[..., Any], **changes: Any) -> Callable[..., Any]:

@@ -126,11 +126,11 @@ def test_sizes_are_added_to_logits(dim: int, width: int, after: int) -> None:
     bias = torch.zeros(2, 10)
     bias[:, 5 - after : 10 - after] = sizes.log()
     expected = F.scaled_dot_product_attention(query, key, value, bias[:, None, None], scale=0.3)
-    given = [x.transpose(1, 2) if dim == 1 else x for x in (query, key, value)]
-    wide = keys.with_sizes(*given, sizes.log(), 0.3, dim, after)
+    q, k, v = (x.transpose(1, 2) if dim == 1 else x for x in (query, key, value))
+    wide = keys.with_sizes(q, k, v, sizes.log(), 0.3, dim, after)
     assert {each.shape[-1] % keys.CHANNELS for each in wide} == {0}
-    by_head = [x.transpose(1, 2) if dim == 1 else x for x in wide]
-    result = F.scaled_dot_product_attention(*by_head, scale=0.3)
+    q, k, v = (x.transpose(1, 2) if dim == 1 else x for x in wide)
+    result = F.scaled_dot_product_attention(q, k, v, scale=0.3)
     torch.testing.assert_close(result[..., :width], expected)
     assert not result[..., width:].any()
 
@@ -155,7 +155,7 @@ def test_example_values_are_true(name: str) -> None:
     check_values(merge(name, block))
 
 
-class _Custom(AttnProcessor2_0):
+class _Custom(AttnProcessor2_0):  # type: ignore[misc]
     any_tokens = True
 
 
