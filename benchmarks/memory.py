@@ -74,6 +74,9 @@ def rows(kind: str, steps: int) -> Iterator[Row]:
             below = f"below {level}, every {every}"
             for ratio in (0.75, 0.9):
                 yield Row(f"(3), {ratio}, {below}", _config(ratio, every, level=level))
+            yield Row(
+                f"(3), 0.9, {below}, calibrated", _config(0.9, every, level=level), calibrated=True
+            )
             yield Row(f"nothing run between, {below}", _config(0.5, every, level=level, theta=0.0))
         for level, ratio in ((0.8, 0.5), (0.6, 0.5), (0.6, 0.75)):
             yield Row(f"merged below {level}, {ratio}", _config(ratio, level=level))
