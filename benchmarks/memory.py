@@ -178,7 +178,7 @@ def main() -> None:
     parser.add_argument("--scheduler", choices=("euler", "dpm"), default="euler")
     parser.add_argument("--steps", type=int, choices=(4, 25), default=25)
     parser.add_argument("--prompts", type=int, default=16)
-    parser.add_argument("--only", default="", help="rows whose name holds this")
+    parser.add_argument("--only", nargs="+", default=[""], help="rows whose name holds one of these")
     parser.add_argument("--table", action="store_true", help="print the results")
     options = parser.parse_args()
     file = RESULTS / f"memory-{options.kind}-{options.scheduler}-{options.steps}-steps.csv"
@@ -187,7 +187,7 @@ def main() -> None:
         prompts = PROMPTS.read_text().splitlines()[: options.prompts]
         bench = Bench(options.kind, options.scheduler, options.steps, prompts)
         for row in rows(options.kind, options.steps):
-            if options.only not in row.name:
+            if not any(each in row.name for each in options.only):
                 continue
             if not any(each["row"].partition(": theta")[0] == row.name for each in known):
                 known.append(bench.measure(row))

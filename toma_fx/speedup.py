@@ -1,7 +1,7 @@
 """The ratio that a wanted speed-up needs, from arithmetic alone.
 
 What is predicted is how many times fewer floating-point operations a call of the model takes. Time
-follows it only as far as a machine is bound by arithmetic: see the README for what was measured.
+follows it only as far as a machine is bound by arithmetic: see docs/speed.md for what was measured.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""Sets of tables behind one command: the README's on a CPU, and a GPU's in under ten minutes.
+"""Sets of tables behind one command: those of docs/speed.md on a CPU, and a GPU's in under ten minutes.
 
 A part that fails, or that would start after its time, is a row that says so: what the other parts
 measured is kept.
@@ -31,7 +31,7 @@ OURS = (Preset(name=LOWER_BOUND, preset=LOWER_BOUND), DEFAULT)
 
 
 def readme(*, tiny: bool = False, compiled: bool = True) -> dict[str, Part]:
-    """The README's tables of speed, within ten minutes on two cores."""
+    """The tables of docs/speed.md, within ten minutes on two cores."""
     base = Setting(ratios=(0.5, 0.75), variants=OURS, tiny=tiny, compiled=compiled)
     sdxl = _sized(base, model="sdxl", height=512)
     flux = _sized(base, model="flux", height=512, blocks=(3, 6))

@@ -87,7 +87,7 @@ def family_of(model: "nn.Module") -> "Family":
     known = ", ".join(name.rpartition(".")[2] for name in MODELS)
     raise ModelError(
         f"{type(model).__name__} is not a model that toma_fx knows; it knows {known}. Pass one of "
-        "them, or add a file for yours to toma_fx/families, as the README says"
+        "them, or add a file for yours to toma_fx/families, as CONTRIBUTING.md says"
     )
 
 
