@@ -20,10 +20,10 @@ A flat graph is a whole model that others captured. There ``order_tokens`` bring
 order, and then ``merge``, ``one_plan`` and ``cleanup`` run as on a block.
 
 ``pipeline`` says what a pass is and runs them. ``sites`` names the parts of a block that can merge,
-and ``plan_nodes`` inserts the nodes that make a plan. ``block_graph`` and ``flat_graph`` are two
-kinds of graph as the merge pass sees them, and ``flat_nodes`` and ``flat_values`` help with the
-second. ``open_attention`` shows a graph the inside of attention, and ``streams`` the
-tokens that go through a block. ``block_calls`` is what a block does around its graph. ``stand_ins`` are what a capture
-traces through in place of a block's modules. ``readable`` and ``debug`` show graphs, and
-``pass_manager`` runs the passes among torch.fx's own.
+``streams`` the tokens that go through it, and ``plan_nodes`` inserts the nodes that make a plan.
+``block_graph`` and ``flat_graph`` are two kinds of graph as the merge pass sees them, and
+``flat_nodes`` and ``flat_values`` help with the second. ``open_attention`` shows a graph the inside
+of attention. ``stand_ins`` are what a capture traces through in place of a block's modules, and
+``block_calls`` is what an installed block does around its graph. ``readable`` and ``debug`` show
+graphs, and ``pass_manager`` runs the passes among torch.fx's own.
 """

@@ -166,7 +166,8 @@ class OnSchedule:
         instead = "Schedule(), which plans at every step"
         timestep = _one_timestep(call, str(self.schedule), instead)
         run = state.run_of(call.prompt, call.shape, timestep)
-        variant = self._variant(run.step) if run.kept else MERGED
+        left = run.kept is not None and run.kept.plans
+        variant = self._variant(run.step) if left else MERGED
         kept = None if variant == MERGED else run.kept
         return Decision(variant, kept, run=run, keeps=True)
 
