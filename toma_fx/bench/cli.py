@@ -59,7 +59,11 @@ def add_bench(commands: Any, model_help: str) -> None:
     )
     add("--stack", action="store_true", help="merging with what else makes a model faster")
     add("--cold", action="store_true", help="first calls, each in a new process, nothing cached")
-    add("--preset", choices=BENCH_PRESETS, help="a set of tables: those of docs/speed.md, or a GPU's")
+    add(
+        "--preset",
+        choices=BENCH_PRESETS,
+        help="tables of docs/speed.md, or a GPU's",
+    )
     add(
         "--minutes",
         type=float,

@@ -1,4 +1,4 @@
-"""Sets of tables behind one command: those of docs/speed.md on a CPU, and a GPU's in under ten minutes.
+"""Sets of tables behind one command: those of docs/speed.md on a CPU, a GPU's in ten minutes.
 
 A part that fails, or that would start after its time, is a row that says so: what the other parts
 measured is kept.
