@@ -31,6 +31,12 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
+def test_report_of_memory(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--height", "256", "--skip", "--dtype", "float32", "--memory", "5"]
+    assert main(["report", str(folder), *given]) == 0
+    assert "memory: 5 of 25 steps are full" in capsys.readouterr().out
+
+
 def test_report(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(folder), "--height", "256", "--skip", "--dtype", "float32"]) == 0
     assert "whole model" in capsys.readouterr().out

@@ -5,7 +5,7 @@ import pytest
 from toma_fx.config import PRESETS, MergeConfig
 from toma_fx.errors import ConfigError
 from toma_fx.lab.variants import FewerSteps, Merging, parse_schedule, parse_variant
-from toma_fx.schedule import Schedule
+from toma_fx.schedule import Memory, Schedule
 
 
 def merging(text: str, **options: Schedule) -> MergeConfig:
@@ -35,6 +35,8 @@ def test_changes_take_the_kind_of_their_field() -> None:
         skip=("mid_block.*", "up_blocks.0.*"),
     )
     assert merging("default:skip=").skip == ()
+    assert merging("default:memory=3").memory == Memory(every=3)
+    assert merging("default:memory=2/0.5").memory == Memory(every=2, theta=0.5)
 
 
 def test_a_schedule_for_all_yields_to_a_variants_own() -> None:
@@ -61,6 +63,8 @@ def test_steps() -> None:
         ("toma:region=circle", "region='circle' is unknown"),
         ("toma:region_tokens=many", "region_tokens='many' must be a number"),
         ("toma:schedule=10", "schedule='10' must be two numbers"),
+        ("default:memory=often", "memory='often' must be a number of steps"),
+        ("default:memory=2/3", "memory.theta=3.0 must be a number in [0, 1.5]"),
         ("toma:ratio=0.5", "the ratio is given once for all, by --ratio"),
         ("default:components=mlp", "cannot be combined with placement='block'"),
     ],

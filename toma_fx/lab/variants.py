@@ -154,12 +154,13 @@ def parse_memory(text: str) -> Memory:
     """
     every, slash, theta = text.partition("/")
     try:
-        numbers = int(every), float(theta) if slash else None
+        return Memory(every=int(every), theta=float(theta) if slash else None)
+    except ConfigError as error:
+        raise ConfigError(f"memory={text!r}: {error}") from error
     except ValueError as error:
         raise ConfigError(
             f"memory={text!r} must be a number of steps, such as 2, or with theta, such as 2/0.5"
         ) from error
-    return Memory(every=numbers[0], theta=numbers[1])
 
 
 def _steps(text: str) -> int | None:
