@@ -4,6 +4,8 @@ import logging
 import os
 import subprocess
 import sys
+import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +13,8 @@ import torch
 import toma_fx
 from tests.pipelines import tiny_sdxl_pipeline
 from tests.tiny import flux_inputs, tiny_flux, tiny_sdxl_unet
-from toma_fx import MergeConfig
-from toma_fx.errors import ConfigError, ModelError
+from toma_fx import Memory, MergeConfig
+from toma_fx.errors import ConfigError, ModelError, TomaWarning
 
 
 # diffusers' Euler scheduler hands a tensor to NumPy in a way that NumPy 2 is about to change.
@@ -90,6 +92,28 @@ def test_the_log_tells_what_was_transformed_and_planned(caplog: pytest.LogCaptur
 def test_the_log_is_silent_unless_asked(capfd: pytest.CaptureFixture[str]) -> None:
     toma_fx.transform(tiny_sdxl_unet())
     assert capfd.readouterr().err == ""
+
+
+def test_what_was_measured_to_ruin_images_is_warned_of() -> None:
+    with pytest.warns(TomaWarning, match=r"images of FLUX.1 .* much: .*dB.* memory=toma_fx.Memory"):
+        toma_fx.transform(tiny_flux(), ratio=0.25, skip=())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ratio": 0},
+        {"memory": Memory()},
+        {"merge_below": 0.6},
+        {"placement": "keys"},
+        {"tokens": "references"},
+    ],
+)
+def test_what_was_not_is_not(options: dict[str, Any]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        toma_fx.transform(tiny_sdxl_unet())
+        toma_fx.transform(tiny_flux(), **options)
 
 
 def test_a_large_ratio_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:

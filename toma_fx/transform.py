@@ -208,9 +208,22 @@ def _transform_model(
     if speedup is not None:
         scheduler = getattr(pipeline, "scheduler", None)
         config = for_speedup(model, config, speedup, inputs, scheduler, family)
+    if family.regretted and _merges_at_every_step(config):
+        warnings.warn(
+            f"merging at every step changes the images of {family.title} much: {family.regretted}. "
+            "Give a memory, which adds only what has changed since a full step: ratio=0.9, "
+            "memory=toma_fx.Memory(every=2); or take fewer steps",
+            TomaWarning,
+            stacklevel=3,
+        )
     copied = merged_copy(model, config, speedup, pipeline, family)
     _log(recipe_of_transformed(copied), type(copied).__name__)
     return copied
+
+
+def _merges_at_every_step(config: MergeConfig) -> bool:
+    whole = config.tokens == "all" and config.placement != "keys"
+    return whole and config.merges and config.memory is None and config.merge_below == 1
 
 
 def _restore_model(model: nn.Module) -> nn.Module:

@@ -350,6 +350,8 @@ class Family:
     unmerged_because: str = ""
     never_merged: Mapping[str, str] = field(default_factory=dict)
     """Blocks that cannot merge, by a pattern on their paths, each with the reason."""
+    regretted: str = ""
+    """What merging at every step was measured to do to images, where that is worth a warning."""
     theta: float = 0.25
     """`toma_fx.Memory.theta` where none is given."""
     noise_level: Callable[[float, Any], float]
