@@ -89,6 +89,7 @@ class AllOperators(nn.Module):
         merging, spreading = toma.weigh(tokens, destinations, LAYOUT, 0.1, "region", "transpose")
         fixed, _ = toma.fixed_weights(tokens, destinations, LAYOUT)
         merged = toma.merge(tokens, merging, LAYOUT)
+        sizes = toma.log_sizes(spreading)
         return (
             toma.unmerge(merged, spreading, LAYOUT),
             toma.gather(tokens, destinations),
@@ -96,9 +97,9 @@ class AllOperators(nn.Module):
             toma.tile_order_of_ids(ids),
             toma.video_order(image, 4, 4, 4, 0, 4),
             fixed,
-            toma.log_sizes(spreading),
+            sizes,
             toma.merge_heads(tokens[:, :, None], merging, LAYOUT, 1),
-            *toma.with_sizes(*[merged[:, :, None]] * 3, toma.log_sizes(spreading), 0.3, 1),
+            *toma.with_sizes(*[merged[:, :, None]] * 3, sizes, 0.3, 1),
         )
 
 
@@ -157,9 +158,9 @@ def exported() -> torch.export.ExportedProgram:
 def test_operators_are_named_nodes_of_an_exported_graph(
     exported: torch.export.ExportedProgram,
 ) -> None:
-    assert Counter(called_names(exported.graph_module)) == Counter(
-        f"toma::{name}" for name in ARGUMENTS
-    )
+    named = Counter(called_names(exported.graph_module))
+    shaped = {"aten::unsqueeze": named["aten::unsqueeze"]}  # heads of the test's own
+    assert named - Counter(shaped) == Counter(f"toma::{name}" for name in ARGUMENTS)
 
 
 def test_one_exported_graph_serves_every_batch_size() -> None:
