@@ -35,6 +35,8 @@ def test_report_of_memory(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
     given = ["--height", "256", "--skip", "--dtype", "float32", "--memory", "5"]
     assert main(["report", str(folder), *given]) == 0
     assert "memory: 5 of 25 steps are full" in capsys.readouterr().out
+    assert main(["report", str(folder), *given, "--merge-below", "0.6"]) == 0
+    assert "below a noise level of 0.6" in capsys.readouterr().out
 
 
 def test_report(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

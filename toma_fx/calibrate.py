@@ -256,7 +256,7 @@ def _check_options(pipeline: Any, config: MergeConfig) -> None:
     if config.tokens == "references":
         raise ConfigError(
             "tokens='references' merges in no block, and calibrate measures what blocks bear; "
-            "leave it out, or choose its ratio by images: toma_fx.transform(pipe, ratio=0.75, "
+            "leave it out, or choose its ratio by images: toma_fx.transform(pipe, ratio=0.5, "
             "tokens='references')"
         )
     if config.block_ratios:

@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="toma-fx",
-        description="Merge tokens in SDXL and Flux: see where, time it, and measure the images.",
+        description="Merge tokens in models of diffusers: see where, time it, and measure the images.",
     )
     parser.add_argument("--version", action="version", version=toma_fx.__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -87,6 +87,7 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--region", choices=get_args(Region))
     parser.add_argument("--region-tokens", type=int, metavar="N", help="tokens of a region")
     parser.add_argument("--memory", type=int, metavar="N", help="run every Nth step in full")
+    parser.add_argument("--merge-below", type=float, metavar="LEVEL", help="noise level (1)")
     parser.add_argument("--skip", nargs="*", metavar="PATTERN", help="blocks to leave unmerged")
     parser.add_argument("--dtype", choices=DTYPE_NAMES, default="bfloat16")
 
@@ -98,7 +99,7 @@ def _add_size(parser: argparse.ArgumentParser) -> None:
 
 
 def _config(options: argparse.Namespace, ratio: float) -> MergeConfig:
-    names = ("tokens", "placement", "components", "region", "region_tokens", "skip")
+    names = ("tokens", "placement", "components", "region", "region_tokens", "merge_below", "skip")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if options.memory is not None:
         given["memory"] = Memory(every=options.memory)

@@ -212,7 +212,7 @@ def _transform_model(
         warnings.warn(
             f"merging at every step changes the images of {family.title} much: {family.regretted}. "
             "Give a memory, which adds only what has changed since a full step: ratio=0.9, "
-            "memory=toma_fx.Memory(every=2); or take fewer steps",
+            "merge_below=0.8, memory=toma_fx.Memory(every=2); or take fewer steps",
             TomaWarning,
             stacklevel=3,
         )
