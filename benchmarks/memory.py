@@ -41,6 +41,8 @@ ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
     "flux": {"true_cfg_scale": 2.0, "max_sequence_length": 24, "negative_prompt": ""},
 }
 """Guidance as people draw with SDXL; that of the small Flux's card."""
+THETA = {"sdxl": 1.0, "flux": 0.25}
+"""Of rows that are not calibrated."""
 COLUMNS = ("row", "arithmetic", "psnr", "low", "high", "prompts", "psnr of each")
 Images = NDArray[np.float32]
 
@@ -67,13 +69,14 @@ def rows(kind: str, steps: int) -> Iterator[Row]:
         yield Row(f"nothing run between, every {every}", _config(0.5, every, theta=0.0))
         yield Row(f"(1), every {every}, 0.5", _config(0.5, every, theta=1.0, form=1))
         yield Row(f"(2), every {every}, 0.9", _config(0.9, every, theta=1.0, form=2))
-        yield Row(f"(3), every {every}, 0.9", _config(0.9, every))
+        yield Row(f"(3), every {every}, 0.9", _config(0.9, every, theta=THETA[kind]))
         yield Row(f"(3), every {every}, 0.9, calibrated", _config(0.9, every), calibrated=True)
     if steps == 25:
-        for level, every in ((0.8, 2), (0.8, 3), (0.6, 3), (0.6, 4), (0.6, 6)):
+        for level, every in ((0.8, 2), (0.8, 3), (0.6, 2), (0.6, 3), (0.6, 4), (0.6, 6)):
             below = f"below {level}, every {every}"
             for ratio in (0.75, 0.9):
-                yield Row(f"(3), {ratio}, {below}", _config(ratio, every, level=level))
+                config = _config(ratio, every, level=level, theta=THETA[kind])
+                yield Row(f"(3), {ratio}, {below}", config)
             yield Row(
                 f"(3), 0.9, {below}, calibrated", _config(0.9, every, level=level), calibrated=True
             )
@@ -178,7 +181,9 @@ def main() -> None:
     parser.add_argument("--scheduler", choices=("euler", "dpm"), default="euler")
     parser.add_argument("--steps", type=int, choices=(4, 25), default=25)
     parser.add_argument("--prompts", type=int, default=16)
-    parser.add_argument("--only", nargs="+", default=[""], help="rows whose name holds one of these")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="rows whose name holds one of these"
+    )
     parser.add_argument("--table", action="store_true", help="print the results")
     options = parser.parse_args()
     file = RESULTS / f"memory-{options.kind}-{options.scheduler}-{options.steps}-steps.csv"

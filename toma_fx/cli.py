@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="toma-fx",
-        description="Merge tokens in models of diffusers: see where, time it, and measure the images.",
+        description="Merge tokens in diffusers models: see where, time it, and measure the images.",
     )
     parser.add_argument("--version", action="version", version=toma_fx.__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
