@@ -21,6 +21,8 @@ TABLES = {
         "DPM++ 2M": "memory-sdxl-dpm-25-steps",
     },
     "flux": {"flow-match Euler": "memory-flux-euler-25-steps"},
+    "sdxl, 4 steps": {"Euler": "memory-sdxl-euler-4-steps"},
+    "flux, 4 steps": {"flow-match Euler": "memory-flux-euler-4-steps"},
 }
 
 
