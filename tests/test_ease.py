@@ -95,7 +95,10 @@ def test_the_log_is_silent_unless_asked(capfd: pytest.CaptureFixture[str]) -> No
 
 
 def test_what_was_measured_to_ruin_images_is_warned_of() -> None:
-    with pytest.warns(TomaWarning, match=r"images of FLUX.1 .* much: .*dB.* merge_below=0.8, memory=toma_fx.Memory"):
+    with pytest.warns(
+        TomaWarning,
+        match=r"images of FLUX.1 .* much: .*dB.* merge_below=0.8, memory=toma_fx.Memory",
+    ):
         toma_fx.transform(tiny_flux(), ratio=0.25, skip=())
 
 

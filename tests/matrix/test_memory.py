@@ -1,7 +1,6 @@
 """Rows: what makes a model smaller, or computes the same in another way."""
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from accelerate import cpu_offload
 from diffusers import FluxTransformer2DModel, GGUFQuantizationConfig
-from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from diffusers.models.model_loading_utils import load_gguf_checkpoint
 from diffusers.quantizers.gguf.utils import GGUFLinear, dequantize_gguf_tensor
 from torch import Tensor, nn
@@ -290,14 +288,6 @@ def test_fused_projections(cell: Cell, when: str) -> None:
     if when == "after":
         model_of(pipe).unfuse_qkv_projections()
         assert difference(DRAW(pipe, 0), expected) < 1e-4
-
-
-@pytest.fixture
-def backend_as_it_was() -> Iterator[None]:
-    """diffusers keeps the backend that was set last for models to come."""
-    before = _AttentionBackendRegistry._active_backend
-    yield
-    _AttentionBackendRegistry._active_backend = before
 
 
 @pytest.mark.usefixtures("backend_as_it_was")

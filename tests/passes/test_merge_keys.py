@@ -221,6 +221,7 @@ def test_options_without_a_meaning(option: dict[str, Any], message: str) -> None
         MergeConfig(placement="keys", **option)
 
 
+@pytest.mark.usefixtures("backend_as_it_was")
 def test_another_backend_counts_after_transform() -> None:
     flux = transform(smallest_flux(), placement="keys", skip=())
     inputs = flux_inputs(flux)
