@@ -20,6 +20,7 @@ from toma_fx.passes.plan_nodes import (
     Rows,
     TokenFlow,
     call,
+    carrier,
     item,
     placeholder,
     toma,
@@ -123,8 +124,7 @@ class BlockGraph:
         return (text if unmerged is None else unmerged), None
 
     def _kwargs(self) -> fx.Node | None:
-        name = self._flow.attention_kwargs
-        return None if name is None else placeholder(self.graph, name)
+        return carrier(self.graph, self._flow.attention_kwargs)
 
     def text_tokens(self) -> fx.Node:
         if self._flow.text is None:

@@ -29,7 +29,7 @@ from typing import ClassVar, Literal
 from torch import fx
 
 from toma_fx.passes.pipeline import EXAMPLE_SCOPE, Pass
-from toma_fx.passes.plan_nodes import PLAN, call, item, placeholder
+from toma_fx.passes.plan_nodes import PLAN, call, carrier, item
 from toma_fx.runtime import arguments, plan
 
 _OPTIONAL = (arguments.rows_if_given, arguments.mask_of_keys)
@@ -71,9 +71,8 @@ class HandOn(Pass):
         first = (destinations,) if takers else ()
         scope = self._example_scope(gm.meta[EXAMPLE_SCOPE], (*first, *tensors, destinations))
         gm.meta[EXAMPLE_SCOPE] = scope
-        kwargs = None
-        if self.attention_kwargs is not None:
-            kwargs = placeholder(graph, self.attention_kwargs)
+        kwargs = carrier(graph, self.attention_kwargs)
+        if kwargs is not None:
             kwargs.meta["val"] = {plan.SCOPE: scope}
         if self.kept_destinations:
             with graph.inserting_before(destinations):

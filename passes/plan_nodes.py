@@ -119,6 +119,11 @@ def _arguments(graph: fx.Graph) -> str:
     return ", ".join(str(node.target) for node in graph.find_nodes(op="placeholder"))
 
 
+def carrier(graph: fx.Graph, attention_kwargs: str | None) -> fx.Node | None:
+    """The argument that carries the scope of the call; None where the thread does."""
+    return None if attention_kwargs is None else placeholder(graph, attention_kwargs)
+
+
 def insert_plan(
     graph: fx.Graph, tokens: fx.Node, layout: Any, options: PlanOptions, group: str = ""
 ) -> PlanNodes:

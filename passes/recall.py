@@ -29,7 +29,7 @@ from typing import Any, ClassVar
 from torch import fx
 
 from toma_fx.passes.pipeline import EXAMPLE_SCOPE, Pass
-from toma_fx.passes.plan_nodes import TokenFlow, call, item, placeholder
+from toma_fx.passes.plan_nodes import TokenFlow, call, carrier, item
 from toma_fx.passes.streams import Stream, return_instead, streams
 from toma_fx.runtime import memory
 
@@ -55,9 +55,7 @@ class Recall(Pass):
         with graph.inserting_before(graph.output_node()):
             now = [each.update_of_merged(graph) for each in found]
         self._give_examples(gm, found, now)
-        kwargs = None
-        if self.flow.attention_kwargs is not None:
-            kwargs = placeholder(graph, self.flow.attention_kwargs)
+        kwargs = carrier(graph, self.flow.attention_kwargs)
         with graph.inserting_before(graph.output_node()):
             recalled = call(graph, memory.recall, (kwargs,), name="recalled")
             fields = [item(graph, recalled, field) for field in range(3)]

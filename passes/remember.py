@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 from torch import fx
 
 from toma_fx.passes.pipeline import Pass, run_passes
-from toma_fx.passes.plan_nodes import TokenFlow, call, placeholder
+from toma_fx.passes.plan_nodes import TokenFlow, call, carrier, placeholder
 from toma_fx.passes.streams import streams
 from toma_fx.runtime import memory, plan
 
@@ -56,9 +56,7 @@ class Remember(Pass):
             }
             output.args = (graph.graph_copy(untouched, arguments),)
             whole = [each.update(graph) for each in streams(graph, self.flow)]
-            kwargs = None
-            if self.flow.attention_kwargs is not None:
-                kwargs = placeholder(graph, self.flow.attention_kwargs)
+            kwargs = carrier(graph, self.flow.attention_kwargs)
             # Nothing else may ask for the plan here, and later steps cannot do without.
             asked = graph.find_nodes(op="call_function", target=plan.shared)
             given = (tuple(merged),) if self.control else ((), *asked)

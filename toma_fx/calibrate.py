@@ -11,7 +11,8 @@ each adds alone, times a factor for the ratio.
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -186,7 +187,6 @@ def calibrate(
     merged_blocks = recipe_of_transformed(transform(model, replace(base, ratio=PROBE))).merged
     paths = [block.path for block in merged_blocks]
     modules = {block.path: block.module for block in merged_blocks}
-    untouched_parts = pipeline_models(pipeline)
     parts = _parts(paths)
     total = 2 + len(parts) + len(RATIOS)
     done = 0
@@ -202,12 +202,8 @@ def calibrate(
 
     def merged(what: str, names: Sequence[str], ratio: float) -> float:
         own = tuple((pattern, ratio) for name in names for pattern in parts[name])
-        transform(pipeline, replace(base, block_ratios=own))
-        try:
+        with while_transformed(pipeline, replace(base, block_ratios=own)):
             return error_of(images(what), untouched)
-        finally:
-            for name, part in untouched_parts.items():
-                setattr(pipeline, name, part)
 
     alone = {name: merged(f"{name} alone", [name], PROBE) for name in parts}
     # Of the better half alone: with all parts merged an image may become another one, which no
@@ -241,6 +237,18 @@ def calibrate(
         uniform={r: before[""] - counted(replace(config, ratio=r))[""] for r in UNIFORM},
         by_ratio={ratio: value / by_ratio[PROBE] for ratio, value in by_ratio.items()},
     )
+
+
+@contextmanager
+def while_transformed(pipeline: Any, config: MergeConfig) -> Iterator[None]:
+    """Within it, a pipeline holds a transformed model; after it, its own again."""
+    untouched = pipeline_models(pipeline)
+    transform(pipeline, config)
+    try:
+        yield
+    finally:
+        for name, part in untouched.items():
+            setattr(pipeline, name, part)
 
 
 def _check_options(pipeline: Any, config: MergeConfig) -> None:

@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from toma_fx.calibrate import Draw, Progress, check_same, error_of
+from toma_fx.calibrate import Draw, Progress, check_same, error_of, while_transformed
 from toma_fx.config import MergeConfig
 from toma_fx.errors import ConfigError, ModelError
-from toma_fx.transform import pipeline_models, transform
 
 THETAS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 """The values that are tried unless others are given."""
@@ -82,7 +81,6 @@ def calibrate_theta(
         raise ModelError(
             f"calibrate_theta draws images and needs a pipeline, not a {type(pipeline).__name__}"
         )
-    untouched_parts = pipeline_models(pipeline)
     total, errors = 2 + len(thetas), dict[float, float]()
     progress(0, total, "untouched")
     untouched = np.asarray(draw(pipeline), dtype=np.float64)
@@ -90,10 +88,8 @@ def calibrate_theta(
     check_same(np.asarray(draw(pipeline), dtype=np.float64), untouched)
     for place, theta in enumerate(thetas):
         progress(2 + place, total, f"theta {theta:g}")
-        transform(pipeline, replace(config, memory=replace(config.memory, theta=theta)))
-        try:
+        with while_transformed(
+            pipeline, replace(config, memory=replace(config.memory, theta=theta))
+        ):
             errors[theta] = error_of(np.asarray(draw(pipeline), dtype=np.float64), untouched)
-        finally:
-            for name, part in untouched_parts.items():
-                setattr(pipeline, name, part)
     return ThetaCalibration(base=config, errors=errors)

@@ -162,8 +162,10 @@ class MergeConfig:
             "region_tokens": count("region_tokens", self.region_tokens, 64),
             "region_frames": count("region_frames", self.region_frames, 4),
             "temperature": number(self.temperature),
-            "schedule": options_of(Schedule, "schedule", self.schedule),
-            "memory": None if self.memory is None else options_of(Memory, "memory", self.memory),
+            "schedule": options_of(
+                Schedule, "schedule", self.schedule, "Schedule(select_every=10, weigh_every=5)"
+            ),
+            "memory": self._checked_memory(),
             "merge_below": number(self.merge_below),
             "skip": self._checked_skip(),
         }
@@ -250,6 +252,10 @@ class MergeConfig:
         # A list or a set reads naturally at the call; the stored form is hashable and ordered.
         named = [choice("components", each, get_args(Component)) for each in given]
         return tuple(each for each in get_args(Component) if each in named)
+
+    def _checked_memory(self) -> Memory | None:
+        given = self.memory
+        return None if given is None else options_of(Memory, "memory", given, "Memory(every=2)")
 
     def _checked_skip(self) -> tuple[str, ...] | None:
         given: object = self.skip

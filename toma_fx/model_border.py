@@ -19,11 +19,7 @@ from toma_fx.calls import Arguments, LastCall, forced_now, is_empty, is_traced, 
 from toma_fx.errors import InputError, ModelError
 from toma_fx.foreign import Watched
 from toma_fx.grids import image_sequence, run_in_order, token_order
-from toma_fx.ordering import (
-    image_ids,
-    in_token_order,
-    known_order,
-)
+from toma_fx.ordering import image_ids, in_token_order, known_order
 from toma_fx.policy import Always, Decision, ModelCall, policy_of
 from toma_fx.ranks import Ranks, part_of
 from toma_fx.recipe import Recipe

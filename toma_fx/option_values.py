@@ -113,7 +113,7 @@ def check_merging(given: str, ratio: float, region_tokens: int) -> None:
     )
 
 
-def options_of(cls: type[Any], name: str, given: object) -> Any:
+def options_of(cls: type[Any], name: str, given: object, example: str) -> Any:
     """An option that is a dataclass of options, or what JSON makes of one.
 
     Raises:
@@ -122,7 +122,7 @@ def options_of(cls: type[Any], name: str, given: object) -> Any:
     if isinstance(given, cls):
         return given
     if not isinstance(given, Mapping):
-        raise ConfigError(f"{name}={given!r} must be a {cls.__name__}, such as {_example(cls)}")
+        raise ConfigError(f"{name}={given!r} must be a {cls.__name__}, such as {example}")
     names = [field.name for field in fields(cls)]
     if unknown := [key for key in given if key not in names]:
         raise ConfigError(
@@ -130,8 +130,3 @@ def options_of(cls: type[Any], name: str, given: object) -> Any:
             f"not have; choose from {', '.join(map(repr, names))}"
         )
     return cls(**given)
-
-
-def _example(cls: type[Any]) -> str:
-    given = ", ".join(f"{key}={value}" for key, value in cls.example.items())
-    return f"{cls.__name__}({given})"

@@ -106,7 +106,7 @@ class Report:
         lines = (
             f"{self.model}, {self.image}, {ratio}",
             tabulate(rows, headers, disable_numparse=True),
-            f"plan: {_plan(self.config)}",
+            "" if self.theta == 0 else f"plan: {_plan(self.config)}",
             self._of_references(),
             self._video(),
             self._when(),
@@ -150,10 +150,10 @@ class Report:
         if self.config.memory is None:
             return f"a run keeps {size} of plans"
         full = round(self.shares[REMEMBER] * self.steps)
+        between = f"add {self.theta:g} of the correction" if self.theta else "only extrapolate"
         return (
-            f"memory: {full} of {self.steps} steps are full, those between add "
-            f"{self.theta:g} of the correction; a run keeps {size}; arithmetic and savings are "
-            "averages of a run"
+            f"memory: {full} of {self.steps} steps are full, those between {between}; a run keeps "
+            f"{size}; arithmetic and savings are averages of a run"
         )
 
     def _prediction(self) -> str:
@@ -227,7 +227,7 @@ def report(
                 merged=block.components,
                 skipped=block.unmerged_because,
                 tokens_before=given,
-                tokens_after=left if block.role else given - fewer,
+                tokens_after=left if block.role and recipe.makes_plans else given - fewer,
                 flops_before=sum(counted.before[m.path] for m in members),
                 flops_after=sum(counted.after[m.path] for m in members),
             )

@@ -4,10 +4,7 @@
 2509.10918).
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import ClassVar
 
 from toma_fx.errors import ConfigError
 from toma_fx.option_values import count, number
@@ -27,9 +24,6 @@ class Schedule:
         ConfigError: when a field is not a whole number of at least 1.
     """
 
-    example: ClassVar[Mapping[str, int]] = MappingProxyType({"select_every": 10, "weigh_every": 5})
-    """What errors show; the paper's."""
-
     select_every: int = 1
     """Steps between two selections of destinations. The paper uses 10; every step has the better
     MSE in its Table 7."""
@@ -38,7 +32,7 @@ class Schedule:
     destinations brings new weights with it."""
 
     def __post_init__(self) -> None:
-        for name, paper in self.example.items():
+        for name, paper in (("select_every", 10), ("weigh_every", 5)):
             object.__setattr__(self, name, count(name, getattr(self, name), paper))
 
     @property
@@ -57,8 +51,10 @@ class Memory:
     ``x + u + e + theta * unmerge((u_m - u_m0) - merge(e))``
 
     with ``e`` the change of ``u`` extrapolated from the last two full steps, ``u_m`` the update of
-    merged tokens now, and ``u_m0`` the same at the full step. Merging is then no longer an error of
-    its own: it only has to see how a block's update changes, so ratios of 0.75 to 0.95 pay.
+    merged tokens now, and ``u_m0`` the same at the full step. What merging gets wrong at both steps
+    cancels, so ratios may be higher than without memory. How much the correction gains depends on
+    the model and its scheduler (``docs/memory.md``). Early steps change fastest: leave them
+    untouched, by ``merge_below``.
 
     What is kept lies in the bounded store of plans: for a block, two updates of all tokens and one
     of merged ones. `toma_fx.report` says how much that is. Runs are told apart as for `Schedule`.
@@ -67,15 +63,12 @@ class Memory:
         ConfigError: when a field holds a value that it cannot take.
     """
 
-    example: ClassVar[Mapping[str, int]] = MappingProxyType({"every": 2})
-    """What errors show."""
-
     every: int = 2
     """Steps from one full step to the next. With 1 every step is full, and the model computes what
     it did untouched."""
     theta: float | None = None
-    """The share of the correction by merged tokens that is added, from 0 to 1.5. 1 believes it all;
-    0 only extrapolates, and runs nothing on merged tokens. ``None`` takes the model family's own.
+    """The share of the correction by merged tokens that is added, from 0 to 1.5. With 0 updates are
+    only extrapolated, and nothing runs on merged tokens. ``None`` takes the model family's own.
     `toma_fx.calibrate_theta` measures the best one on images."""
     extrapolate: bool = True
     """Whether ``e`` is extrapolated, or 0. It keeps one more update of each block."""
