@@ -15,7 +15,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from examples.small_models import detail
+
 SIZE = 128
+DETAILED_SIZE = 256
 
 SIZES = ("small", "large")
 COLOURS = {
@@ -163,35 +166,69 @@ def words() -> list[str]:
     return sorted({*grammar, *SIZES, *COLOURS, *TEXTURES, *GROUNDS, *SKIES, *shapes})
 
 
-def draw(scene: Scene, seed: int, without: Thing | None = None) -> npt.NDArray[np.uint8]:
-    """The scene's pixels, ``(128, 128, 3)``. Edges are smooth: a pixel takes its covered share.
+def draw(
+    scene: Scene,
+    seed: int,
+    without: Thing | None = None,
+    *,
+    size: int = SIZE,
+    detailed: bool = False,
+) -> npt.NDArray[np.uint8]:
+    """The scene's pixels, ``(size, size, 3)``. Edges are smooth: a pixel takes its covered share.
 
     Args:
         scene: what is drawn.
         seed: decides its places.
         without: a thing of the scene that is left out; all else stays where it is.
+        size: pixels along a side.
+        detailed: with fine detail that the caption does not name, which the seed decides.
     """
     generator = np.random.default_rng((seed, 1234))
-    y, x = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) + np.float32(0.5)
+    fine = np.random.default_rng((seed, 4321)) if detailed else None
+    scale = np.float32(SIZE / size)  # coordinates run to 128 at every size
+    y, x = (np.mgrid[0:size, 0:size].astype(np.float32) + np.float32(0.5)) * scale
+
+    def cover(distance: Pixels) -> Pixels:
+        return _cover(distance / scale)
+
     horizon = SIZE * generator.uniform(0.52, 0.66)
-    picture = _sky(scene, y / horizon, generator)
-    picture = _blend(picture, _ground(scene, x, y, horizon, generator), _cover(horizon - y))
+    picture = _sky(scene, y / horizon, generator, fine)
+    if fine is not None:
+        haze = np.array(SKIES[scene.sky][1], np.float32)
+        picture = detail.add_mountains(picture, y, horizon, haze, fine)
+    ground = _ground(scene, x, y, horizon, generator, fine)
+    picture = _blend(picture, ground, cover(horizon - y))
+    if fine is not None:
+        picture = detail.add_trees(picture, x, y, horizon, fine)
     for thing, centre, radius, mirrored in _places(scene, generator):
         if thing == without:
             continue
         side = -1.0 if mirrored else 1.0
-        distance = SHAPES[thing.shape](side * (x - centre[0]), y - centre[1], radius)
+        shape = SHAPES[thing.shape]
+        distance = shape(side * (x - centre[0]), y - centre[1], radius)
         light = 1.0 + 0.25 * np.clip((centre[1] - y) / radius, -1, 1)
+        if fine is not None:
+            light = light + detail.surface(size, fine)
+            shadow = shape(side * (x - centre[0] - 4), y - centre[1] - 5, radius)
+            picture = _blend(picture, 0.45 * picture, _cover(shadow / 4))
         colour = np.array(COLOURS[thing.colour], np.float32)
         edge = np.full(3, 0.55 if thing.colour == "black" else 0.05, np.float32)
-        picture = _blend(picture, edge, _cover(distance))
-        picture = _blend(picture, light[..., None] * colour, _cover(distance + 1.6))
+        picture = _blend(picture, edge, cover(distance))
+        picture = _blend(picture, light[..., None] * colour, cover(distance + 1.6))
     return np.asarray(np.clip(picture, 0, 1) * 255 + 0.5, np.uint8)
 
 
-def _sky(scene: Scene, height: Pixels, generator: np.random.Generator) -> Pixels:
+def _sky(
+    scene: Scene,
+    height: Pixels,
+    generator: np.random.Generator,
+    fine: np.random.Generator | None,
+) -> Pixels:
     top, bottom = (np.array(colour, np.float32) for colour in SKIES[scene.sky])
     sky: Pixels = top + (bottom - top) * np.clip(height, 0, 1)[..., None]
+    if fine is not None:
+        add = detail.add_stars if scene.sky == "starry" else detail.add_clouds
+        return add(sky, fine)
     if scene.sky == "starry":
         for row, column in generator.integers(2, SIZE - 2, (40, 2)):
             sky[row, column] = 0.95
@@ -201,7 +238,12 @@ def _sky(scene: Scene, height: Pixels, generator: np.random.Generator) -> Pixels
 
 
 def _ground(
-    scene: Scene, x: Pixels, y: Pixels, horizon: float, generator: np.random.Generator
+    scene: Scene,
+    x: Pixels,
+    y: Pixels,
+    horizon: float,
+    generator: np.random.Generator,
+    fine: np.random.Generator | None,
 ) -> Pixels:
     """The texture's share of the darker tone, over a gradient that darkens to the front."""
     shift = generator.uniform(0, 16)
@@ -217,6 +259,8 @@ def _ground(
     tone = 1.08 - 0.25 * (y - horizon) / (SIZE - horizon) - 0.4 * dark
     if scene.texture == "grainy":
         tone = tone + generator.normal(0, 0.09, x.shape).astype(np.float32)
+    if fine is not None:
+        tone = tone + detail.grain(len(x), fine)
     return np.asarray(tone[..., None] * np.array(GROUNDS[scene.ground]), np.float32)
 
 

@@ -4,8 +4,11 @@
     python -m examples.small_models.train vae --kind sdxl --minutes 32 --crop 128 --batch 2
     python -m examples.small_models.train diffusion --kind sdxl --minutes 60 --output small_sdxl
 
-``--start FOLDER`` goes on from a trained pipeline, with its VAE. The same command goes on where it
-was stopped; more minutes, or fewer, may be asked for then. Pictures, latents and checkpoints lie in
+    python -m examples.small_models.train vae --kind sdxl --detailed --start small_sdxl ...
+
+``--start FOLDER`` goes on from a trained pipeline, with its VAE or a later one in ``--work``.
+``--detailed`` trains on pictures of 256 x 256 pixels with detail that no caption names.
+The same command goes on where it was stopped; more minutes, or fewer, may be asked for then. Pictures, latents and checkpoints lie in
 ``--work``. Each step takes its random numbers from its own number, so that an interruption changes
 nothing.
 """
@@ -22,7 +25,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -36,7 +39,7 @@ from examples.small_models.losses import (
     tokens_of,
     vae_loss,
 )
-from examples.small_models.pictures import SIZE, caption, draw, scene_of
+from examples.small_models.pictures import DETAILED_SIZE, SIZE, caption, draw, scene_of
 
 UNSEEN = 10_000_000  # scenes from this index on are never trained on
 LONGEST_STEP = 20.0  # seconds; a step that took longer was a pause, which is not training time
@@ -203,14 +206,16 @@ def psnr(model: Any, pictures: npt.NDArray[np.uint8]) -> float:
     return -10 * math.log10(((decoded - pixels) / 2).square().mean().item())
 
 
-def dataset(path: Path, count: int) -> npt.NDArray[np.uint8]:
-    """The training pictures, ``(count, 128, 128, 3)``, drawn once and then read from a file."""
+def dataset(work: Path, count: int, *, detailed: bool) -> npt.NDArray[np.uint8]:
+    """The training pictures, ``(count, size, size, 3)``, drawn once and then read from a file."""
+    path = work / ("detailed_pictures.npy" if detailed else "pictures.npy")
+    size = DETAILED_SIZE if detailed else SIZE
     if not path.exists():
         partial = path.with_suffix(".partial")
-        shape = (count, SIZE, SIZE, 3)
+        shape = (count, size, size, 3)
         array = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
         for index in tqdm(range(count), desc="pictures", mininterval=5):
-            array[index] = draw(scene_of(index), index)
+            array[index] = draw(scene_of(index), index, size=size, detailed=detailed)
         array.flush()
         partial.rename(path)
     pictures: npt.NDArray[np.uint8] = np.load(path, mmap_mode="r")
@@ -221,11 +226,21 @@ def dataset(path: Path, count: int) -> npt.NDArray[np.uint8]:
 
 def train_vae(kind: Kind, options: argparse.Namespace) -> None:
     """Train the VAE and note how well it does on pictures that it was not trained on."""
-    model = vae(kind).to(options.device)
-    pictures = dataset(options.work / "pictures.npy", options.pictures)
+    model = vae(kind)
+    if options.start is not None:
+        model = AutoencoderKL.from_pretrained(options.start / "vae", torch_dtype=torch.float32)
+    model.to(options.device)
+    pictures = dataset(options.work, options.pictures, detailed=options.detailed)
+    size = pictures.shape[1]
+    model.register_to_config(sample_size=size)
     loss = vae_loss(model, pictures, options.batch, options.crop)
     average, state = fit(model, loss, options.work / f"vae_{kind}.pt", **_length(options, "vae"))
-    unseen = np.stack([draw(scene_of(index), index) for index in range(UNSEEN, UNSEEN + 64)])
+    unseen = np.stack(
+        [
+            draw(scene_of(index), index, size=size, detailed=options.detailed)
+            for index in range(UNSEEN, UNSEEN + 64)
+        ]
+    )
     record = record_of(state, options, average) | {"psnr_db": round(psnr(average, unseen), 2)}
     torch.save(average.state_dict(), options.work / f"vae_{kind}_final.pt")
     (options.work / f"vae_{kind}.json").write_text(json.dumps(record))
@@ -234,18 +249,30 @@ def train_vae(kind: Kind, options: argparse.Namespace) -> None:
 
 def train_diffusion(kind: Kind, options: argparse.Namespace) -> None:
     """Train the diffusion model and its text encoders, and save the whole pipeline."""
+    stored = options.work / f"vae_{kind}_final.pt"
     if options.start is None:
         pipe = pipeline(kind)
-        weights = torch.load(options.work / f"vae_{kind}_final.pt", weights_only=True)
-        pipe.vae.load_state_dict(weights)
+    else:
+        pipe = DiffusionPipeline.from_pretrained(options.start, torch_dtype=torch.float32)
+    if options.start is None or stored.exists():
+        pipe.vae.load_state_dict(torch.load(stored, weights_only=True))
         vae_record = json.loads((options.work / f"vae_{kind}.json").read_text())
     else:
-        pipe = DiffusionPipeline.from_pretrained(options.start, dtype=torch.float32)
         vae_record = json.loads((options.start / "training.json").read_text())["vae"]
+    if kind == "sdxl":
+        pipe.register_modules(
+            scheduler=type(pipe.scheduler).from_config(
+                pipe.scheduler.config, prediction_type=options.prediction
+            )
+        )
+    if options.detailed:
+        pipe.vae.register_to_config(sample_size=DETAILED_SIZE)
+        name = "unet" if kind == "sdxl" else "transformer"
+        getattr(pipe, name).register_to_config(sample_size=DETAILED_SIZE // 4)
     pipe.vae.to(options.device).eval()
     stored = options.work / f"latents_{kind}.pt"
     if not stored.exists():
-        pictures = dataset(options.work / "pictures.npy", options.pictures)
+        pictures = dataset(options.work, options.pictures, detailed=options.detailed)
         torch.save(encode(pipe.vae, pictures), stored)
     latents = scale_latents(pipe.vae, torch.load(stored, weights_only=True, mmap=True))
     captions = [caption(scene_of(index)) for index in range(len(latents))]
@@ -301,6 +328,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--crop", type=int, default=64, help="pixels that the VAE sees at once")
     parser.add_argument("--pictures", type=int, default=16_000)
     parser.add_argument("--work", type=Path, default=Path("small_models_work"))
+    parser.add_argument(
+        "--detailed", action="store_true", help="pictures of 256 x 256 pixels with fine detail"
+    )
+    parser.add_argument(
+        "--prediction",
+        choices=("v_prediction", "epsilon"),
+        default="v_prediction",
+        help="of SDXL's UNet: the velocity or the noise (v_prediction)",
+    )
     parser.add_argument("--start", type=Path, help="a trained pipeline's folder to go on from")
     parser.add_argument("--output", type=Path, help="the trained pipeline's folder")
     options = parser.parse_args(arguments)
