@@ -8,11 +8,29 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 from torch import Tensor, nn
 
 from examples.small_models.architecture import KINDS, Kind, pipeline, vae
-from examples.small_models.check import Judge, accuracies, contact_sheet, sample, through_vae
-from examples.small_models.losses import Loss, flux_loss, sdxl_loss, tokens_of, vae_loss
+from examples.small_models.check import contact_sheet, sample, through_vae
+from examples.small_models.judge import (
+    FEATURES,
+    accuracies,
+    features,
+    load_judge,
+    shares,
+    spoil,
+    train,
+    true_pictures,
+)
+from examples.small_models.losses import (
+    Loss,
+    flux_loss,
+    sdxl_loss,
+    to_pixels,
+    tokens_of,
+    vae_loss,
+)
 from examples.small_models.pictures import (
     LAYOUTS,
     PAIRS,
@@ -31,12 +49,22 @@ PICTURES = np.stack([draw(scene_of(index), index) for index in range(8)])
 
 
 def test_pictures_depend_on_their_index_alone(tmp_path: Path) -> None:
-    written = dataset(tmp_path / "pictures.npy", 8)
+    written = dataset(tmp_path, 8, detailed=False)
     assert np.array_equal(written, PICTURES)
-    assert np.array_equal(dataset(tmp_path / "pictures.npy", 4), PICTURES[:4])
+    assert np.array_equal(dataset(tmp_path, 4, detailed=False), PICTURES[:4])
     assert len(np.unique(PICTURES.reshape(8, -1), axis=0)) == 8
     with pytest.raises(ValueError, match="8 pictures, not 9"):
-        dataset(tmp_path / "pictures.npy", 9)
+        dataset(tmp_path, 9, detailed=False)
+
+
+def test_detail_changes_a_picture_but_not_its_scene(tmp_path: Path) -> None:
+    detailed = dataset(tmp_path, 8, detailed=True)
+    assert np.array_equal(detailed, true_pictures(8, detailed=True, start=0))
+    for fine, plain in zip(detailed, PICTURES, strict=True):
+        small = np.asarray(Image.fromarray(fine).resize((128, 128), Image.Resampling.BOX))
+        gap = np.abs(small.astype(int) - plain.astype(int)).mean(-1)
+        assert np.median(gap) < 30  # the same colours in the same places
+        assert (gap > 40).mean() > 0.02  # and something that the plain picture does not show
 
 
 def test_captions_say_the_scene_and_only_known_words() -> None:
@@ -162,12 +190,37 @@ def test_training_by_minutes_ends(tmp_path: Path) -> None:
     assert len(state.losses) == state.step // 50
 
 
-def test_the_judge_counts_right_answers() -> None:
+def test_the_judge_counts_right_answers(tmp_path: Path) -> None:
     scenes = [scene_of(index) for index in range(8)]
-    torch.manual_seed(0)
-    found = accuracies(Judge(), PICTURES, scenes)
+    judge = train(tmp_path, 4, 2, 2, tmp_path / "judge.safetensors")
+    found = accuracies(judge, PICTURES, scenes)
     assert all(0 <= share <= 1 for share in found.values())
+    again = load_judge(tmp_path / "judge.safetensors")
+    assert accuracies(again, PICTURES, scenes) == found
+    assert features(judge, PICTURES).shape == (8, FEATURES)
+    with pytest.raises(FileNotFoundError, match="judge"):
+        load_judge(tmp_path / "none.safetensors")
     assert contact_sheet(PICTURES, [caption(scene) for scene in scenes]).width == 8 * 152
+
+
+def test_the_shipped_judge_sees_what_true_pictures_show() -> None:
+    """And not in pictures of other scenes, nor in noise."""
+    judge = load_judge()
+    for detailed in (False, True):
+        start = 30_000_000
+        drawn = true_pictures(48, detailed=detailed, start=start)
+        scenes = [scene_of(index) for index in range(start, start + 48)]
+        assert shares(judge, drawn, scenes).mean() > 0.85
+        assert shares(judge, np.roll(drawn, 1, axis=0), scenes).mean() < 0.5
+    noise = np.random.default_rng(0).integers(0, 255, drawn.shape).astype(np.uint8)
+    assert shares(judge, noise, scenes).mean() < 0.5
+
+
+def test_spoiled_pictures_are_softer_and_noisier() -> None:
+    pixels = to_pixels(PICTURES)
+    spoiled, degrees = spoil(pixels, torch.Generator().manual_seed(0))
+    for one, before, (soft, noise) in zip(spoiled, pixels, degrees.tolist(), strict=True):
+        assert torch.equal(one, before) == (soft == noise == 0)
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own

@@ -87,7 +87,8 @@ def sdxl_loss(parts: Any, pipe: Any, latents: Tensor, tokens: list[Tensor], batc
         if not of_noise:
             return F.mse_loss(predicted.float(), target)
         weight = (1 / signal[timestep.cpu()]).clamp(max=20).to(target).view(-1, 1, 1, 1)
-        return (weight * (predicted.float() - target).square()).mean()
+        weighted: Tensor = weight * (predicted.float() - target).square()
+        return weighted.mean()
 
     return loss
 

@@ -7,10 +7,10 @@
     python -m examples.small_models.train vae --kind sdxl --detailed --start small_sdxl ...
 
 ``--start FOLDER`` goes on from a trained pipeline, with its VAE or a later one in ``--work``.
-``--detailed`` trains on pictures of 256 x 256 pixels with detail that no caption names.
-The same command goes on where it was stopped; more minutes, or fewer, may be asked for then. Pictures, latents and checkpoints lie in
-``--work``. Each step takes its random numbers from its own number, so that an interruption changes
-nothing.
+``--detailed`` trains on pictures of 256 x 256 pixels with detail that no caption names. The same
+command goes on where it was stopped; more minutes, or fewer, may be asked for then. Pictures,
+latents and checkpoints lie in ``--work``. Each step takes its random numbers from its own number,
+so that an interruption changes nothing.
 """
 
 import argparse
