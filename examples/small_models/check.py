@@ -2,9 +2,9 @@
 
     python -m examples.small_models.check examples/small_models/sdxl --sheet sheet.png
 
-The judge (`examples.small_models.judge`) is asked what it sees in samples for prompts of things that
-training showed and of things that it never showed; for scale, in true pictures that went through
-the VAE, and in samples that were made for other prompts.
+The judge of `examples.small_models.judge` is asked what it sees in samples for prompts of things
+that training showed and of things that it never showed; for scale, in true pictures that went
+through the VAE, and in samples that were made for other prompts.
 """
 
 import argparse
