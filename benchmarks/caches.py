@@ -1,0 +1,171 @@
+"""Caches of other projects beside toma_fx: how they are put on a pipeline, and what they save.
+
+A cache decides while it runs which parts of a call it computes. Each class here runs it on a small
+pipeline and says what the real model would compute at 1024 x 1024 with the same decisions.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import import_module
+from types import SimpleNamespace
+from typing import Any
+
+from diffusers import FirstBlockCacheConfig, TaylorSeerCacheConfig
+from torch import nn
+
+from toma_fx.arithmetic import Call, count, count_parts
+from toma_fx.checkpoints import architecture
+from toma_fx.inputs import random_inputs
+
+LISTS = ("transformer_blocks", "single_transformer_blocks")
+
+
+@dataclass
+class Ran:
+    """Which share of the calls of a model computed a part, by the part's name."""
+
+    calls: int = 0
+    parts: Counter[str] = field(default_factory=Counter)
+
+    def share(self, part: str) -> float:
+        """From 0 to 1."""
+        return self.parts[part] / self.calls
+
+
+@dataclass(frozen=True)
+class DiffusersCache:
+    """A cache of diffusers for transformers, by its configuration."""
+
+    name: str
+    config: Any
+
+    @contextmanager
+    def on(self, pipe: Any) -> Iterator[Callable[[], float]]:
+        """The pipeline with the cache; the value is a function to the real model's arithmetic."""
+        model, ran = pipe.transformer, Ran()
+        # Before the cache goes on: it calls the parts' own forwards.
+        undo = [model.register_forward_pre_hook(lambda *_: _add(ran, None))]
+        for path, part in _parts(model).items():
+            undo.append(_count_calls(part, ran, path))
+        model.enable_cache(self.config)
+        try:
+            yield lambda: _flux_share(ran, model)
+        finally:
+            model.disable_cache()
+            for handle in undo:
+                handle.remove()
+
+
+@dataclass(frozen=True)
+class DeepCache:
+    """DeepCache (Ma et al., 2024) by its authors' package, for UNets.
+
+    Between two full steps, the blocks below the first level's are not computed: their output is
+    that of the last full step.
+    """
+
+    every: int
+
+    @property
+    def name(self) -> str:
+        """In tables."""
+        return f"DeepCache, every {self.every}"
+
+    @contextmanager
+    def on(self, pipe: Any) -> Iterator[Callable[[], float]]:
+        """The pipeline with the cache; the value is a function to the real model's arithmetic."""
+        helper = self._helper(pipe)
+        timesteps: list[int] = []
+        hook = pipe.unet.register_forward_pre_hook(lambda _, args: timesteps.append(int(args[1])))
+        helper.enable()
+        try:
+            yield lambda: self._share(len(dict.fromkeys(timesteps)))
+        finally:
+            helper.disable()
+            hook.remove()
+
+    def _helper(self, pipe: Any) -> Any:
+        helper = import_module("DeepCache").DeepCacheSDHelper(pipe=pipe)
+        helper.set_params(cache_interval=self.every, cache_branch_id=0)
+        return helper
+
+    def _share(self, steps: int) -> float:
+        unet = architecture("sdxl")
+        call = Call((), random_inputs(unet))
+        whole = count_parts(unet, call, [""])[""]
+        helper = self._helper(SimpleNamespace(unet=unet))
+        forward = unet.forward
+        helper.enable()
+        unet.forward = forward  # its own asks for a timestep's value, which a meta tensor lacks
+        helper.start_timestep = 0
+        costs = []
+        for helper.cur_timestep in range(self.every):
+            costs.append(count(unet, call, data=True))
+        helper.disable()
+        return sum(costs[step % self.every] for step in range(steps)) / (steps * whole)
+
+
+def first_block_cache(threshold: float) -> DiffusersCache:
+    """Diffusers' first-block cache: all other blocks are left out while the first's output stays."""
+    name = f"first-block cache, threshold {threshold:g}"
+    return DiffusersCache(name, FirstBlockCacheConfig(threshold=threshold))
+
+
+def taylor_seer(every: int, order: int = 1) -> DiffusersCache:
+    """TaylorSeer (Liu et al., 2025) of diffusers, in its lite form.
+
+    Between two full steps no block is computed, and the model's output is extrapolated.
+    """
+    config = TaylorSeerCacheConfig(
+        cache_interval=every, disable_cache_before_step=3, max_order=order, use_lite_mode=True
+    )
+    return DiffusersCache(f"TaylorSeer lite, every {every}, order {order}", config)
+
+
+def _parts(model: nn.Module) -> dict[str, nn.Module]:
+    """The parts of blocks that compute, by their path in the model."""
+    return {
+        f"{blocks}.{index}.{name}": part
+        for blocks in LISTS
+        for index, block in enumerate(getattr(model, blocks))
+        for name, part in block.named_children()
+        if any(isinstance(each, nn.Linear) for each in part.modules())
+    }
+
+
+def _count_calls(part: nn.Module, ran: Ran, path: str) -> Any:
+    # A part that a cache leaves out is called too, or its hook is: what computes is a linear layer.
+    first = next(each for each in part.modules() if isinstance(each, nn.Linear))
+    return first.register_forward_pre_hook(lambda *_: _add(ran, path))
+
+
+def _add(ran: Ran, path: str | None) -> None:
+    if path is None:
+        ran.calls += 1
+    else:
+        ran.parts[path] += 1
+
+
+def _flux_share(ran: Ran, small: nn.Module) -> float:
+    """The real Flux's, whose first block ran as the small one's first, others as its others."""
+    model = architecture("flux")
+    call = Call((), random_inputs(model))
+    paths = list(_parts(model))
+    costs = count_parts(model, call, ["", *paths])
+    shares = _shares_by_kind(ran, list(_parts(small)))
+    rest = costs[""] - sum(costs[path] for path in paths)
+    return (rest + sum(costs[path] * shares[_kind(path)] for path in paths)) / costs[""]
+
+
+def _shares_by_kind(ran: Ran, paths: list[str]) -> Mapping[tuple[str, bool, str], float]:
+    kinds: dict[tuple[str, bool, str], list[float]] = {}
+    for path in paths:
+        kinds.setdefault(_kind(path), []).append(ran.share(path))
+    return {kind: sum(values) / len(values) for kind, values in kinds.items()}
+
+
+def _kind(path: str) -> tuple[str, bool, str]:
+    blocks, index, name = path.split(".", 2)
+    return blocks, blocks == LISTS[0] and index == "0", name
