@@ -1,7 +1,7 @@
 """Caches of other projects beside toma_fx: how they are put on a pipeline, and what they save.
 
 A cache decides while it runs which parts of a call it computes. Each class here runs it on a small
-pipeline and says what the real model would compute at 1024 x 1024 with the same decisions.
+pipeline and says what the real model would compute with the same decisions.
 """
 
 from collections import Counter
@@ -42,8 +42,13 @@ class DiffusersCache:
     config: Any
 
     @contextmanager
-    def on(self, pipe: Any) -> Iterator[Callable[[], float]]:
-        """The pipeline with the cache; the value is a function to the real model's arithmetic."""
+    def on(self, pipe: Any, side: int = 1024) -> Iterator[Callable[[], float]]:
+        """The pipeline with the cache; the value is a function to the real model's arithmetic.
+
+        Args:
+            pipe: Small.
+            side: Pixels along a side of the real model's image.
+        """
         model, ran = pipe.transformer, Ran()
         # Before the cache goes on: it calls the parts' own forwards.
         undo = [model.register_forward_pre_hook(lambda *_: _add(ran, None))]
@@ -51,7 +56,7 @@ class DiffusersCache:
             undo.append(_count_calls(part, ran, path))
         model.enable_cache(self.config)
         try:
-            yield lambda: _flux_share(ran, model)
+            yield lambda: _flux_share(ran, model, side)
         finally:
             model.disable_cache()
             for handle in undo:
@@ -74,14 +79,19 @@ class DeepCache:
         return f"DeepCache, every {self.every}"
 
     @contextmanager
-    def on(self, pipe: Any) -> Iterator[Callable[[], float]]:
-        """The pipeline with the cache; the value is a function to the real model's arithmetic."""
+    def on(self, pipe: Any, side: int = 1024) -> Iterator[Callable[[], float]]:
+        """The pipeline with the cache; the value is a function to the real model's arithmetic.
+
+        Args:
+            pipe: Small.
+            side: Pixels along a side of the real model's image.
+        """
         helper = self._helper(pipe)
         timesteps: list[int] = []
         hook = pipe.unet.register_forward_pre_hook(lambda _, args: timesteps.append(int(args[1])))
         helper.enable()
         try:
-            yield lambda: self._share(len(dict.fromkeys(timesteps)))
+            yield lambda: self._share(len(dict.fromkeys(timesteps)), side)
         finally:
             helper.disable()
             hook.remove()
@@ -91,9 +101,9 @@ class DeepCache:
         helper.set_params(cache_interval=self.every, cache_branch_id=0)
         return helper
 
-    def _share(self, steps: int) -> float:
+    def _share(self, steps: int, side: int) -> float:
         unet = architecture("sdxl")
-        call = Call((), random_inputs(unet))
+        call = Call((), random_inputs(unet, height=side))
         whole = count_parts(unet, call, [""])[""]
         helper = self._helper(SimpleNamespace(unet=unet))
         forward = unet.forward
@@ -108,7 +118,7 @@ class DeepCache:
 
 
 def first_block_cache(threshold: float) -> DiffusersCache:
-    """Diffusers' first-block cache: all other blocks are left out while the first's output stays."""
+    """Diffusers' first-block cache: other blocks are left out while the first's output stays."""
     name = f"first-block cache, threshold {threshold:g}"
     return DiffusersCache(name, FirstBlockCacheConfig(threshold=threshold))
 
@@ -148,10 +158,10 @@ def _add(ran: Ran, path: str | None) -> None:
         ran.parts[path] += 1
 
 
-def _flux_share(ran: Ran, small: nn.Module) -> float:
+def _flux_share(ran: Ran, small: nn.Module, side: int) -> float:
     """The real Flux's, whose first block ran as the small one's first, others as its others."""
     model = architecture("flux")
-    call = Call((), random_inputs(model))
+    call = Call((), random_inputs(model, height=side))
     paths = list(_parts(model))
     costs = count_parts(model, call, ["", *paths])
     shares = _shares_by_kind(ran, list(_parts(small)))

@@ -24,12 +24,13 @@ import diffusers
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from tabulate import tabulate
 
 import toma_fx
 from benchmarks.caches import DeepCache, first_block_cache, taylor_seer
 from examples.small_models.judge import Judge, features, load_judge, shares, true_pictures
-from examples.small_models.pictures import caption, scene_of
+from examples.small_models.pictures import DETAILED_SIZE, Scene, caption, draw, scene_of
 from toma_fx import Memory, MergeConfig
 from toma_fx.checkpoints import architecture
 from toma_fx.lab.distances import frechet_distance, ssim
@@ -55,6 +56,17 @@ class Scenario:
     call: Mapping[str, Any]
     rows: Callable[[int], Iterator["Row"]]
     scheduler: str | None = None
+    strength: float | None = None
+    """Of a second pass over a true picture that is enlarged to twice the side; None for none."""
+
+    @property
+    def real_side(self) -> int:
+        """Pixels along a side of the real model's image, whose arithmetic is counted."""
+        return 1024 if self.strength is None else 2048
+
+    def nominal(self, steps: int) -> int:
+        """The pipeline's number of steps so that it runs ``steps``; a second pass runs some."""
+        return steps if self.strength is None else round(steps / self.strength)
 
 
 @dataclass(frozen=True)
@@ -76,7 +88,7 @@ class Row:
     def on(self, bench: "Bench") -> Applied:
         """The pipeline changed."""
         steps = self.steps or bench.scenario.steps
-        changes: dict[str, Any] = {"num_inference_steps": steps}
+        changes: dict[str, Any] = {"num_inference_steps": bench.scenario.nominal(steps)}
         if self.power != 1:
             power = bench.best_power(steps) if self.power == "searched" else float(self.power)
             changes = bench.scheduled(steps, power)
@@ -113,7 +125,7 @@ class Cached(Row):
     @contextmanager
     def on(self, bench: "Bench") -> Applied:
         """The pipeline with the cache."""
-        with self.cache.on(bench.pipe) as share:
+        with self.cache.on(bench.pipe, bench.scenario.real_side) as share:
             yield {}, share
 
 
@@ -138,6 +150,16 @@ def flux_rows(steps: int) -> Iterator[Row]:
         yield cached(first_block_cache(threshold))
     for every in (2, 3) if steps == 25 else (2,):
         yield cached(taylor_seer(every))
+
+
+def second_pass_rows(steps: int) -> Iterator[Row]:
+    """Of a second pass with a UNet."""
+    yield from (Row(f"{count} steps", steps=count) for count in (8, 6, 4))
+    for ratio in (0.25, 0.5, 0.75):
+        yield Merging(f"merged at every step, ratio {ratio:g}", config=_config(ratio))
+    yield Merging("memory every 2, ratio 0.9", config=_config(0.9, 2), calibrated=True)
+    yield Merging("memory every 2, theta 0", config=_config(0.5, 2, theta=0.0))
+    yield cached(DeepCache(2))
 
 
 def _fewer(steps: int) -> Iterator[Row]:
@@ -181,6 +203,7 @@ SCENARIOS = {
     "sdxl-25": Scenario(model="sdxl", steps=25, call=SDXL, rows=sdxl_rows),
     "sdxl-25-dpm": Scenario(model="sdxl", steps=25, call=SDXL, rows=sdxl_rows, scheduler="dpm"),
     "sdxl-4": Scenario(model="sdxl", steps=4, call=SDXL, rows=sdxl_rows),
+    "second-pass": Scenario(model="sdxl", steps=10, call=SDXL, rows=second_pass_rows, strength=0.4),
     "flux-25": Scenario(model="flux", steps=25, call=FLUX, rows=flux_rows),
     "flux-4": Scenario(model="flux", steps=4, call=FLUX, rows=flux_rows),
 }
@@ -198,11 +221,12 @@ class Bench:
             self.pipe.scheduler = made
         self._judge = judge
         self._size = self.pipe.vae.config.sample_size
+        if scenario.strength is not None:
+            self.pipe = diffusers.AutoPipelineForImage2Image.from_pipe(self.pipe)
+            self.pipe.set_progress_bar_config(disable=True)
         indices = range(FIRST_SCENE, FIRST_SCENE + prompts)
         self._scenes = [scene_of(index, held_out=index % 2 == 1) for index in indices]
-        self._prompts = [caption(scene) for scene in self._scenes]
-        others = range(FIRST_OTHER, FIRST_OTHER + 4)
-        self._others = [caption(scene_of(index)) for index in others]
+        self._others = [scene_of(index) for index in range(FIRST_OTHER, FIRST_OTHER + 4)]
         self._powers: dict[int, float] = {}
         self._untouched: Images | None = None
 
@@ -210,29 +234,34 @@ class Bench:
     def untouched(self) -> Images:
         """Drawn once."""
         if self._untouched is None:
-            self._untouched = self._draw(self._prompts)
+            self._untouched = self._draw(self._scenes)
         return self._untouched
 
-    def _draw(self, prompts: list[str], **changes: Any) -> Images:
-        call = {"num_inference_steps": self.scenario.steps, **self.scenario.call, **changes}
+    def _draw(self, scenes: list[Scene], **changes: Any) -> Images:
+        steps = self.scenario.nominal(self.scenario.steps)
+        call = {"num_inference_steps": steps, **self.scenario.call, **changes}
         images = []
-        for place in range(0, len(prompts), 4):
-            some = prompts[place : place + 4]
+        for place in range(0, len(scenes), 4):
+            some = scenes[place : place + 4]
+            seeds = range(place, place + len(some))
             if "negative_prompt" in call:  # Flux wants as many as there are prompts
                 call["negative_prompt"] = [""] * len(some)
-            seeds = range(place, place + len(some))
-            images.append(
-                self.pipe(
-                    some,
-                    height=self._size,
-                    width=self._size,
-                    generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-                    output_type="np",
-                    **call,
-                ).images
-            )
+            if self.scenario.strength is None:
+                call |= {"height": self._size, "width": self._size}
+            else:
+                call |= {"image": [*map(self._enlarged, some, seeds)]}
+                call |= {"strength": self.scenario.strength}
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+            prompts = [caption(scene) for scene in some]
+            images.append(self.pipe(prompts, generator=generators, output_type="np", **call).images)
         drawn: Images = np.asarray(np.concatenate(images) * 255 + 0.5, np.uint8)
         return drawn
+
+    def _enlarged(self, scene: Scene, seed: int) -> Image.Image:
+        detailed = self._size == DETAILED_SIZE
+        picture = Image.fromarray(draw(scene, seed, size=self._size, detailed=detailed))
+        side = 2 * self._size
+        return picture.resize((side, side), Image.Resampling.BICUBIC)
 
     def draw_others(self, **changes: Any) -> NDArray[np.float32]:
         """Prompts on which theta and schedules are chosen, from 0 to 1."""
@@ -262,7 +291,19 @@ class Bench:
 
     def real_share(self, config: MergeConfig) -> float:
         """Of the real model's run, relative to untouched, by the pipeline's noise levels."""
-        return _real_share(self.pipe, self.scenario.model, config, self.scenario.steps)
+        scenario = self.scenario
+        side = scenario.real_side
+        merged = toma_fx.transform(_real(scenario.model), replace(config, merge_below=1))
+        first = toma_fx.report(merged, steps=1, height=side)
+        costs = {UNTOUCHED: first.flops_before}
+        if config.memory is None:
+            costs[MERGED] = first.flops_after
+        else:
+            both = toma_fx.report(merged, steps=2, height=side).flops_after
+            costs[REMEMBER] = first.flops_after
+            costs[RECALL] = 2 * both - first.flops_after
+        taken = toma_fx.report(self.pipe, steps=scenario.steps).shares
+        return sum(share * costs[each] for each, share in taken.items()) / costs[UNTOUCHED]
 
     def measure(self, row: Row | None) -> dict[str, Any]:
         """A row of the results; None for the untouched model."""
@@ -270,7 +311,7 @@ class Bench:
             return self._record("untouched", 1.0, self.untouched)
         self.untouched  # noqa: B018 - before the pipeline changes
         with row.on(self) as (changes, share):
-            images = self._draw(self._prompts, **changes)
+            images = self._draw(self._scenes, **changes)
             return self._record(row.name, share(), images)
 
     def _record(self, name: str, share: float, images: Images) -> dict[str, Any]:
@@ -299,20 +340,9 @@ def _tensor(image: Images) -> torch.Tensor:
 
 @cache
 def _true_features(judge: Judge, size: int) -> torch.Tensor:
-    return features(judge, true_pictures(TRUE_PICTURES, detailed=size == 256, start=FIRST_TRUE))
-
-
-def _real_share(pipe: Any, kind: str, config: MergeConfig, steps: int) -> float:
-    merged = toma_fx.transform(_real(kind), replace(config, merge_below=1))
-    first = toma_fx.report(merged, steps=1)
-    costs = {UNTOUCHED: first.flops_before}
-    if config.memory is None:
-        costs[MERGED] = first.flops_after
-    else:
-        costs[REMEMBER] = first.flops_after
-        costs[RECALL] = 2 * toma_fx.report(merged, steps=2).flops_after - first.flops_after
-    taken = toma_fx.report(pipe, steps=steps).shares
-    return sum(share * costs[each] for each, share in taken.items()) / costs[UNTOUCHED]
+    return features(
+        judge, true_pictures(TRUE_PICTURES, detailed=size >= DETAILED_SIZE, start=FIRST_TRUE)
+    )
 
 
 @cache

@@ -64,7 +64,9 @@ class Judge(nn.Module):
     def features(self, pixels: Tensor) -> Tensor:
         """``(N, 128)``, in which sets of pictures are compared."""
         if pixels.shape[-1] != DETAILED_SIZE:
-            pixels = F.interpolate(pixels, (DETAILED_SIZE, DETAILED_SIZE), mode="bilinear")
+            pixels = F.interpolate(
+                pixels, (DETAILED_SIZE, DETAILED_SIZE), mode="bilinear", antialias=True
+            )
         return self.look(pixels)  # type: ignore[no-any-return]
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
