@@ -19,14 +19,14 @@ matrix: $(QUANTISATION)  ## all that users of diffusers do, in every mode; write
 	$(BIN)/python -m pytest tests/matrix -n 2 --matrix-table docs/matrix.md $(PYTEST)
 
 bench: $(STAMP)  ## the tables of speed in docs/speed.md, in ten minutes on two cores; BENCH="..." for more options
-	$(BIN)/toma-fx bench --preset readme --out benchmarks/results $(BENCH)
+	$(BIN)/python -m benchmarks.presets readme --out benchmarks/results $(BENCH)
 
 bench-gpu: $(STAMP)  ## what is measured on a GPU, in ten minutes
-	$(BIN)/toma-fx bench --preset h200 --out benchmarks/results $(BENCH)
+	$(BIN)/python -m benchmarks.presets h200 --out benchmarks/results $(BENCH)
 
 lint: $(STAMP)
-	$(BIN)/ruff check toma_fx/ toma_fx/passes/ toma_fx/runtime/ tests examples
-	$(BIN)/ruff format --check toma_fx/ toma_fx/passes/ toma_fx/runtime/ tests examples
+	$(BIN)/ruff check toma_fx/ toma_fx/passes/ toma_fx/runtime/ tests examples benchmarks
+	$(BIN)/ruff format --check toma_fx/ toma_fx/passes/ toma_fx/runtime/ tests examples benchmarks
 	$(BIN)/mypy
 
 wheel: $(STAMP)

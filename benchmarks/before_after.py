@@ -1,6 +1,6 @@
 """The picture of the README: what the small SDXL draws untouched, merged, and with memory.
 
-python benchmarks/before_after.py docs/images/before_after.png
+python -m benchmarks.before_after docs/images/before_after.png
 """
 
 import argparse

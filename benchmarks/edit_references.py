@@ -30,12 +30,13 @@ from examples.small_models.losses import autocast, to_pixels
 from examples.small_models.train import UNSEEN
 from toma_fx import MergeConfig, transform
 from toma_fx.arithmetic import Call, first_call, run_operations
-from toma_fx.bench.record import Column, Record, Table, percent
+from toma_fx.bench.record import Record
 from toma_fx.build import recipe_of_transformed
 from toma_fx.calls import LastCall, to_meta
 from toma_fx.lab.contenders import affordable
 from toma_fx.lab.intervals import mean_interval
 from toma_fx.model_border import grids_in
+from toma_fx.tables import Column, Table, percent
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples" / "small_models"
 TOKEN = 8

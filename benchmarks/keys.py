@@ -1,6 +1,6 @@
 """CPU seconds of one block, eager: untouched, merged as a whole, and with merged keys.
 
-``python benchmarks/keys.py wan 1560 4680 9360 --repeats 2``
+``python -m benchmarks.keys wan 1560 4680 9360 --repeats 2``
 """
 
 import argparse

@@ -5,10 +5,10 @@ The arithmetic is that of the real model at 1024 x 1024, where blocks are a larg
 whole than in the small one: fewer steps, and a cache that runs nothing between full steps
 (``Memory(theta=0)``), stand beside it.
 
-    python benchmarks/memory.py sdxl --scheduler euler
-    python benchmarks/memory.py sdxl --scheduler dpm
-    python benchmarks/memory.py flux
-    python benchmarks/memory.py sdxl --steps 4
+    python -m benchmarks.memory sdxl --scheduler euler
+    python -m benchmarks.memory sdxl --scheduler dpm
+    python -m benchmarks.memory flux
+    python -m benchmarks.memory sdxl --steps 4
 
 A row that the results hold already is not drawn again. ``--table`` prints them.
 """

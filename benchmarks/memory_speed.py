@@ -4,7 +4,7 @@ A full step runs a block on all tokens and on merged ones; a step between runs i
 and reads and adds what is remembered. All are calls of the whole model with compiled blocks, in
 turn in one process.
 
-    python benchmarks/memory_speed.py sdxl --size 512
+    python -m benchmarks.memory_speed sdxl --size 512
 """
 
 import argparse

@@ -6,7 +6,7 @@ latents a token. Tokens are merged and spread back, and the error is how far the
 they were, as a share of their spread. No model takes part, so the result holds for where tokens
 are alike, and not for what a model makes of them.
 
-    python benchmarks/video_tiles.py
+    python -m benchmarks.video_tiles
 """
 
 import argparse

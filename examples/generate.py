@@ -16,7 +16,7 @@ import torch
 from accelerate import PartialState
 
 import toma_fx
-from toma_fx.lab.draw import load_pipeline
+from toma_fx.checkpoints import load_pipeline
 from toma_fx.transform import model_of
 
 

@@ -1,6 +1,7 @@
 """Build an sdist, and a wheel from it; look into both; transform a model with the wheel.
 
-The sdist holds every file that is under version control, and the wheel every module of the tree.
+The sdist holds every file that is under version control, and the wheel every module of toma_fx and
+nothing of the repository beside it. `toma_fx.bench` runs without the part that evaluates images.
 """
 
 import os
@@ -15,9 +16,13 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 PROGRAM = """
-import pathlib, sys
+import importlib, pathlib, pkgutil, sys
 import torch, diffusers
-import toma_fx, toma_fx.cli
+import toma_fx, toma_fx.bench
+for module in pkgutil.iter_modules(toma_fx.bench.__path__, "toma_fx.bench."):
+    importlib.import_module(module.name)
+assert not [name for name in sys.modules if name.startswith("toma_fx.lab")], "bench needs the lab"
+import toma_fx.cli
 from toma_fx import passes, runtime
 from toma_fx.inputs import random_inputs
 
@@ -69,6 +74,11 @@ def check_wheel(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if ".dist-info/" not in name]
         held = {name: archive.read(name) for name in names}
+    folders_held = {name.partition("/")[0] for name in held}
+    assert folders_held == {"toma_fx"}, f"the wheel also holds {sorted(folders_held - {'toma_fx'})}"
+    lines = sum(data.count(b"\n") for name, data in held.items() if name.endswith(".py"))
+    size = sum(len(data) for name, data in held.items() if name.endswith(".py"))
+    print(f"the wheel holds {lines} lines of Python, {size / 1000:.0f} kB")
     different = sorted(n for n in tree.keys() | held.keys() if tree.get(n) != held.get(n))
     assert not different, f"wheel and tree differ in {different}"
 

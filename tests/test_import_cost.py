@@ -26,12 +26,13 @@ MOST_MODULES = 30
 HELP = """
 import contextlib, io, sys
 from toma_fx.cli import main
-for command in ([], *([name] for name in sys.argv[1:])):
+for command in ([], *(name.split() for name in sys.argv[1:])):
     with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.suppress(SystemExit):
         main([*command, "--help"])
     assert "usage: toma-fx" in said.getvalue(), command
 """
-COMMANDS = ("report", "bench", "demo", "eval", "study", "calibrate", "plot", "show")
+BENCH = ("bench", "bench model", "bench block", "bench image")
+COMMANDS = ("report", *BENCH, "demo", "eval", "calibrate")
 
 
 @cache

@@ -70,6 +70,32 @@ def load_model(
     return model.to(device).eval().requires_grad_(False)
 
 
+def load_pipeline(name: str, *, dtype: str = "float32", device: Any = None) -> Any:
+    """A diffusers pipeline, ready to draw.
+
+    Args:
+        name: hub name, or folder as ``save_pretrained`` writes it.
+        dtype: of the weights.
+        device: the GPU when there is one, when left out.
+
+    Raises:
+        ModelError: when there is no pipeline under that name.
+    """
+    import diffusers  # which takes seconds
+
+    try:
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(name, dtype=DTYPES[dtype])
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"no pipeline could be loaded from {name!r}: {error}; give a folder with a "
+            "model_index.json, or the hub name of a diffusers pipeline"
+        ) from error
+    pipeline.set_progress_bar_config(disable=True)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return pipeline.to(device)
+
+
 def _is_known(entry: Any) -> bool:
     """Whether a part of a pipeline's index, library and class, is a model of a known family."""
     known = {name.rpartition(".")[2] for name in MODELS}

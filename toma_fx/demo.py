@@ -1,21 +1,24 @@
 """The main job, shown: images of small trained models, and SDXL and Flux at their real sizes."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tabulate import tabulate
 from torch import nn
 
 import toma_fx
-from toma_fx.bench.compare import side_by_side, table
+from toma_fx.bench.compare import compare
 from toma_fx.bench.contenders import Setting
+from toma_fx.bench.levels import models
 from toma_fx.bench.record import machine
 from toma_fx.build import block_graphs
 from toma_fx.checkpoints import RANDOM, available_memory, load_model
 from toma_fx.choices import PROMPT
 from toma_fx.config import MergeConfig
 from toma_fx.passes.readable import readable
+from toma_fx.tables import Column, Table, seconds
+from toma_fx.variants import Preset
 
 FLUX_BLOCK_BYTES = 1.24 * 2**30
 """One double-stream and two single-stream blocks in bfloat16."""
@@ -60,8 +63,9 @@ def demo(
 
 def _draw(name: str, config: MergeConfig, prompt: str, steps: int, output: Path) -> None:
     # The lab's imports take seconds, and only this part of the demo needs them.
+    from toma_fx.checkpoints import load_pipeline
     from toma_fx.lab.compare import draw_ratios, side_by_side_picture
-    from toma_fx.lab.draw import Task, load_pipeline
+    from toma_fx.lab.draw import Task
     from toma_fx.lab.prompts import Prompt
     from toma_fx.lab.small_models import FOLDER, own_settings
 
@@ -74,9 +78,13 @@ def _draw(name: str, config: MergeConfig, prompt: str, steps: int, output: Path)
     prompts = (Prompt(text=prompt),)
     task = Task(model=folder, prompts=prompts, steps=steps, **own_settings(folder))
     drawn = draw_ratios(load_pipeline(folder), task, RATIOS, config)
-    rows = [(f"{d.ratio:g}" if d.ratio else "untouched", d.seconds, d.psnr) for d in drawn]
-    print(f"{prompt!r}, {steps} steps, not compiled")
-    print(tabulate(rows, ("ratio", "s an image", "PSNR, dB"), floatfmt=(".0f", ".2f", ".1f")))
+    columns = (
+        Column("ratio", "ratio", lambda ratio: f"{ratio:g}" if ratio else "untouched"),
+        Column("seconds", "an image", seconds),
+        Column("psnr", "PSNR, dB", lambda value: f"{value:.1f}"),
+    )
+    title = f"{prompt!r}, {steps} steps, not compiled"
+    print(Table(title=title, columns=columns, rows=[vars(each) for each in drawn]).text())
     output.mkdir(parents=True, exist_ok=True)
     file = output / f"{Path(folder).name}.png"
     side_by_side_picture(drawn, f"{prompt}, {steps} steps").save(file)
@@ -99,8 +107,11 @@ def _show(
 
     _headline(f"{name}: one forward, both with compiled blocks")
     start = time.perf_counter()
-    timings = side_by_side(model, {f"ratio {config.ratio:g}": config}, height=size, repeats=repeats)
-    print(table(timings))
+    variants = (Preset(name="default", preset="default"),)
+    setting = Setting(height=size, ratios=(config.ratio,), variants=variants, repeats=repeats)
+    (timed,) = models(model, setting)
+    compiled = [each for each in timed.contenders if each.compiled]
+    print(compare(replace(timed, contenders=compiled), setting, title=name).text())
     print(f"measured in {_since(start)}")
 
 

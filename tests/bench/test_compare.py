@@ -6,20 +6,14 @@ import pytest
 import torch
 
 from tests.tiny import tiny_flux, tiny_sdxl_unet
-from toma_fx.bench.compare import compare, planned, rows_of
+from toma_fx.bench.compare import compare, rows_of
 from toma_fx.bench.contenders import COMPILED, EAGER, LOWER_BOUND, Setting, twin
-from toma_fx.bench.levels import blocks, models, stages
+from toma_fx.bench.levels import blocks, models
 from toma_fx.bench.timing import Contender, Timing
-from toma_fx.config import MergeConfig
-from toma_fx.lab.rivals import tomesd
-from toma_fx.lab.variants import Preset
-from toma_fx.runtime.regions import layout
-from toma_fx.transform import transform
+from toma_fx.variants import Preset
 
 VARIANTS = tuple(Preset(name=name, preset=name) for name in ("lower_bound", "default"))
-SETTING = Setting(
-    height=128, dtype=torch.float32, variants=VARIANTS, repeats=1, compiled=False, memory=False
-)
+SETTING = Setting(height=128, dtype=torch.float32, variants=VARIANTS, repeats=1, compiled=False)
 BUILDERS = pytest.mark.parametrize("build", [tiny_sdxl_unet, tiny_flux])
 
 
@@ -50,7 +44,7 @@ def test_a_failed_contender_keeps_its_row() -> None:
 
 
 @BUILDERS
-@pytest.mark.parametrize("level", [blocks, stages, models])
+@pytest.mark.parametrize("level", [blocks, models])
 def test_every_level_runs_every_contender(build: Any, level: Any) -> None:
     found = list(level(build(), SETTING))
     assert found
@@ -72,56 +66,17 @@ def test_a_model_level_call_is_the_transformed_models_forward(build: Any) -> Non
     assert not torch.allclose(untouched, ours)
 
 
-def test_rivals_run_or_say_why() -> None:
-    setting = Setting(
-        height=128,
-        dtype=torch.float32,
-        variants=(*VARIANTS, tomesd()),
-        repeats=1,
-        compiled=False,
-        memory=False,
-    )
-    (timed,) = models(tiny_sdxl_unet(), setting)
-    with torch.no_grad():
-        outputs: list[Any] = [each.run() for each in timed.contenders]
-    assert not torch.allclose(outputs[0].sample, outputs[-1].sample)  # it acts
-    (timed,) = models(tiny_flux(), setting)
-    row = compare(timed, setting, title="tiny").rows[-1]
-    assert row["contender"] == "tomesd, eager"
-    assert "merges in UNets" in row["failure"]
-
-
 def test_contenders_share_every_tensor() -> None:
     model = tiny_sdxl_unet()
     theirs = {name: p.data_ptr() for name, p in model.named_parameters()}
     assert {name: p.data_ptr() for name, p in twin(model).named_parameters()} == theirs
 
 
-def test_plans_are_counted_once_for_each_group() -> None:
-    unet = tiny_sdxl_unet()
-    config = VARIANTS[1].config(0.5)
-    setting = Setting(height=256, batch=2, dtype=torch.float32)
-    plans = planned(transform(unet, config), setting)
-    # 256 pixels are 32 latents; two levels of the UNet halve that once and twice.
-    assert set(plans) == {
-        ((2, tokens, 32), layout([tokens], config.region_tokens, 0.5)) for tokens in (256, 64)
-    }
-    groups = [m for m in unet.modules() if type(m).__name__ == "Transformer2DModel"]
-    assert plans.total() == len(groups)
-
-
-def test_plans_of_blocks_with_their_own_ratio_are_timed_at_it() -> None:
-    config = MergeConfig(ratio=0, block_ratios={"mid_block.*": 0.75})  # type: ignore[arg-type]
-    setting = Setting(height=256, dtype=torch.float32)
-    plans = planned(transform(tiny_sdxl_unet(), config), setting)
-    assert plans == {((1, 64, 32), layout([64], config.region_tokens, 0.75)): 1}
-
-
+@pytest.mark.gpu
 @BUILDERS
 def test_peak_memory_of_merged_calls_is_compared_with_untouched(build: Any) -> None:
-    setting = Setting(height=256, dtype=torch.float32, variants=VARIANTS, repeats=1, compiled=False)
-    (timed,) = models(build(), setting)
-    rows = compare(timed, setting, title="tiny").rows
+    (timed,) = models(build().cuda(), SETTING)
+    rows = compare(timed, SETTING, title="tiny").rows
     assert rows[0]["peak_share"] == 1.0
     for row in rows:
         assert row["peak_bytes"] > 0

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from toma_fx.bench.record import Column, Record, Table, seconds
+from toma_fx.bench.record import Record
+from toma_fx.tables import Column, Table, seconds
 
 COLUMNS = (Column("name", "name"), Column("time", "time", seconds), Column("never", "never"))
 ROWS: list[dict[str, Any]] = [

@@ -20,9 +20,8 @@ from toma_fx.build import recipe_of_transformed
 from toma_fx.calibrate import RATIOS, UNIFORM, _parts, error_of
 from toma_fx.cli import main
 from toma_fx.errors import ConfigError, ModelError
-from toma_fx.lab.rivals import named_variant
-from toma_fx.lab.variants import Merging
 from toma_fx.transform import model_of
+from toma_fx.variants import Merging, parse_variant
 
 PIPELINES = {"sdxl": tiny_sdxl_pipeline, "flux": tiny_flux_pipeline}
 
@@ -235,12 +234,12 @@ def test_a_file_is_a_variant(
     made = ["calibrate", str(sdxl), "--out", str(file), "--variant", "default:region=stripe"]
     assert main([*made, *drawing]) == 0
     assert "in place of 0.25" in capsys.readouterr().out
-    variant = named_variant(str(file))
+    variant = parse_variant(str(file))
     assert isinstance(variant, Merging)
     config = variant.config(0.4)
     assert (variant.name, config.region, config.ratio) == ("spread", "stripe", 0)
     assert config == Calibration.load(file).config(0.4)
-    out = ["--out", str(tmp_path / "out"), "--measures", "psnr", "--variants", str(file), "steps"]
+    out = ["--out", str(tmp_path / "out"), "--measures", "psnr", "--variant", str(file), "steps"]
     assert main(["eval", str(sdxl), *drawing, *out]) == 0
     assert "spread" in capsys.readouterr().out
     assert main(["calibrate", str(sdxl), "--out", "x.txt", *drawing]) == 2

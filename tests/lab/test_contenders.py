@@ -12,15 +12,15 @@ import toma_fx
 import toma_fx.families
 import toma_fx.passes
 import toma_fx.runtime
+from benchmarks.rivals import load_rival
 from tests.pipelines import tiny_flux_pipeline, tiny_sdxl_pipeline
 from toma_fx.arithmetic import Call, count, first_call
 from toma_fx.config import MergeConfig
 from toma_fx.errors import TomaError
-from toma_fx.lab.contenders import Contender, contend
+from toma_fx.lab.contenders import Contender, Variant, contend
 from toma_fx.lab.draw import Task, draw
 from toma_fx.lab.prompts import Prompt
-from toma_fx.lab.rivals import load_rival
-from toma_fx.lab.variants import Variant, parse_variant
+from toma_fx.variants import parse_variant
 
 STEPS = 20
 TASK = Task(model="", prompts=(Prompt(text="a b"),), steps=STEPS, height=128, width=128)

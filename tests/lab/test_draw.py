@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from tests.pipelines import tiny_flux_pipeline, tiny_sdxl_pipeline
+from toma_fx.checkpoints import load_pipeline
 from toma_fx.errors import ConfigError, ModelError
-from toma_fx.lab.draw import Task, draw, load_pipeline, takes_negative
+from toma_fx.lab.draw import Task, draw, takes_negative
 from toma_fx.lab.prompts import Prompt
 
 PROMPT = Prompt(text="a b")

@@ -11,17 +11,18 @@ from typing import Any
 
 import pytest
 
+from benchmarks.rivals import load_rival, tomesd
 from toma_fx.arithmetic import first_call
+from toma_fx.checkpoints import load_pipeline
 from toma_fx.errors import ConfigError
 from toma_fx.lab.contenders import contend
-from toma_fx.lab.draw import Task, draw, load_pipeline
+from toma_fx.lab.draw import Task, draw
 from toma_fx.lab.evaluate import Plan, Processes, draw_missing, evaluate, pictures
 from toma_fx.lab.gallery import Gallery, seconds_of
 from toma_fx.lab.measures import MEASURES
 from toma_fx.lab.networks import Networks
 from toma_fx.lab.prompts import Prompt
-from toma_fx.lab.rivals import load_rival, tomesd
-from toma_fx.lab.variants import parse_variant
+from toma_fx.variants import parse_variant
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = (Prompt(text="a b"), Prompt(text="c d", negative="e"))

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from toma_fx.lab.distances import cosine, frechet_distance, mse, psnr, ssim
+from toma_fx.images import mse, psnr
+from toma_fx.lab.distances import cosine, frechet_distance, ssim
 from toma_fx.lab.measures import MEASURES, Unavailable
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.lab.tiny_networks import WIDTH
+from tests.tiny_networks import WIDTH
+from toma_fx.images import pixels
 from toma_fx.lab.distances import cosine
 from toma_fx.lab.measures import Unavailable
 from toma_fx.lab.networks import (
@@ -18,7 +19,6 @@ from toma_fx.lab.networks import (
     load_features,
     load_lpips,
     load_vision,
-    pixels,
     read_image,
 )
 

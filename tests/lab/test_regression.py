@@ -14,8 +14,9 @@ import pytest
 import torch
 
 import toma_fx
+from toma_fx.checkpoints import load_pipeline
 from toma_fx.lab.compare import draw_ratios
-from toma_fx.lab.draw import Task, load_pipeline
+from toma_fx.lab.draw import Task
 from toma_fx.lab.prompts import load_prompts
 from toma_fx.lab.small_models import FOLDER, PROMPTS, own_settings
 

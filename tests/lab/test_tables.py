@@ -10,7 +10,7 @@ from toma_fx.lab.intervals import mean_interval
 from toma_fx.lab.measures import Unavailable
 from toma_fx.lab.prompts import Prompt
 from toma_fx.lab.score import Scores
-from toma_fx.lab.tables import Outcome, as_text, image_rows, summary_rows, write_table
+from toma_fx.lab.tables import Outcome, as_table, image_rows, summary_rows, write_table
 
 CHOSEN = ("psnr", "lpips", "fid")
 
@@ -78,7 +78,7 @@ def test_a_summary_row_holds_means_intervals_and_reasons() -> None:
 
 
 def test_the_text_gives_each_reason_once() -> None:
-    text = as_text(summary_rows(OUTCOMES, 2, CHOSEN), CHOSEN)
+    text = as_table(summary_rows(OUTCOMES, 2, CHOSEN), CHOSEN).text()
     assert "PSNR (dB), higher" in text and "75.0%" in text
     assert "32 (30 to 36)" in text
     assert text.count("unavailable: no torchvision") == 1

@@ -1,18 +1,14 @@
-"""``toma-fx bench``: times, memory and arithmetic, side by side in one process.
+"""``toma-fx bench``: times and memory of models, blocks and images, side by side in one process.
 
 ==============  ===================================================================================
-`timing`        calls in turn, medians with spread; peak memory of a call
-`contenders`    the untouched model, ours, the lower bound, tomesd and others, sharing their weights
-`levels`        what is called: a block, a stage, a model, a whole image
+`timing`        calls in turn, medians with spread; peak memory of a call on a GPU
+`contenders`    the untouched model, ours and the lower bound, sharing their weights
+`depth`         random weights with fewer blocks
+`levels`        what is called: a block or a model; `image`: a whole denoising run
 `compare`       contenders against the faster untouched model: the table of the levels above
-`operators`     every operator alone, beside tomesd's; how they grow with tokens
-`roofline`      what an operator needs, and what the machine gives
-`stack`         merging together with what else makes a model faster
-`profile`       where one step spends its time
-`cold_start`    first calls, each in a process that has compiled nothing before
-`live`          peak memory of a model at real size, from shapes alone
-`record`        tables on screen, and as CSV, JSON and Markdown
-`presets`       the sets of tables behind ``make bench`` and ``make bench-gpu``
+`record`        the tables of a command as CSV, JSON and Markdown
 `cli`           the options; `command` runs what they say
 ==============  ===================================================================================
+
+Operators, rooflines, rivals and sets of tables are measured by ``benchmarks/`` of the repository.
 """

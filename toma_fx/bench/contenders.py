@@ -1,23 +1,21 @@
-"""Who is timed: the untouched model, ours at each ratio, and rivals. All share their weights."""
+"""The models that are timed: the untouched one, and ours at each ratio. All share their weights."""
 
 import copy
-import functools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import diffusers
 import torch
 from torch import nn
 
-from toma_fx.bench.small import counted, one_of_each, tiny
+from toma_fx.bench.depth import counted, one_of_each
 from toma_fx.bench.timing import WALL, Clock, Contender
 from toma_fx.checkpoints import RANDOM, available_memory, load_model, model_class
 from toma_fx.config import MergeConfig
 from toma_fx.errors import ModelError
-from toma_fx.lab.variants import UNTOUCHED, Merging, Rival
 from toma_fx.schedule import Schedule
 from toma_fx.transform import transform
+from toma_fx.variants import UNTOUCHED, Merging
 
 LOWER_BOUND = "lower_bound"
 EAGER, COMPILED = f"{UNTOUCHED}, eager", f"{UNTOUCHED}, compiled"
@@ -34,8 +32,8 @@ class Setting:
     blocks: tuple[int, ...] | None = None
     """Blocks of each list of a model with random weights, or one number for every list; all when
     left out, or one of each where all do not fit into memory."""
-    tiny: bool = False
-    """Whether random weights are those of a model that is small enough for a test."""
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    """What else differs in the configuration of random weights."""
     height: int | None = None
     """In pixels; the model's own when left out."""
     width: int | None = None
@@ -45,13 +43,11 @@ class Setting:
     batch: int = 1
     dtype: torch.dtype = torch.bfloat16
     ratios: tuple[float, ...] = (0.5,)
-    variants: tuple[Merging | Rival, ...] = ()
+    variants: tuple[Merging, ...] = ()
     repeats: int = 3
     compiled: bool = True
     steps: int = 4
     """Of denoising, at the level of images."""
-    memory: bool = True
-    """Whether peak memory is measured, by one call more of each contender."""
     clock: Clock = WALL
     """What seconds are: `WALL`, or `CPU` on a machine that others use too."""
 
@@ -69,8 +65,8 @@ class Setting:
         if self.frames is not None:
             size += f", {self.frames} frame{'s' * (self.frames > 1)}"
         dtype = str(self.dtype).removeprefix("torch.")
-        tiny = "tiny " if self.tiny else ""
-        return f"{tiny}{self.model}{depth}, {size}, batch {self.batch}, {dtype}"
+        changed = "".join(f", {name}={value}" for name, value in self.overrides.items())
+        return f"{self.model}{depth}{changed}, {size}, batch {self.batch}, {dtype}"
 
     @property
     def _depth(self) -> str:
@@ -84,15 +80,10 @@ class Setting:
         """What differs in the configuration of random weights.
 
         Raises:
-            ConfigError: when no tiny one is known, or the numbers of blocks do not fit the lists
-                that a model has.
+            ConfigError: when the numbers of blocks do not fit the lists that a model has.
         """
-        changes: dict[str, Any] = {}
-        if self.tiny:
-            changes |= tiny(self.model)
-        if self.blocks is not None:
-            changes |= counted(self.model, self.blocks)
-        return changes
+        depth = {} if self.blocks is None else counted(self.model, self.blocks)
+        return {**self.overrides, **depth}
 
     @property
     def size(self) -> dict[str, Any]:
@@ -177,9 +168,8 @@ def merged_configs(
     """
     for ratio in setting.ratios:
         for variant in setting.variants:
-            if isinstance(variant, Merging):
-                config = variant.config(ratio)
-                yield variant.name, config if scheduled else replace(config, schedule=Schedule())
+            config = variant.config(ratio)
+            yield variant.name, config if scheduled else replace(config, schedule=Schedule())
 
 
 def entrants(model: nn.Module, setting: Setting, *, scheduled: bool = False) -> Iterator[Entrant]:
@@ -198,57 +188,3 @@ def entrants(model: nn.Module, setting: Setting, *, scheduled: bool = False) -> 
         if setting.compiled:
             compile_blocks(merged)
         yield Entrant(name, merged, ratio=config.ratio, compiled=setting.compiled)
-
-
-def _repeated(model: Any) -> Iterator[nn.Module]:
-    """What ``compile_repeated_blocks`` looks for, under whatever name a rival gave its class."""
-    for module in model.modules():
-        if any(cls.__name__ in model._repeated_blocks for cls in type(module).__mro__):
-            yield module
-
-
-class BarePipeline(diffusers.DiffusionPipeline):  # type: ignore[misc]
-    """A pipeline that holds a denoising model and nothing else: what rivals expect to change."""
-
-    def __init__(self, **model: nn.Module) -> None:
-        super().__init__()
-        self.register_modules(**model)
-
-
-def rival_contenders(
-    model: nn.Module, setting: Setting, call: Callable[[nn.Module], object]
-) -> Iterator[Contender]:
-    """Rivals as they are, and compiled where they can be; graph breaks are allowed to them.
-
-    Args:
-        model: untouched; it stays so.
-        setting: ratios, variants, and whether to compile.
-        call: calls the model that it is given.
-    """
-    part = "unet" if isinstance(model, diffusers.UNet2DConditionModel) else "transformer"
-    undo: list[Any] = []  # held, since what it closes may be closed when it is collected
-
-    def runner(rival: Rival, ratio: float, compiled: bool) -> Callable[[], object]:
-        @functools.cache
-        def changed() -> nn.Module:
-            copied = twin(model)
-            undo.append(rival.apply(BarePipeline(**{part: copied}), ratio))
-            if compiled:
-                for block in _repeated(copied):
-                    block.compile(dynamic=False)
-            return copied
-
-        return lambda: call(changed())
-
-    for ratio in setting.ratios:
-        for rival in setting.variants:
-            if not isinstance(rival, Rival):
-                continue
-            for compiled in (False, True) if setting.compiled else (False,):
-                yield Contender(
-                    name=f"{rival.name}, {'compiled' if compiled else 'eager'}",
-                    run=runner(rival, ratio, compiled),
-                    ratio=ratio,
-                    compiled=compiled,
-                    optional=True,
-                )

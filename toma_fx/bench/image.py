@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import diffusers
@@ -10,15 +10,13 @@ import torch
 from PIL.Image import Image
 from torch import nn
 
-from toma_fx.bench.contenders import Setting, entrants, load, rival_contenders
+from toma_fx.bench.contenders import Setting, entrants, load
 from toma_fx.bench.levels import Timed
-from toma_fx.bench.timing import Contender
-from toma_fx.checkpoints import DTYPES, RANDOM, random_weights
+from toma_fx.checkpoints import DTYPES, RANDOM, load_pipeline, random_weights
 from toma_fx.choices import PROMPT
 from toma_fx.errors import ConfigError
+from toma_fx.images import pixels, psnr
 from toma_fx.inputs import draws_videos, random_inputs
-from toma_fx.lab.compare import psnr
-from toma_fx.lab.draw import load_pipeline
 from toma_fx.transform import model_of, pipeline_models
 
 VAES: dict[str, dict[str, Any]] = {
@@ -38,8 +36,6 @@ VAE: dict[str, Any] = {
     "layers_per_block": 2,
     "force_upcast": False,
 }
-
-TINY_VAE: dict[str, Any] = {"block_out_channels": (4, 4, 8, 8), "norm_num_groups": 2}
 
 
 @dataclass(kw_only=True)
@@ -74,7 +70,7 @@ def studio(setting: Setting) -> Studio:
     if setting.model in RANDOM and setting.model not in VAES:
         raise ConfigError(
             f"images of random weights are drawn by {' and '.join(VAES)}, not by {setting.model}; "
-            "time one forward, --level model, or give a folder or hub name of a pipeline"
+            "time one forward, toma-fx bench model, or give a folder or hub name of a pipeline"
         )
     if setting.frames is not None:
         raise ConfigError(f"frames={setting.frames} are those of a video, and images are drawn")
@@ -86,12 +82,12 @@ def studio(setting: Setting) -> Studio:
         dtype = next(name for name, dtype in DTYPES.items() if dtype == setting.dtype)
         pipeline = load_pipeline(setting.model, dtype=dtype, device=setting.device)
         if draws_videos(model_of(pipeline)):
-            raise ConfigError(f"{setting.model} draws videos; time one forward, --level model")
+            raise ConfigError(f"{setting.model} draws videos; time one forward, bench model")
         return Studio(pipeline=pipeline, call={"prompt": PROMPT, **size})
     model = load(setting)
     vae: Any = random_weights(
         diffusers.AutoencoderKL,
-        {**VAE, **VAES[setting.model], **(TINY_VAE if setting.tiny else {})},
+        {**VAE, **VAES[setting.model]},
         setting.dtype,
         setting.device,
     )
@@ -137,18 +133,10 @@ def images(setting: Setting) -> tuple[Timed, Callable[[], dict[tuple[str, float 
     for each in entrants(model, setting, scheduled=True):
         drawers[each.name, each.ratio] = each.model
         contenders.append(each.contender(functools.partial(room.draw, each.model)))
-    for rival in rival_contenders(model, setting, room.draw):
-
-        def run(rival: Contender = rival) -> object:
-            image = rival.run()
-            drawers[rival.name, rival.ratio] = model_of(room.pipeline)
-            return image
-
-        contenders.append(replace(rival, run=run))
 
     def distances() -> dict[tuple[str, float | None], float]:
         return {
-            key: psnr(room.images[id(drawer)], room.images[id(model)])
+            key: psnr(pixels(room.images[id(drawer)]), pixels(room.images[id(model)]))
             for key, drawer in drawers.items()
             if drawer is not model and id(drawer) in room.images
         }

@@ -1,27 +1,27 @@
-"""What is called at each level: a block, a stage, or the whole model; `image` has the pipeline."""
+"""What one timed call is: a block, or the whole model; `toma_fx.bench.image` has the pipeline."""
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import diffusers
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from toma_fx.arithmetic import Call
-from toma_fx.bench.contenders import Setting, entrants, rival_contenders
+from toma_fx.bench.contenders import Setting, entrants
 from toma_fx.bench.timing import Contender
 from toma_fx.errors import ConfigError
 from toma_fx.families import family_of
 from toma_fx.inputs import random_inputs, weightless
-from toma_fx.lab.variants import Rival
 from toma_fx.runtime.plan import SCOPE, CallScope
 
 PLANS = "each merging contender makes its plan in every call that is timed"
 SPOKEN_TO = ("unet", "flux")
 """Families whose blocks are told everything by their arguments, so that one can run alone."""
+
+Rivals = Callable[[Callable[[nn.Module], object]], Iterable[Contender]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +33,14 @@ class Timed:
     notes: tuple[str, ...] = ()
 
 
-def models(model: nn.Module, setting: Setting) -> Iterator[Timed]:
-    """One forward of the whole model."""
+def models(model: nn.Module, setting: Setting, *, rivals: Rivals | None = None) -> Iterator[Timed]:
+    """One forward of the whole model.
+
+    Args:
+        model: untouched.
+        setting: sizes, ratios and variants.
+        rivals: makes more contenders of a function that calls the model that it is given.
+    """
     inputs = random_inputs(model, **setting.size)
 
     def call(each: nn.Module) -> object:
@@ -45,7 +51,7 @@ def models(model: nn.Module, setting: Setting) -> Iterator[Timed]:
     ours = [e.contender(functools.partial(call, e.model)) for e in entrants(model, setting)]
     yield Timed(
         title="one forward",
-        contenders=(*ours, *rival_contenders(model, setting, call)),
+        contenders=(*ours, *(() if rivals is None else rivals(call))),
         notes=(_attended(model, inputs), PLANS),
     )
 
@@ -56,82 +62,43 @@ def _attended(model: nn.Module, inputs: dict[str, Any]) -> str:
 
 
 def blocks(model: nn.Module, setting: Setting) -> Iterator[Timed]:
-    """The last block of each kind of group; it follows a plan that was made before."""
-    parts = {members[-1]: members[0] for members in _groups(model).values()}
-    yield from _parts(model, setting, parts)
+    """The last block of each kind of group; it follows a plan that was made before.
 
-
-def stages(model: nn.Module, setting: Setting) -> Iterator[Timed]:
-    """A group of blocks and its plan: on a UNet with the layers around it, on Flux in a chain."""
-    unet = isinstance(model, diffusers.UNet2DConditionModel)
-    groups = _groups(model)
-    parts = {(path.rpartition(".")[0] if unet else path): "" for path in groups}
-    yield from _parts(model, setting, parts)
-
-
-class Chain(nn.Module):
-    """Blocks that Flux runs one after the other."""
-
-    def __init__(self, blocks: nn.ModuleList) -> None:
-        super().__init__()
-        self.blocks = blocks
-
-    def forward(
-        self, hidden_states: Tensor, encoder_hidden_states: Tensor, **more: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Image and text tokens through all blocks."""
-        for block in self.blocks:
-            encoder_hidden_states, hidden_states = block(
-                hidden_states=hidden_states, encoder_hidden_states=encoder_hidden_states, **more
-            )
-        return encoder_hidden_states, hidden_states
-
-
-def _groups(model: nn.Module) -> dict[str, list[str]]:
-    """The blocks of every module list."""
-    family = family_of(model)
-    groups: dict[str, list[str]] = {}
-    for path, module in model.named_modules():
-        if family.block_row(type(module)) is not None:
-            groups.setdefault(path.rpartition(".")[0], []).append(path)
-    return groups
-
-
-def _parts(model: nn.Module, setting: Setting, parts: dict[str, str]) -> Iterator[Timed]:
-    """Parts of the model, one of each kind, each with the leader whose plan it follows, if any."""
+    Raises:
+        ConfigError: when blocks of the model's family run in a call of their model alone.
+    """
     family = family_of(model)
     if family.name not in SPOKEN_TO:
         raise ConfigError(
             f"blocks of {family.title} run in a call of their model alone; time one of each list "
-            "with --level model --blocks 1"
+            "with toma-fx bench model --blocks 1"
         )
+    groups: dict[str, list[str]] = {}
+    for path, module in model.named_modules():
+        if family.block_row(type(module)) is not None:
+            groups.setdefault(path.rpartition(".")[0], []).append(path)
+    leaders = {members[-1]: members[0] for members in groups.values()}
     all_entrants = list(entrants(model, setting))
-    calls = _recorded(model, parts, setting)
+    calls = _recorded(model, leaders, setting)
     seen = set()
-    for path, leader in parts.items():
+    for path, leader in leaders.items():
         call = calls[path]
         kind = _kind(model.get_submodule(path), call)
         if kind in seen:
             continue
         seen.add(kind)
         call = Call(*tree_map(lambda v: _random(v, setting.device), (call.args, call.kwargs)))
-        follows = leader not in ("", path)
-        notes = ["its plan was made before" if follows else "the plan is made in the timed call"]
-        if any(isinstance(variant, Rival) for variant in setting.variants):
-            notes.append("rivals act on whole models: see --level model")
+        follows = "" if leader == path else leader
+        note = "its plan was made before" if follows else "the plan is made in the timed call"
         yield Timed(
             title=f"{path}: {kind[0]}, {_shape(call)}",
-            contenders=[
-                e.contender(_runner(e.model, path, leader if follows else "", call))
-                for e in all_entrants
-            ],
-            notes=tuple(notes),
+            contenders=[e.contender(_runner(e.model, path, follows, call)) for e in all_entrants],
+            notes=(note,),
         )
 
 
 def _runner(model: nn.Module, path: str, leader: str, call: Call) -> Callable[[], object]:
-    part = model.get_submodule(path)
-    module = Chain(part) if isinstance(part, nn.ModuleList) else part
+    module = model.get_submodule(path)
     name = str(family_of(model).attention_kwargs)
     recipe = getattr(model, "toma_recipe", None)
     if recipe is None or not recipe.merged:
@@ -158,7 +125,7 @@ def _runner(model: nn.Module, path: str, leader: str, call: Call) -> Callable[[]
 
 
 def _recorded(model: nn.Module, paths: Iterable[str], setting: Setting) -> dict[str, Call]:
-    """The calls of some parts, seen on tensors without data; a list's are those of its first."""
+    """The calls of some blocks, seen on tensors without data."""
     model = weightless(model)
     calls: dict[str, Call] = {}
 
@@ -169,19 +136,16 @@ def _recorded(model: nn.Module, paths: Iterable[str], setting: Setting) -> dict[
         return hook
 
     for path in paths:
-        part = model.get_submodule(path)
-        first = part[0] if isinstance(part, nn.ModuleList) else part
-        first.register_forward_pre_hook(note(path), with_kwargs=True)
+        model.get_submodule(path).register_forward_pre_hook(note(path), with_kwargs=True)
     with torch.no_grad():
         model(**random_inputs(model, **setting.size))
     return calls
 
 
 def _kind(part: nn.Module, call: Call) -> tuple[Any, ...]:
-    """Parts of one kind take the same time."""
+    """Blocks of one kind take the same time."""
     count = len([m for m in part.modules() if not list(m.children())])
-    name = f"{len(part)} blocks" if isinstance(part, nn.ModuleList) else type(part).__name__
-    return name, count, _shape(call)
+    return type(part).__name__, count, _shape(call)
 
 
 def _shape(call: Call) -> str:

@@ -1,4 +1,4 @@
-"""Calls timed in turn in one process, and the memory that a call needs at its peak."""
+"""Calls timed in turn in one process, and the memory of a GPU that a call needs at its peak."""
 
 import math
 import statistics
@@ -6,10 +6,8 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 Clock = Callable[[], float]
@@ -149,31 +147,15 @@ def reason(error: BaseException) -> str:
 
 
 def peak_memory(run: Callable[[], object]) -> int:
-    """Bytes of tensors that a call holds at its peak, beyond what was there before it.
-
-    On a GPU, what torch's allocator gave out. On the CPU, allocations and releases as torch's
-    profiler sees them, compiled code included; scratch memory inside oneDNN is not in it.
+    """Bytes that a call on the GPU holds at its peak, beyond what was there before it.
 
     Args:
         run: called once.
     """
     with torch.inference_mode():
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            run()
-            torch.cuda.synchronize()
-            return torch.cuda.max_memory_allocated() - before
-        activities = [ProfilerActivity.CPU]
-        # acc_events only keeps older versions of torch from warning that one cycle is kept.
-        with profile(activities=activities, profile_memory=True, acc_events=True) as profiler:
-            result = run()  # kept, as a caller would
-    del result
-    held = peak = 0
-    inner: Any = profiler.profiler
-    events = [e for e in inner.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tabulate import tabulate
 from tqdm import tqdm
 
 from toma_fx.calibrate import PROBE, Calibration, calibrate
+from toma_fx.checkpoints import load_pipeline
 from toma_fx.config import MergeConfig
 from toma_fx.errors import ConfigError, ModelError
-from toma_fx.lab.draw import Task, draw, load_pipeline
+from toma_fx.lab.draw import Task, draw
+from toma_fx.tables import Column, Table, number
 
 SEED = 1_000_000
 """The first seed of calibration, far from those that images are compared with."""
@@ -53,8 +54,8 @@ def calibrate_to_file(task: Task, config: MergeConfig, file: Path) -> Calibratio
     return found
 
 
-def as_text(found: Calibration, ratios: Sequence[float]) -> str:
-    """A table: what each part costs alone, its share of the saving, and what it gets.
+def as_table(found: Calibration, ratios: Sequence[float]) -> Table:
+    """What each part costs alone, its share of the saving, and what it gets.
 
     Args:
         found: a calibration of images with values from 0 to 1.
@@ -67,16 +68,20 @@ def as_text(found: Calibration, ratios: Sequence[float]) -> str:
         except ModelError as error:
             notes.append(str(error))
     whole = sum(saving[PROBE] for saving in found.savings.values())
-    given = [dict(config.block_ratios) for config in configs.values()]
+    given = {f"{ratio:g}": dict(config.block_ratios) for ratio, config in configs.items()}
     rows = [
-        (
-            name,
-            f"{-10 * math.log10(found.errors[name]):.1f}",
-            f"{found.savings[name][PROBE] / whole:.0%}",
-            *(f"{ratios[patterns[0]]:g}" for ratios in given),
-        )
+        {
+            "part": name,
+            "alone": -10 * math.log10(found.errors[name]),
+            "saving": found.savings[name][PROBE] / whole,
+            **{ratio: ratios[patterns[0]] for ratio, ratios in given.items()},
+        }
         for name, patterns in found.parts.items()
     ]
-    headers = ["part", f"alone at {PROBE}, dB", "of the saving"]
-    headers += [f"in place of {ratio:g}" for ratio in configs]
-    return "\n".join([tabulate(rows, headers, disable_numparse=True), *notes])
+    columns = (
+        Column("part", "part"),
+        Column("alone", f"alone at {PROBE}, dB", lambda value: f"{value:.1f}"),
+        Column("saving", "of the saving", lambda value: f"{value:.0%}"),
+        *(Column(ratio, f"in place of {ratio}", number) for ratio in given),
+    )
+    return Table(title="", columns=columns, rows=rows, notes=tuple(notes))

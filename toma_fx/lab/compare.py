@@ -6,13 +6,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from toma_fx.config import MergeConfig
-from toma_fx.lab.distances import mse
+from toma_fx.images import pixels, psnr
 from toma_fx.lab.draw import Task, draw
-from toma_fx.lab.measures import DATA_RANGE
 from toma_fx.transform import pipeline_models, transform
 
 CELL_PIXELS = 256
@@ -57,7 +55,8 @@ def draw_ratios(
         finally:
             for name, model in models.items():
                 setattr(pipeline, name, model)
-        drawn.append(Drawn(ratio=ratio, image=image, seconds=seconds, psnr=psnr(image, untouched)))
+        near = psnr(pixels(image), pixels(untouched))
+        drawn.append(Drawn(ratio=ratio, image=image, seconds=seconds, psnr=near))
     return drawn
 
 
@@ -98,10 +97,3 @@ def _label(each: Drawn, row: int) -> tuple[str, ...]:
 def _difference(image: Image.Image, reference: Image.Image) -> Image.Image:
     gap = np.abs(np.asarray(image, dtype=int) - np.asarray(reference, dtype=int))
     return Image.fromarray((gap * DIFFERENCE_GAIN).clip(0, 255).astype(np.uint8))
-
-
-def psnr(image: Image.Image, reference: Image.Image) -> float:
-    """Peak signal-to-noise ratio in dB; infinite for equal images."""
-    # The formula itself: the demo runs without the lab's own dependencies.
-    error = mse(*(torch.from_numpy(np.asarray(each).copy()) for each in (image, reference)))
-    return 10 * math.log10(DATA_RANGE**2 / error) if error else math.inf

@@ -3,11 +3,11 @@
 import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -16,13 +16,16 @@ import toma_fx
 import toma_fx.families
 import toma_fx.passes
 import toma_fx.runtime
-from toma_fx.arithmetic import Call, count, run_operations
+from toma_fx.arithmetic import Call, run_operations
 from toma_fx.build import recipe_of_transformed
 from toma_fx.calls import LastCall, to_meta
 from toma_fx.config import MergeConfig
-from toma_fx.lab.variants import STEPS, UNTOUCHED, Changed, FewerSteps, Merging, Rival, Variant
 from toma_fx.model_border import given_in, grids_in
 from toma_fx.transform import model_of, pipeline_models, transform
+from toma_fx.variants import STEPS, UNTOUCHED, FewerSteps, Merging
+
+Changed = Callable[[], AbstractContextManager[None]]
+"""Makes a pipeline draw as a contender does for as long as the context lasts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +51,20 @@ class Contender:
         return name if self.ratio is None else f"{name}_r{self.ratio:g}"
 
 
+class Other(Protocol):
+    """Another way to save arithmetic, such as those of ``benchmarks/rivals.py``."""
+
+    @property
+    def name(self) -> str:
+        """In tables."""
+
+    def contender(self, pipeline: Any, ratio: float, steps: int, call: Call) -> Contender:
+        """Itself at a ratio; arguments as in `contend`."""
+
+
+Variant = Merging | FewerSteps | Other
+
+
 def contend(
     pipeline: Any, variants: Sequence[Variant], ratios: Sequence[float], steps: int, call: Call
 ) -> list[Contender]:
@@ -64,7 +81,6 @@ def contend(
         TomaError: when a ratio, or the model, is nothing that a variant takes.
     """
     model = model_of(pipeline)
-    untouched = count(model, call)
     merging = next((v for v in variants if isinstance(v, Merging)), None)
     found = [
         Contender(
@@ -80,8 +96,8 @@ def contend(
         for ratio in ratios:
             if isinstance(variant, Merging):
                 found.append(_merging(variant, pipeline, ratio, steps, call))
-            elif isinstance(variant, Rival):
-                found.append(_rival(variant, pipeline, ratio, steps, call, untouched))
+            elif not isinstance(variant, FewerSteps):
+                found.append(variant.contender(pipeline, ratio, steps, call))
             elif variant.count is None:
                 config = MergeConfig(ratio=ratio) if merging is None else merging.config(ratio)
                 paid = _share_of_run(transform(model, config), pipeline, steps, call)
@@ -134,24 +150,6 @@ def _share_of_run(transformed: nn.Module, pipeline: Any, steps: int, call: Call)
     return counted.after[""] / counted.before[""]
 
 
-def _rival(
-    variant: Rival, pipeline: Any, ratio: float, steps: int, call: Call, untouched: int
-) -> Contender:
-    def changed() -> Any:
-        return _undone(lambda: variant.apply(pipeline, ratio))
-
-    with changed():  # on real tensors: a rival may look at their values
-        operations = count(model_of(pipeline), call, data=True)
-    return Contender(
-        variant=variant.name,
-        ratio=ratio,
-        steps=steps,
-        arithmetic=operations / untouched,
-        identity=f"{variant.name} {variant.source}",
-        changed=changed,
-    )
-
-
 def _fewer(variant: FewerSteps, ratio: float | None, taken: int, steps: int) -> Contender:
     return Contender(
         variant=variant.name,
@@ -172,12 +170,3 @@ def _in_place_of(pipeline: Any, transformed: nn.Module) -> Iterator[None]:
         yield
     finally:
         setattr(pipeline, part, original)
-
-
-@contextmanager
-def _undone(apply: Callable[[], Callable[[], None]]) -> Iterator[None]:
-    undo = apply()
-    try:
-        yield
-    finally:
-        undo()

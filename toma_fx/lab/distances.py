@@ -1,35 +1,12 @@
 """Distances between images, between features, and between sets of features.
 
-What needs no network of `toma_fx.lab.networks`.
+What needs no network of `toma_fx.lab.networks`; `toma_fx.images` has MSE and PSNR.
 """
 
 import torch
 from torch import Tensor, nn
 
-from toma_fx.lab.measures import DATA_RANGE
-
-
-def mse(image: Tensor, reference: Tensor) -> float:
-    """Mean squared difference of pixels on the 0-255 scale, in squared pixel values; 0 is equal.
-
-    Args:
-        image: ``(3, H, W)`` uint8.
-        reference: ``(3, H, W)`` uint8.
-    """
-    return float((image.double() - reference.double()).square().mean())
-
-
-def psnr(image: Tensor, reference: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB, ``10 log10(255^2 / MSE)``; infinite for equal images.
-
-    Args:
-        image: ``(3, H, W)`` uint8.
-        reference: ``(3, H, W)`` uint8.
-    """
-    from torchmetrics.functional.image import peak_signal_noise_ratio
-
-    value = peak_signal_noise_ratio(image.double(), reference.double(), data_range=DATA_RANGE)
-    return float(value)
+from toma_fx.images import DATA_RANGE
 
 
 def ssim(image: Tensor, reference: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Loading a pipeline and drawing one image with it."""
+"""What is drawn, and one image of it."""
 
 import inspect
 import time
@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import diffusers
 import torch
 
 from toma_fx.checkpoints import DTYPES
-from toma_fx.errors import ConfigError, ModelError
+from toma_fx.errors import ConfigError
 from toma_fx.lab.prompts import Prompt
 
 
@@ -59,30 +58,6 @@ def default_dtype() -> str:
     return "bfloat16" if torch.cuda.is_available() else "float32"
 
 
-def load_pipeline(name: str, *, dtype: str = "float32", device: Any = None) -> Any:
-    """A diffusers pipeline, ready to draw.
-
-    Args:
-        name: hub name, or folder as ``save_pretrained`` writes it.
-        dtype: of the weights.
-        device: the GPU when there is one, when left out.
-
-    Raises:
-        ModelError: when there is no pipeline under that name.
-    """
-    try:
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(name, dtype=DTYPES[dtype])
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"no pipeline could be loaded from {name!r}: {error}; give a folder with a "
-            "model_index.json, or the hub name of a diffusers pipeline"
-        ) from error
-    pipeline.set_progress_bar_config(disable=True)
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return pipeline.to(device)
-
-
 def takes_negative(pipeline: Any, task: Task) -> bool:
     """Whether a negative prompt has an effect; on Flux with a ``true_cfg_scale`` above 1 alone."""
     parameters = inspect.signature(type(pipeline).__call__).parameters
@@ -122,7 +97,7 @@ def draw(
     """One image, and the seconds that it took from prompt to pixels.
 
     Args:
-        pipeline: of `load_pipeline`, changed or not.
+        pipeline: of `toma_fx.checkpoints.load_pipeline`, changed or not.
         task: sizes, guidance and other arguments.
         prompt: one of the task's.
         seed: of the starting noise, which is made on the CPU so that every device starts alike.

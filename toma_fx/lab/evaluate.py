@@ -16,9 +16,10 @@ from typing import Any
 from tqdm import tqdm
 
 from toma_fx.arithmetic import first_call
+from toma_fx.checkpoints import load_pipeline
 from toma_fx.errors import ConfigError
-from toma_fx.lab.contenders import Contender, contend
-from toma_fx.lab.draw import Task, draw, load_pipeline, takes_negative
+from toma_fx.lab.contenders import Contender, Variant, contend
+from toma_fx.lab.draw import Task, draw, takes_negative
 from toma_fx.lab.gallery import Gallery, save_image, seconds_of
 from toma_fx.lab.networks import Networks
 from toma_fx.lab.score import load_instruments, look_at_reference, score
@@ -26,12 +27,11 @@ from toma_fx.lab.tables import (
     IMAGES,
     SUMMARY,
     Outcome,
-    as_text,
+    as_table,
     image_rows,
     summary_rows,
     write_table,
 )
-from toma_fx.lab.variants import Variant
 from toma_fx.transform import model_of
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -78,7 +78,7 @@ def evaluate(task: Task, plan: Plan, out: Path) -> str:
     write_table(image_rows(outcomes, task.prompts, task.seeds, plan.measures), out / IMAGES)
     rows = summary_rows(outcomes, task.seeds, plan.measures)
     write_table(rows, out / SUMMARY)
-    return "\n".join([as_text(rows, plan.measures), *results.notes])
+    return "\n".join([as_table(rows, plan.measures).text(), *results.notes])
 
 
 def draw_and_measure(task: Task, plan: Plan, out: Path) -> Results | None:

@@ -8,10 +8,6 @@ paper's are CLIP, DINO, MSE and FID (section 5, Tables 2, 3 and 6 to 10).
 from dataclasses import dataclass
 from typing import Literal
 
-DATA_RANGE = 255.0
-"""The largest pixel value. The paper does not name the scale of its MSE; its figures, 1300 to 5400,
-are only possible on this one."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from toma_fx.lab.measures import DATA_RANGE, Unavailable
+from toma_fx.images import DATA_RANGE, pixels
+from toma_fx.lab.measures import Unavailable
 
 CLIP = "openai/clip-vit-large-patch14"
 """The CLIP whose scores papers quote, and torchmetrics' default."""
@@ -180,11 +180,6 @@ def read_image(file: Path) -> Image.Image:
     """An image file, in memory and in RGB."""
     with Image.open(file) as image:
         return image.convert("RGB")
-
-
-def pixels(image: Image.Image) -> Tensor:
-    """An RGB image as ``(3, H, W)`` uint8."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def _attempt(load: Callable[[], Loaded], what: str) -> Loaded | Unavailable:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from toma_fx import images
 from toma_fx.lab import distances
 from toma_fx.lab.measures import MEASURES, Unavailable
 from toma_fx.lab.networks import (
@@ -16,7 +17,6 @@ from toma_fx.lab.networks import (
     load_features,
     load_lpips,
     load_vision,
-    pixels,
     read_image,
 )
 
@@ -57,8 +57,8 @@ def load_instruments(chosen: Sequence[str], networks: Networks) -> Instruments:
     pixel: dict[str, Callable[[Tensor, Tensor], float] | Unavailable] = {
         name: function
         for name, function in (
-            ("mse", distances.mse),
-            ("psnr", distances.psnr),
+            ("mse", images.mse),
+            ("psnr", images.psnr),
             ("ssim", distances.ssim),
         )
         if name in chosen
@@ -131,7 +131,7 @@ def _pixel_scores(
     scores: dict[str, list[float]] = {n: [] for n, f in instruments.pixel.items() if callable(f)}
     if scores:
         for file, other in zip(files, others, strict=True):
-            pair = pixels(read_image(file)), pixels(read_image(other))
+            pair = images.pixels(read_image(file)), images.pixels(read_image(other))
             for name, values in scores.items():
                 function = instruments.pixel[name]
                 assert callable(function)

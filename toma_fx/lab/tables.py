@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tabulate import tabulate
 
 from toma_fx.lab.contenders import Contender
 from toma_fx.lab.gallery import write_whole
@@ -16,6 +15,7 @@ from toma_fx.lab.intervals import LEVEL, mean_interval
 from toma_fx.lab.measures import MEASURES, Unavailable
 from toma_fx.lab.prompts import Prompt
 from toma_fx.lab.score import Scores
+from toma_fx.tables import Column, Table, percent
 
 IMAGES = "images.csv"
 SUMMARY = "summary.csv"
@@ -95,28 +95,29 @@ def write_table(rows: Sequence[dict[str, Any]], file: Path) -> None:
     write_whole(file, write)
 
 
-def as_text(rows: Sequence[dict[str, Any]], chosen: Sequence[str]) -> str:
-    """The summary as a table for people, with the reasons for what is missing below it."""
+def as_table(rows: Sequence[dict[str, Any]], chosen: Sequence[str]) -> Table:
+    """The summary for people, with the reasons for missing figures below it.
+
+    Args:
+        rows: of `summary_rows`; other keys of them may be shown too, by more columns.
+        chosen: names of the measures.
+    """
     reasons: list[str] = []
-    table = [
-        (
-            row["variant"],
-            row["ratio"],
-            row["steps"],
-            f"{row['arithmetic']:.1%}",
-            f"{row['seconds']:.3g}",
-            *(cell(row, name, reasons) for name in chosen),
-        )
-        for row in rows
-    ]
-    headers = ["variant", "ratio", "steps", "arithmetic", "s an image"]
-    headers += [f"{MEASURES[name].label}, {MEASURES[name].better}" for name in chosen]
+    shown = [{**row, **{name: cell(row, name, reasons) for name in chosen}} for row in rows]
+    columns = (
+        Column("variant", "variant"),
+        Column("ratio", "ratio"),
+        Column("steps", "steps"),
+        Column("arithmetic", "arithmetic", percent),
+        Column("seconds", "s an image", lambda value: f"{value:.3g}"),
+        *(Column(n, f"{MEASURES[n].label}, {MEASURES[n].better}") for n in chosen),
+    )
     legend = (
-        f"{rows[0]['images']} images each; means with {LEVEL:.0%} intervals over prompts and "
-        "seeds; arithmetic of the denoising model relative to untouched; seconds are medians"
+        f"{rows[0]['images']} images each; means with {LEVEL:.0%} intervals over prompts and seeds",
+        "arithmetic of the denoising model relative to untouched; seconds are medians",
     )
     notes = [f"[{number}] {reason}" for number, reason in enumerate(reasons, 1)]
-    return "\n".join([tabulate(table, headers, disable_numparse=True), legend, *notes])
+    return Table(title="", columns=columns, rows=shown, notes=(*legend, *notes))
 
 
 def _mean(outcome: Outcome, name: str, seeds: int) -> dict[str, Any]:
