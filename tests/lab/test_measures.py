@@ -60,6 +60,6 @@ def test_frechet_distance_of_fewer_images_than_features_is_finite() -> None:
 
 
 def test_every_measure_has_a_label_with_its_unit() -> None:
-    assert set(MEASURES) == {"mse", "psnr", "ssim", "lpips", "dino", "clip_image", "clip", "fid"}
+    assert {"mse", "psnr", "ssim", "lpips", "dino", "clip_image", "clip", "fid"} < set(MEASURES)
     assert "0-255" in MEASURES["mse"].label and "dB" in MEASURES["psnr"].label
     assert str(Unavailable("no such network")) == "unavailable: no such network"

@@ -7,6 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
+from examples.small_models.judge import true_pictures
+from examples.small_models.pictures import caption, scene_of
 from toma_fx import images
 from toma_fx.images import pixels
 from toma_fx.lab import distances
@@ -83,7 +85,26 @@ def test_untouched_is_not_paired_with_itself(untouched: list[Path], networks: Ne
     instruments = load_instruments(tuple(MEASURES), networks)
     reference = look_at_reference(instruments, untouched)
     scores = score(instruments, untouched, TEXTS, reference, paired=False)
-    assert list(scores) == ["clip", "fid"]
+    assert list(scores) == ["clip", "fid", "answers", "frechet"]
+    assert str(scores["answers"]).startswith("unavailable: not a caption of these pictures")
+
+
+def test_the_judge_prefers_true_pictures(tmp_path: Path) -> None:
+    start = 20_000_000
+    true = true_pictures(12, detailed=False, start=start)
+    texts = [caption(scene_of(index)) for index in range(start, start + 12)]
+    sets = {"true": true, "others": np.roll(true, 1, axis=0), "black": np.zeros_like(true)}
+    instruments = load_instruments(("answers", "frechet"), Networks())
+    found = {}
+    for name, drawn in sets.items():
+        files = [tmp_path / f"{name}{index}.png" for index in range(12)]
+        for file, picture in zip(files, drawn, strict=True):
+            Image.fromarray(picture).save(file)
+        scores = score(instruments, files, texts, look_at_reference(instruments, files))
+        answers, (frechet,) = scores["answers"], scores["frechet"]  # type: ignore[misc]
+        found[name] = sum(answers) / 12, frechet  # type: ignore[arg-type]
+    assert found["true"][0] > 85 > found["others"][0]
+    assert found["true"][1] < found["black"][1] / 2
 
 
 def test_fid_compares_with_real_images_when_there_are(

@@ -14,7 +14,7 @@ from typing import Any
 from toma_fx.choices import DTYPE_NAMES
 from toma_fx.errors import ConfigError
 from toma_fx.lab import small_models
-from toma_fx.lab.measures import MEASURES
+from toma_fx.lab.measures import MEASURES, OF_SMALL_MODELS
 from toma_fx.quiet import hush_libraries
 
 MODEL = "folder or hub name of a diffusers pipeline"
@@ -108,7 +108,7 @@ def _eval(options: argparse.Namespace) -> None:
     from toma_fx.variants import parse_variant
 
     variants = [parse_variant(name) for name in options.variant]
-    plan = plan_of(options, variants, tuple(MEASURES))
+    plan = plan_of(options, variants, usual_measures(options.model))
     text = evaluate(task_of(options, prompts_of(options)), plan, options.out)
     if text:  # the first of several processes alone has one
         print(text)
@@ -149,6 +149,12 @@ def plan_of(options: argparse.Namespace, variants: Sequence[Any], measures: tupl
         networks=Networks(**networks_of(options)),
         reference=options.reference,
     )
+
+
+def usual_measures(model: str) -> tuple[str, ...]:
+    """The names of all measures that a model can have, by its hub name or folder."""
+    is_small = bool(small_models.own_settings(model))
+    return tuple(name for name in MEASURES if is_small or name not in OF_SMALL_MODELS)
 
 
 def networks_of(options: argparse.Namespace) -> dict[str, str]:

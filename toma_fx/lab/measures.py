@@ -2,7 +2,8 @@
 
 Paired measures compare with the image that the untouched model draws from the same prompt and seed,
 so they say how much merging changes; the others look at an image, or a set of images, alone. The
-paper's are CLIP, DINO, MSE and FID (section 5, Tables 2, 3 and 6 to 10).
+paper's are CLIP, DINO, MSE and FID (section 5, Tables 2, 3 and 6 to 10). ``answers`` and
+``frechet`` come from the judge of the repository's small models (`toma_fx.lab.judge`).
 """
 
 from dataclasses import dataclass
@@ -29,7 +30,12 @@ MEASURES: dict[str, Measure] = {
     "clip_image": Measure(label="CLIP image similarity", better="higher", kind="paired"),
     "clip": Measure(label="CLIP score", better="higher", kind="prompt"),
     "fid": Measure(label="FID", better="lower", kind="set"),
+    "answers": Measure(label="right answers (%)", better="higher", kind="prompt"),
+    "frechet": Measure(label="Frechet distance", better="lower", kind="set"),
 }
+
+OF_SMALL_MODELS = ("answers", "frechet")
+"""Measures that only a small model of the repository can have."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from toma_fx import images
-from toma_fx.lab import distances
+from toma_fx.lab import distances, judge
 from toma_fx.lab.measures import MEASURES, Unavailable
 from toma_fx.lab.networks import (
     Encoder,
@@ -120,6 +120,10 @@ def score(
         scores |= _clip_scores(clip, files, texts, reference)
     if fid is not None:
         scores["fid"] = _fid(fid, files, reference.fid)
+    if "answers" in instruments.chosen:
+        scores["answers"] = judge.right_answers(files, texts)
+    if "frechet" in instruments.chosen:
+        scores["frechet"] = judge.distance_to_true(files)
     skipped = set() if paired else {n for n, m in MEASURES.items() if m.kind == "paired"}
     wanted = [name for name in instruments.chosen if name not in skipped]
     return {name: scores[name] for name in wanted}
