@@ -52,12 +52,17 @@ class Judge(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        layers: list[nn.Module] = []
-        for before, after in pairwise((3, 24, 48, 96, 96, 128)):
-            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(8, after)]
-            layers += [nn.SiLU()]
+        layers: list[nn.Module] = [nn.Conv2d(3, 48, 4, stride=4)]
+        for before, after in pairwise((48, 96, 128, 128)):
+            layers += [nn.GroupNorm(8, before), nn.SiLU()]
+            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1)]
         self.look = nn.Sequential(
-            *layers, nn.Conv2d(128, 32, 1), nn.Flatten(), nn.Linear(32 * 8 * 8, FEATURES)
+            *layers,
+            nn.GroupNorm(8, 128),
+            nn.SiLU(),
+            nn.Conv2d(128, 32, 1),
+            nn.Flatten(),
+            nn.Linear(32 * 8 * 8, FEATURES),
         )
         self.answer = nn.Linear(FEATURES, sum(_sizes()) + 2 * SPOILED)
 
@@ -226,7 +231,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--work", type=Path, default=Path("small_models_work"))
     parser.add_argument("--count", type=int, default=9_000, help="pictures")
-    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="where they are written")
     options = parser.parse_args(arguments)
