@@ -62,7 +62,7 @@ def _order(family: Family) -> str:
     if not any(block.flow.prefix or block.flow.prefix_tokens for block in family.blocks):
         return "tiles"
     assert grids, family.name
-    return "tiles through frames; frames that are given stay unmerged"
+    return "tiles through frames"
 
 
 def _spared(family: Family) -> str:
