@@ -11,7 +11,6 @@ is also asked how soft and how noisy a picture is, so that its features notice b
 import argparse
 import math
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -53,9 +52,9 @@ class Judge(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         layers: list[nn.Module] = [nn.Conv2d(3, 48, 4, stride=4)]
-        for before, after in pairwise((48, 96, 128, 128)):
+        for before, after, stride in ((48, 96, 2), (96, 128, 2), (128, 128, 1), (128, 128, 2)):
             layers += [nn.GroupNorm(8, before), nn.SiLU()]
-            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1)]
+            layers += [nn.Conv2d(before, after, 3, stride=stride, padding=1)]
         self.look = nn.Sequential(
             *layers,
             nn.GroupNorm(8, 128),
@@ -149,8 +148,9 @@ def _pixels(drawn: Drawn) -> Iterator[Tensor]:
 
 
 def spoil(pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Pictures that are softer and noisier, and the degrees ``(N, 2)`` of both."""
+    """Pictures of which half are softer or noisier, and the degrees ``(N, 2)`` of both."""
     degrees = torch.randint(SPOILED, (len(pixels), 2), generator=generator)
+    degrees[::2] = 0
     spoiled = pixels.clone()
     for index, (soft, noise) in enumerate(degrees.tolist()):
         if soft:
@@ -158,7 +158,7 @@ def spoil(pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
             one = F.pad(pixels[index : index + 1], (soft,) * 4, mode="replicate")
             spoiled[index] = F.avg_pool2d(one, width, stride=1)[0]
         grains = torch.randn(pixels.shape[1:], generator=generator)
-        spoiled[index] += 0.08 * noise * grains
+        spoiled[index] += 0.06 * noise * grains
     return spoiled, degrees
 
 
@@ -231,7 +231,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--work", type=Path, default=Path("small_models_work"))
     parser.add_argument("--count", type=int, default=9_000, help="pictures")
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="where they are written")
     options = parser.parse_args(arguments)
