@@ -472,7 +472,7 @@ def test_token_order_brings_features_into_the_order_of_the_image(family: str, ho
 
 
 def test_token_order_says_where_it_does_not_work() -> None:
-    with pytest.raises(Exception, match="token_order works in eager code"):
+    with pytest.raises(Exception, match="token_order works only in eager code"):
         torch.compile(lambda x: (toma_fx.token_order(), x + 1), backend="eager", fullgraph=True)(
             torch.ones(1)
         )
