@@ -1,29 +1,29 @@
-"""Graph in, graph out: one pass per file.
+"""Passes: graph in, graph out; one pass per file.
 
-In the order in which a block goes through them:
+A block goes through them in this order:
 
 ============= ====================================================================
-capture       a block's forward becomes a graph; makes what the passes rewrite
-merge         merge and unmerge around sites of the block, or around all of it
-merge_keys    or merge the keys and values of its self-attention alone
-guard_inputs  refuse inputs that merged tokens cannot carry
-one_plan      one plan for all sites of the block
-hand_on       one plan for the blocks of a group, and for several steps
-remember      with memory, a full step: the block on all tokens, and what it adds is kept
-recall        with memory, a step between: what is kept, and how it has changed
-cleanup       remove what is repeated or unused
-plan_apart    a leader's plan as a graph of its own, for compiling blocks one by one
-install       graphs become the block's forward; uses what the passes rewrote
+capture       turn a block's forward into a graph, which the passes rewrite
+merge         merge and unmerge around sites of the block, or around the whole block
+merge_keys    or merge only the keys and values of its self-attention
+guard_inputs  refuse inputs that merged tokens do not support
+one_plan      use one plan for all sites of the block
+hand_on       share one plan among the blocks of a group, and among several steps
+remember      with memory, a full step: run the block on all tokens and keep its update
+recall        with memory, a step in between: correct the kept update
+cleanup       remove repeated and unused nodes
+plan_apart    turn a leader's plan into a graph of its own, for compiling blocks one by one
+install       turn graphs into the block's forward
 ============= ====================================================================
 
-A flat graph is a whole model that others captured. There ``order_tokens`` brings tokens into token
-order, and then ``merge``, ``one_plan`` and ``cleanup`` run as on a block.
+A flat graph is a whole model that other code captured. There ``order_tokens`` brings tokens into
+token order; then ``merge``, ``one_plan`` and ``cleanup`` run as on a block.
 
-``pipeline`` says what a pass is and runs them. ``sites`` names the parts of a block that can merge,
+``pipeline`` defines passes and runs them. ``sites`` names the parts of a block that can merge,
 ``streams`` the tokens that go through it, and ``plan_nodes`` inserts the nodes that make a plan.
-``block_graph`` and ``flat_graph`` are two kinds of graph as the merge pass sees them, and
-``flat_nodes`` and ``flat_values`` help with the second. ``open_attention`` shows a graph the inside
-of attention. ``stand_ins`` are what a capture traces through in place of a block's modules, and
-``block_calls`` is what an installed block does around its graph. ``readable`` and ``debug`` show
-graphs, and ``pass_manager`` runs the passes among torch.fx's own.
+``block_graph`` and ``flat_graph`` present two kinds of graph to the merge pass; ``flat_nodes`` and
+``flat_values`` support the second. ``open_attention`` exposes the inside of attention to a graph.
+``stand_ins`` replace a block's modules during capture, and ``block_calls`` contains the code that
+an installed block runs around its graph. ``readable`` and ``debug`` show graphs, and
+``pass_manager`` runs the passes in torch.fx's own pass manager.
 """

@@ -1,4 +1,4 @@
-"""What a call of an installed block does before and after its graph runs, and what tells it."""
+"""Code that an installed block runs before and after its graph, and the data that controls it."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -10,7 +10,7 @@ from torch import nn
 from toma_fx.runtime import memory, plan
 
 PATH = "toma_path"
-"""The attribute of a block that remembers."""
+"""Attribute of a block with memory: its path in the model."""
 
 
 @dataclass(frozen=True)
@@ -26,45 +26,45 @@ class Argument:
     """An argument of a block's ``forward``."""
 
     place: int
-    """Where it stands after ``self``."""
+    """Position of the argument after ``self``."""
     name: str
 
     def of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What a call gives for it."""
+        """Return the value that a call gives for the argument."""
         return args[self.place] if len(args) > self.place else kwargs.get(self.name)
 
 
 @dataclass(frozen=True)
 class Lead:
-    """What a leader that is compiled by itself becomes."""
+    """Code of a leader that is compiled by itself."""
 
     planners: tuple[tuple[str, Code], ...]
-    """By variant, what makes the plan."""
+    """For each variant, the code that makes the plan."""
     follower: tuple[tuple[str, Code | None], ...]
-    """The variants of the blocks that follow it, which the rest of the leader is."""
+    """Variants of the blocks that follow the leader; the rest of the leader runs them too."""
 
 
 @dataclass(frozen=True)
 class Forward:
-    """All that makes the class of a block, beside the block's own class."""
+    """All data from which the class of a block is made, besides the block's own class."""
 
     variants: tuple[tuple[str, Code | None], ...]
     attention_kwargs: Argument | None
-    """What carries the scope of the call; None for the scope of the thread."""
+    """Argument that carries the scope of the call; None for the scope of the thread."""
     form: tuple[tuple[Argument, ...], Callable[..., str]] | None = None
-    """Arguments whose kind decides the graph, and what tells their kind."""
+    """Arguments whose kind selects the graph, and a function that returns the kind."""
     group: str = ""
-    """Name of the group whose plan the block makes."""
+    """Name of the group for which the block makes a plan."""
     lead: Lead | None = None
-    """Known when the plan can be made apart."""
+    """Set if the plan can be made separately."""
     usual: str = plan.MERGED
-    """The variant that runs where no call of the model says otherwise."""
+    """Variant that runs if no call of the model selects another."""
 
 
 def variant_of(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, str]:
-    """The variant that the call of the model asks for, to which a call of a block belongs.
+    """Return the variant that the current call of the model selects for a block.
 
-    With the kind of what the block is given.
+    The second item is the kind of the block's arguments.
     """
     variant = plan.variant(carrier_of(forward, args, kwargs), forward.group)
     if forward.form is None:
@@ -74,18 +74,18 @@ def variant_of(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 def carrier_of(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The attention kwargs of a call of a block; None where none reach it."""
+    """Return the attention kwargs of a call of a block; None if the block gets none."""
     argument = forward.attention_kwargs
     return None if argument is None else argument.of(args, kwargs)
 
 
 def call_planned(planners: Mapping[str, Any], forward: Forward) -> Callable[..., Any]:
-    """The ``__call__`` of a leader."""
+    """Return the ``__call__`` of a leader."""
     group = forward.group
     run = call_with_memory(forward) if forward.usual == plan.REMEMBER else nn.Module.__call__
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Run the block; and where a hook skipped it, leave its plan to those that follow."""
+        """Run the block; if a hook skipped it, register its planner for the blocks that follow."""
         output = run(self, *args, **kwargs)
         carrier = carrier_of(forward, args, kwargs)
         if plan.is_due(carrier, group):
@@ -97,10 +97,10 @@ def call_planned(planners: Mapping[str, Any], forward: Forward) -> Callable[...,
 
 
 def call_with_memory(forward: Forward) -> Callable[..., Any]:
-    """The ``__call__`` of a block that remembers."""
+    """Return the ``__call__`` of a block with memory."""
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """Run the block beside its memory, of which the code of all blocks like it knows none."""
+        """Run the block with its memory set, so that the code shared by blocks names no block."""
         memories = memory.memories_in(carrier_of(forward, args, kwargs))
         if memories is None:
             return nn.Module.__call__(self, *args, **kwargs)

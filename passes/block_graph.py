@@ -1,7 +1,7 @@
-"""The graph of one block, as the merge pass sees it: submodules are nodes, sizes are not written.
+"""The graph of one block as the merge pass sees it: submodules are nodes, sizes are not literal.
 
-Nothing is rewritten by itself; `toma_fx.passes.merge` asks where sites are and lets them run on
-merged tokens.
+Nothing here is rewritten on its own initiative: `toma_fx.passes.merge` asks where the sites are and
+lets them run on merged tokens.
 """
 
 import operator
@@ -40,19 +40,19 @@ class BlockGraph:
         self._flow = flow
 
     def inserting_before(self, node: fx.Node) -> AbstractContextManager[Any]:
-        """As of `torch.fx.Graph`."""
+        """Same as `torch.fx.Graph.inserting_before`."""
         return self.graph.inserting_before(node)
 
     def inserting_after(self, node: fx.Node) -> AbstractContextManager[Any]:
-        """Before what follows ``node``, so that several insertions stay in order."""
+        """Insert before the node after ``node``, so that several insertions stay in order."""
         return self.graph.inserting_before(node.next)
 
     def find(self, sites: tuple[Site, ...], block: str) -> list[FoundSite]:
-        """The sites in the order of the graph, so that the first plan is seen by all others.
+        """Return the sites in the order of the graph, so that all can use the first plan.
 
         Raises:
-            CaptureError: when a submodule of a site is called twice, or those of one site take
-                other tokens.
+            CaptureError: when a submodule of a site is called twice, or when the submodules of one
+                site take different tokens.
         """
         calls: dict[str, fx.Node] = {}
         needed = {name for site in sites for name in (*site.enter, site.leave)}
@@ -90,7 +90,7 @@ class BlockGraph:
         if self._flow.output is not None:
             returned = returned[self._flow.output]  # type: ignore[index]
         assert isinstance(returned, fx.Node)
-        # The plan comes before all that will take something of it.
+        # The plan comes before every node that uses a part of it.
         named = (*(rows.argument for rows in self._flow.rows), *self._flow.also_merged)
         takers = {user for name in named for user in placeholder(self.graph, name).users}
         checks = {node for node in takers if _is_planned(node)}
@@ -100,15 +100,15 @@ class BlockGraph:
         return FoundSite(site, tokens, readers, first, before, after, (returned,))
 
     def _is_joint(self, site: Site) -> bool:
-        """Whether the tokens of a site are text and image tokens in one sequence."""
+        """Return whether a site's tokens are text and image tokens in one sequence."""
         inside = bool(site.leave) and self._flow.text is not None and self._flow.text_first
         return self._flow.joint or inside
 
     def _around(self, joint: bool) -> tuple[Any, Any]:
-        """How many tokens stand before and behind those that merge, at the insertion point.
+        """Return the number of unmerged tokens before and after those that merge, as nodes.
 
         Args:
-            joint: whether the sequence holds text tokens too.
+            joint: whether the sequence also holds text tokens.
         """
         unmerged = text = None
         if self._flow.prefix_tokens is not None:
@@ -134,7 +134,7 @@ class BlockGraph:
         return item(self.graph, shape, 1, name="text_tokens")
 
     def image_tokens(self, found: FoundSite) -> fx.Node:
-        """The site's tokens without those around that do not merge, at the insertion point."""
+        """Slice the tokens that merge out of the site's tokens, at the insertion point."""
         if found.after is None:
             index = (slice(None), slice(found.before, None))
             return call(self.graph, operator.getitem, (found.tokens, index), name="image_tokens")
@@ -142,14 +142,14 @@ class BlockGraph:
         return call(self.graph, arguments.between, args, name="image_tokens")
 
     def layout(self, tokens: fx.Node, options: PlanOptions) -> fx.Node:
-        """How the call's grids are cut into regions, at the insertion point."""
+        """Insert the node that cuts the call's grids into regions, at the insertion point."""
         args = (self._kwargs(), tokens, options.region_tokens, options.ratio)
         return call(self.graph, plan.region_layout, args, name="layout")
 
     def leaves(
         self, found: FoundSite, merged: fx.Node, made: PlanNodes
     ) -> Iterator[tuple[fx.Node, list[fx.Node]]]:
-        """Let the site's layers run on merged tokens; where tokens leave it, and who takes them."""
+        """Run the site on merged tokens; yield each node that leaves it, with its users."""
         inside = set(found.readers)
         if not found.site.leave:
             inside = {node for node in self.graph.nodes if not _is_planned(node)}
@@ -157,7 +157,7 @@ class BlockGraph:
             self._unmerge_also(merged, made)
         else:
             inside |= self._made_of_rows(inside, merged)
-        # All rows before what is made of them, so that they can be shared as one plan.
+        # Take all rows before anything computed from them, so that they can be shared as one plan.
         taken = [
             (rows, self._take_rows(rows, found, merged, made, inside)) for rows in self._flow.rows
         ]
@@ -168,7 +168,7 @@ class BlockGraph:
             yield node, users
 
     def _made_of_rows(self, readers: set[fx.Node], merged: fx.Node) -> set[fx.Node]:
-        """What the block makes of rows for the readers alone, moved behind the merge."""
+        """Move nodes computed from rows, for the readers only, behind the merge; return them."""
         made = {placeholder(self.graph, rows.argument) for rows in self._flow.rows}
         for node in self.graph.nodes:
             called = node.op in ("call_function", "call_method") and not _is_planned(node)
@@ -187,7 +187,7 @@ class BlockGraph:
         return alone
 
     def _merge_also(self, merged: fx.Node, inside: set[fx.Node]) -> None:
-        """Merge the further tokens of the block like the tokens."""
+        """Merge the block's further tokens in the same way."""
         for name in self._flow.also_merged:
             tokens = placeholder(self.graph, name)
             with self.graph.inserting_after(merged):
@@ -197,11 +197,11 @@ class BlockGraph:
                 user.replace_input_with(tokens, also)
 
     def _unmerge_also(self, merged: fx.Node, made: PlanNodes) -> None:
-        """Spread the further tokens that the block returns."""
+        """Unmerge the further tokens that the block returns."""
         output = self.graph.output_node()
         for index in self._flow.also_returned:
             tokens = output.args[0][index]  # type: ignore[index]
-            if not isinstance(tokens, fx.Node):  # None, where the block was given none
+            if not isinstance(tokens, fx.Node):  # None if the block got none
                 continue
             with self.inserting_after(tokens):
                 args = (tokens, made.unmerge_weight, *merged.args[2:])
@@ -216,7 +216,7 @@ class BlockGraph:
         made: PlanNodes,
         inside: set[fx.Node],
     ) -> list[fx.Node]:
-        """The destinations' rows of an argument, or of its items; none if nothing takes them."""
+        """Take the destinations' rows of an argument or its items; empty if the site uses none."""
         argument = placeholder(self.graph, rows.argument)
         if inside.isdisjoint(argument.users):
             return []
@@ -259,7 +259,7 @@ class BlockGraph:
     def _use_rows(
         self, rows: Rows, parts: list[fx.Node], merged: fx.Node, inside: set[fx.Node]
     ) -> None:
-        """Give the nodes inside a site the destinations' rows in the place of an argument."""
+        """Replace an argument by the destinations' rows for the nodes inside a site."""
         if not parts:
             return
         argument = placeholder(self.graph, rows.argument)
@@ -270,7 +270,7 @@ class BlockGraph:
             node.replace_input_with(argument, used)
 
     def _packed(self, rows: Rows, argument: fx.Node, parts: list[fx.Node]) -> fx.Node:
-        """The rows as attention takes them."""
+        """Pack the rows into the form that attention takes."""
         count = len(argument.meta["val"]) if rows.items else 1
         if rows.dim == 0:
             tables = call(self.graph, arguments.rotary_tables, tuple(parts), name="tables")
@@ -285,7 +285,7 @@ class BlockGraph:
 
 
 def _is_planned(node: fx.Node) -> bool:
-    """Whether a node is one of those that make a plan, which sees the tokens as they are."""
+    """Return whether a node belongs to a plan, which is made from the unmerged tokens."""
     return node.target in _PLANNING
 
 
@@ -303,7 +303,7 @@ _PLANNING = (
 
 
 def _token_input(call: fx.Node) -> fx.Node:
-    """The node that gives a submodule its tokens: ``hidden_states``, or the first argument."""
+    """Return the node with a submodule's tokens: ``hidden_states``, or the first argument."""
     tokens = call.kwargs.get("hidden_states", call.args[0] if call.args else None)
     if not isinstance(tokens, fx.Node):
         raise CaptureError(f"the call of {call.target!r} has no token input: {call.format_node()}")
@@ -313,7 +313,7 @@ def _token_input(call: fx.Node) -> fx.Node:
 def _outputs(call: fx.Node, outputs: tuple[int, ...] | None) -> tuple[fx.Node, ...]:
     if outputs is None:
         return (call,)
-    # The outputs may be taken from a check of the call, which passes them on.
+    # The outputs may be taken from a node that checks the call's outputs and passes them on.
     sources = {call, *call.users}
     return tuple(
         item

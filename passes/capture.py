@@ -1,4 +1,4 @@
-"""A module's forward as a torch.fx graph, with an example value on every node.
+"""Capture of a module's forward as a torch.fx graph, with an example value on every node.
 
 Before, in diffusers' source::
 
@@ -13,8 +13,8 @@ After::
     attn1 = self.attn1(norm1, **passed_on)
 
 Plain `torch.fx.symbolic_trace` stops at the first ``if x.ndim == 4``. Here every proxy also carries
-an example value, and a branch is decided as it would be at run time. Attributes such as ``shape``
-are recorded as nodes and never frozen, so one graph serves every size. And it patches the process
+an example value, so branches are decided as at run time. Attributes such as ``shape`` are recorded
+as nodes and never fixed, so one graph serves every size. `symbolic_trace` also patches the process
 while it traces; here the forward runs on stand-ins for the modules, and other threads go on.
 """
 
@@ -47,11 +47,11 @@ from toma_fx.passes.stand_ins import StandIn, module_of, stand_in_for
 from toma_fx.runtime import arguments, plan
 
 STAR = "**"
-"""The keyword under which a call node holds a whole dictionary of keyword arguments."""
+"""Keyword under which a call node holds a whole dictionary of keyword arguments."""
 
 
 class Count(int):
-    """An example of a number that decides no branches, and may be any other when a block runs."""
+    """Example of a number that selects no branch, so a block may be called with any other."""
 
 
 def _is_in_place(method: str) -> bool:
@@ -59,14 +59,14 @@ def _is_in_place(method: str) -> bool:
 
 
 class ValueProxy(fx.Proxy):
-    """A proxy that knows an example of its value, and answers questions about it."""
+    """Proxy with an example of its value, which answers questions about it."""
 
     @property
     def value(self) -> Any:
         """The example value."""
         return self.node.meta["val"]
 
-    # ``isinstance(x, torch.Tensor)`` in a traced forward must hold for a traced tensor.
+    # ``isinstance(x, torch.Tensor)`` in a traced forward must be true for a traced tensor.
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         return torch.Tensor if isinstance(self.node.meta.get("val"), torch.Tensor) else type(self)
@@ -82,7 +82,7 @@ class ValueProxy(fx.Proxy):
         self._write("__setitem__", index, value)
 
     def _write(self, method: str, *args: Any, **kwargs: Any) -> fx.Proxy:
-        """A node for a method that writes into the tensor, which no graph drops as unused."""
+        """Add a node for a method that writes into the tensor, which no graph drops as unused."""
         return self.tracer.create_proxy(
             "call_function", arguments.in_place, (self, method, *args), kwargs
         )
@@ -103,13 +103,13 @@ class ValueProxy(fx.Proxy):
 
 
 class ValueTracer(fx.Tracer):
-    """Traces with `ValueProxy`, and changes neither the modules it traces nor the process.
+    """Tracer with `ValueProxy` that changes neither the traced modules nor the process.
 
-    Subclasses say in `run` how the module is called.
+    Subclasses define in `run` how the module is called.
 
     Args:
-        is_leaf: which modules stay single nodes.
-        leaf_value: the example value of a leaf's output.
+        is_leaf: tells which modules stay single nodes.
+        leaf_value: returns the example value of a leaf's output.
     """
 
     proxy_buffer_attributes = True
@@ -122,20 +122,20 @@ class ValueTracer(fx.Tracer):
 
     @abstractmethod
     def run(self, module: Any) -> Any:
-        """Call the forward of ``module``, a stand-in, on placeholders; returns its output."""
+        """Call the forward of ``module``, a stand-in, on placeholders and return its output."""
 
     def capture(self, module: nn.Module, over: nn.Module | None = None) -> fx.GraphModule:
-        """The graph of a module; in place of `trace`, which patches ``nn.Module``.
+        """Return the graph of a module; replaces `trace`, which patches ``nn.Module``.
 
         Args:
-            module: what is traced.
-            over: whose submodules and tensors the graph module has: those of ``module`` itself, or
-                of another one of the same structure.
+            module: the module to trace.
+            over: module whose submodules and tensors the graph module gets: ``module`` if None, or
+                another one of the same structure.
 
         Returns:
-            A graph module, to be changed and then recompiled.
+            A graph module that has not been compiled: change it, then recompile it.
         """
-        # Holds what the module holds, and the constants that torch.fx sets on it.
+        # Holds the module's attributes, and the constants that torch.fx sets on it.
         self.root = _holder(module)
         self.graph = fx.Graph()
         self.submodule_paths = {each: path for path, each in module.named_modules()}
@@ -155,21 +155,21 @@ class ValueTracer(fx.Tracer):
         return gm
 
     def value_of(self, attribute: Any) -> Any:
-        """The example value of something that the module holds."""
+        """Return the example value of an attribute of the module."""
         return attribute
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return self._is_leaf(m)
 
     def get_fresh_qualname(self, prefix: str) -> str:
-        # torch.fx counts on from the trace before, or beside, this one.
+        # torch.fx would continue the numbering of an earlier or a concurrent trace.
         return next(name for i in count() if not hasattr(self.root, name := f"{prefix}{i}"))
 
     def proxy(self, node: fx.Node) -> ValueProxy:
         return ValueProxy(node, self)
 
     def create_arg(self, a: Any) -> Any:
-        # Before fx asks whether it is a tensor, which a traced tensor claims to be.
+        # Check this before fx asks whether it is a tensor, which a traced tensor claims to be.
         if isinstance(a, fx.Proxy):
             return a.node
         return super().create_arg(module_of(a) if isinstance(a, StandIn) else a)
@@ -181,14 +181,14 @@ class ValueTracer(fx.Tracer):
         node = obj.node
         if node.op == "call_method" and any(isinstance(each, fx.Node) for each in node.args[1:]):
             raise CaptureError(
-                f"{node.format_node()} makes as many pieces as a size says, and a graph has a "
-                "fixed number; turn it off, as by block.set_chunk_feed_forward(None)"
+                f"{node.format_node()} makes a number of pieces that depends on a size, and a "
+                "graph has a fixed number; turn it off, e.g. block.set_chunk_feed_forward(None)"
             )
         return (obj[i] for i in range(len(node.meta["val"])))  # type: ignore[index]
 
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(kind, *args, **kwargs)
-        # While another thread compiles, torch.fx takes it from what that thread compiles.
+        # If another thread compiles meanwhile, torch.fx takes the stack of that compilation.
         if self.module_stack:
             node.meta["nn_module_stack"] = copy.copy(self.module_stack)
         if kind == "get_attr":
@@ -205,16 +205,16 @@ def _holder(module: nn.Module) -> nn.Module:
 
 
 class _StarCodeGen(CodeGen):
-    """Writes the keyword argument `STAR` as Python writes a dictionary of keyword arguments."""
+    """Writes the keyword argument `STAR` as ``**kwargs`` in the generated source."""
 
-    # Private, but the one place through which a graph becomes source.
+    # Private API, but the only place where a graph becomes source.
     def _gen_python_code(self, *args: Any, **kwargs: Any) -> PythonCode:
         code = super()._gen_python_code(*args, **kwargs)
         return dataclasses.replace(code, src=code.src.replace(f"{STAR} = ", STAR))
 
 
 class _WholeKwargs:
-    """A dictionary of attention kwargs that goes through a forward in one piece."""
+    """Dictionary of attention kwargs that passes through a forward as a whole."""
 
     def __init__(self, proxy: fx.Proxy) -> None:
         self._proxy = proxy
@@ -251,10 +251,10 @@ class _BlockTracer(ValueTracer):
         self._opened = opened
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        """As of `torch.fx.Tracer`; of an attention that is opened, its layers are nodes."""
+        """Same as in `torch.fx.Tracer`; but for an opened attention, its layers become nodes."""
         if m in self._opened:
-            # The attention kwargs go no further: what diffusers' own processors would take of them
-            # is refused elsewhere, and they ignore the rest.
+            # Drop the attention kwargs here: those that diffusers' own processors use are refused
+            # elsewhere, and the processors ignore the rest.
             kwargs = opened_arguments({k: v for k, v in kwargs.items() if k != STAR})
             vars(forward.__self__)["processor"] = recording_processor(m, self)
             with rewritable(self.path_of_module(m), type(m)):
@@ -273,7 +273,7 @@ class _BlockTracer(ValueTracer):
             proxy: Any = self.create_proxy("placeholder", starred, default, {})
             proxy.node.meta["val"] = self._examples.get(name, _NOTHING.get(each.kind))
             if each.kind in _NOTHING:
-                if name not in self._examples:  # or the block is known not to look at them
+                if name not in self._examples:  # otherwise the block is known to ignore them
                     self._expect(proxy, _NOTHING[each.kind], name)
             else:
                 values[name] = self._argument(name, proxy)
@@ -286,7 +286,7 @@ class _BlockTracer(ValueTracer):
         return type(module).forward(module, *by_place, **by_name)
 
     def value_of(self, attribute: Any) -> Any:
-        # Like the examples: a weight may be anywhere, and stored in any type.
+        # As with the examples: a weight may be on any device, and stored in any dtype.
         tensors = [e for e in pytree.tree_leaves(self._examples) if isinstance(e, torch.Tensor)]
         if not isinstance(attribute, torch.Tensor) or not any(e.is_meta for e in tensors):
             return attribute
@@ -294,7 +294,7 @@ class _BlockTracer(ValueTracer):
         return attribute.detach().to("meta", computed if attribute.is_floating_point() else None)
 
     def _argument(self, name: str, proxy: fx.Proxy) -> Any:
-        """What stands for an argument: a value that decides branches stands for itself."""
+        """Return what the forward gets: the value itself if it selects branches, else the proxy."""
         value = self._examples.get(name)
         decides = isinstance(value, bool | int | str | None) and not isinstance(value, Count)
         if name not in self._examples or not decides:
@@ -306,7 +306,7 @@ class _BlockTracer(ValueTracer):
         self.create_proxy("call_function", arguments.expect_value, (proxy, value, name), {})
 
     def _check_named(self, module: Any, parameters: Mapping[str, inspect.Parameter]) -> None:
-        """Refuse a forward that takes what it needs without naming it."""
+        """Refuse a forward that takes needed arguments without naming them."""
         starred = [each for each in parameters.values() if each.kind in _NOTHING]
         ignored = {
             each.name
@@ -317,8 +317,8 @@ class _BlockTracer(ValueTracer):
         if starred and not needed <= parameters.keys() - {each.name for each in starred}:
             raise CaptureError(
                 f"{type(module).__name__}.forward takes {', '.join(map(str, starred))}, and a "
-                "graph has a fixed number of arguments, each with a name; give it a forward that "
-                "names all that it is called with, in place of this one or in a subclass"
+                "graph has a fixed number of named arguments; replace it by a forward, here or in "
+                "a subclass, that names all its arguments"
             )
 
     def _hide_kwargs(self, module: Any, values: dict[str, Any]) -> None:
@@ -340,7 +340,7 @@ _STARS: dict[Any, str] = {
     inspect.Parameter.VAR_KEYWORD: "**",
 }
 _NOTHING: dict[Any, Any] = {inspect.Parameter.VAR_POSITIONAL: (), inspect.Parameter.VAR_KEYWORD: {}}
-"""What a graph takes as arguments without names, of which it cannot know how many there are."""
+"""Values of unnamed arguments, by kind: a graph accepts none, as it cannot know their number."""
 
 
 def capture_block(
@@ -351,25 +351,25 @@ def capture_block(
     image_tokens: int = 0,
     opened: Sequence[str] = (),
 ) -> fx.GraphModule:
-    """The graph of a transformer block's forward; its submodules stay nodes.
+    """Return the graph of a transformer block's forward; its submodules stay nodes.
 
     Args:
         block: a transformer block.
-        examples: an example value for each argument, on the meta device. One that is None, a flag,
-            a string or a whole number, but not a `Count`, decides branches, and the graph refuses
-            any other. An argument without an example goes through the block as it is; where there
-            may be more than those with names, there is none.
-        kwargs_name: the argument that holds the attention kwargs, if there is one.
-        leaf_value: the example value of a submodule's output.
-        image_tokens: in the examples.
-        opened: paths of attention modules in it that are no nodes, but their layers, and attention
-            itself.
+        examples: an example value for each argument, on the meta device. If it is None, a flag, a
+            string or a whole number (but not a `Count`), it selects branches, and the graph refuses
+            any other value. An argument without an example passes through the block unchanged; a
+            starred argument without an example must be empty.
+        kwargs_name: the argument that holds the attention kwargs, if any.
+        leaf_value: returns the example value of a submodule's output.
+        image_tokens: number of image tokens in the examples.
+        opened: paths of attention modules that are not nodes; their layers and the attention
+            function are.
 
     Returns:
-        A graph module with the block's own signature that computes what the block computes.
+        A graph module with the block's own signature that computes the same as the block.
 
     Raises:
-        CaptureError: when one graph cannot hold what the forward does.
+        CaptureError: when one graph cannot represent the forward.
     """
     modules = [block.get_submodule(path) for path in opened]
     tracer = _BlockTracer(examples, kwargs_name, leaf_value, modules)

@@ -1,4 +1,4 @@
-"""Remove what the other passes left over: repeated pure calls and what then is unused.
+"""Remove leftovers of the other passes: repeated pure calls, and nodes that become unused.
 
 Before::
 
@@ -27,12 +27,12 @@ PURE = (
     plan.text_tokens,
     plan.unmerged_tokens,
 )
-"""Functions whose repetition the other passes cause."""
+"""Functions whose calls the other passes repeat."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cleanup(Pass):
-    """Common subexpression elimination for the calls that inserting and sharing plans repeats."""
+    """Eliminate the common subexpressions that inserting and sharing plans create."""
 
     name: ClassVar[str] = "cleanup"
 
@@ -42,7 +42,7 @@ class Cleanup(Pass):
         for node in gm.graph.nodes:
             if node.op != "call_function" or node.target not in PURE:
                 continue
-            # Slices are not hashable, but their text names the same nodes.
+            # Slices are not hashable, but equal text means the same nodes.
             first = seen.setdefault((node.target, str(node.args)), node)
             if first is not node:
                 node.replace_all_uses_with(first)

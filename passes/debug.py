@@ -1,7 +1,7 @@
-"""See what each pass does: its graph as a file, and the operators that it adds and removes.
+"""Debugging aid: write the graph after each pass to a file, and print the operators it changed.
 
 Nothing is rewritten; before and after are the same graph. ``run_passes(gm, passes,
-dump_each(gm, "graphs"))`` leaves, for each pass, what went into it and what came out::
+dump_each(gm, "graphs"))`` writes the graph before the first pass and after each pass::
 
     graphs/0_captured.py
     graphs/1_merge.py
@@ -29,12 +29,12 @@ from toma_fx.passes.readable import readable
 def dump_each(
     gm: fx.GraphModule, folder: str | Path, log: Callable[[str], object] = sys.stdout.write
 ) -> Callback:
-    """A callback for `run_passes` that writes down the graph before and after each pass.
+    """Return a callback for `run_passes` that writes the graph after each pass to a file.
 
     Args:
         gm: the graph before the first pass.
-        folder: where the files go; made when missing.
-        log: takes a line for each pass.
+        folder: folder for the files; created if missing.
+        log: called with one line per pass.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,7 @@ def dump_each(
 
 
 def operator_counts(gm: fx.GraphModule) -> Counter[str]:
-    """How often each operator, method and submodule is called in a graph."""
+    """Count the calls of each operator, method and submodule in a graph."""
     return Counter(_name(node) for node in gm.graph.nodes if node.op.startswith("call_"))
 
 

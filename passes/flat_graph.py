@@ -1,18 +1,19 @@
-"""The flat graph of a whole model that someone else captured, seen by module paths.
+"""The flat graph of a whole model that other code captured, accessed by module paths.
 
-Nothing is rewritten by itself; `toma_fx.passes.merge` asks where sites are and lets them run on
-merged tokens. `FlatGraph.nodes_of` says which nodes the forward of a module left behind::
+Nothing here is rewritten on its own initiative: `toma_fx.passes.merge` asks where the sites are and
+lets them run on merged tokens. `FlatGraph.nodes_of` lists the nodes made by each module's forward::
 
     'mid_block.attentions.0.transformer_blocks.0.attn1': [linear_7, linear_8, linear_9, view, ...]
 
-The tokens of a site are the first value of three dimensions that its layers take from outside. From
-there on the values say the rest: what has fewer tokens than before where it leaves the site is
-unmerged, and what has not, such as text, goes on as it is.
+The tokens of a site are the first three-dimensional value that its layers read from outside. From
+there on, example values tell the rest: a value that leaves the site with fewer tokens than before
+is unmerged; any other value, such as text, is passed on unchanged.
 
 **Rotary values.** Flux's attention takes a table of cosines and one of sines, ``(P + N, D)``, and
-gives each a batch dimension of 1 where it uses it: ``unsqueeze(table, 0)`` in ATen's words,
-``table[None, :, None, :]`` in Python's. Destinations differ from sample to sample, so at exactly
-that place the destinations' rows, ``(B, P + M, D)``, stand in, and their batch is that dimension.
+adds a batch dimension of 1 where it uses them: ``unsqueeze(table, 0)`` in ATen,
+``table[None, :, None, :]`` in Python. Destinations differ from sample to sample, so the
+destinations' rows, ``(B, P + M, D)``, replace the table at exactly that place; their batch is that
+dimension.
 """
 
 import copy
@@ -50,8 +51,8 @@ class FlatGraph:
 
     Attributes:
         graph: the graph, which the caller rewrites.
-        values: the example values of its nodes.
-        nodes_of: module path to its calls, in order.
+        values: example values of its nodes.
+        nodes_of: for each module path, the nodes of its calls, in order.
     """
 
     add = aten.add.Tensor
@@ -68,11 +69,11 @@ class FlatGraph:
 
     @classmethod
     def of(cls, gm: fx.GraphModule, flow: TokenFlow | None = None) -> "FlatGraph":
-        """The graph with the nodes that modules had before the first pass.
+        """Return the graph with the nodes that modules had before the first pass.
 
         Args:
-            gm: the graph module, which keeps it for the passes that follow.
-            flow: where tokens are in the block that is asked for next.
+            gm: the graph module; it stores the result for the passes that follow.
+            flow: position of the tokens in the block to be processed next.
         """
         kept = gm.meta.get(FLAT)
         if kept is None or kept.graph is not gm.graph:
@@ -83,7 +84,7 @@ class FlatGraph:
 
     @contextmanager
     def inserting_before(self, node: fx.Node, serving: fx.Node | None = None) -> Iterator[None]:
-        """Give nodes inserted before ``node`` their values and the metadata of the one served."""
+        """Give nodes inserted before ``node`` values, and the metadata of the node they serve."""
         serving = node if serving is None else serving
         last = node.prev
         with self.graph.inserting_before(node):
@@ -94,11 +95,11 @@ class FlatGraph:
             self.values.set(last, self.values.compute(last))
 
     def inserting_after(self, node: fx.Node) -> AbstractContextManager[None]:
-        """Give nodes inserted after ``node`` their values and its metadata."""
+        """Give nodes inserted after ``node`` values, and the metadata of ``node``."""
         return self.inserting_before(node.next, serving=node)
 
     def find(self, sites: tuple[Site, ...], block: str) -> list[FoundSite]:
-        """The sites of a block in the order of the graph, so that all see the first plan.
+        """Return a block's sites in the order of the graph, so that all can use the first plan.
 
         Raises:
             CaptureError: when a site takes no tokens, or its submodules take different ones.
@@ -126,7 +127,7 @@ class FlatGraph:
         )
 
     def _token_counts(self, block: str) -> tuple[int, int]:
-        """How many image tokens and text tokens go through a block."""
+        """Return the numbers of image tokens and text tokens that go through a block."""
         assert self._flow is not None
         region = self.nodes_of[block]
         image, *others = self.inputs(block, ndim=3)
@@ -156,12 +157,12 @@ class FlatGraph:
         return found.pop()
 
     def image_tokens(self, found: FoundSite) -> fx.Node:
-        """The site's tokens without the text tokens before them, at the insertion point."""
+        """Slice off the text tokens before the site's tokens, at the insertion point."""
         args = (found.tokens, 1, found.before, sys.maxsize)
         return call(self.graph, aten.slice.Tensor, args, "image_tokens")
 
     def layout(self, tokens: fx.Node, options: PlanOptions) -> list[int]:
-        """How the image's tokens are cut into regions: numbers, as sizes here are fixed."""
+        """Return the layout of the image's regions: plain numbers, because sizes are fixed here."""
         value = (
             self.values.compute(tokens) if tokens.meta.get("val") is None else tokens.meta["val"]
         )
@@ -174,10 +175,10 @@ class FlatGraph:
     def leaves(
         self, found: FoundSite, merged: fx.Node, made: PlanNodes
     ) -> Iterator[tuple[fx.Node, list[fx.Node]]]:
-        """Let the site's nodes run on merged tokens; where tokens leave it, and who takes them.
+        """Run the site on merged tokens; yield each node that leaves it, with its users.
 
         Raises:
-            CaptureError: when a node cannot run on merged tokens, or they leave elsewhere.
+            CaptureError: when a node cannot run on merged tokens, or when they leave elsewhere.
         """
         tokens = found.tokens.meta["val"]
         kept = regions.kept(made.layout)
@@ -210,7 +211,7 @@ class FlatGraph:
         changed: dict[fx.Node, Any],
         tables: dict[fx.Node, fx.Node],
     ) -> None:
-        """Where ``node`` gives a rotary table a batch dimension, let destinations' rows be."""
+        """Use the destinations' rows where ``node`` adds a batch dimension to a rotary table."""
         name, table = operator_name(node), node.args[0] if node.args else None
         if name not in ("unsqueeze", "getitem") or not isinstance(table, fx.Node):
             return
@@ -237,12 +238,12 @@ class FlatGraph:
             node.replace_all_uses_with(at)
 
     def inputs(self, path: str, ndim: int) -> list[fx.Node]:
-        """What a module takes: the tensors of ``ndim`` dimensions that its region reads, in order.
+        """Return the tensors of ``ndim`` dimensions that a module's nodes read, in order.
 
-        What its submodules read comes first: the tokens go to a layer, and a mask may not.
+        Those read by its submodules come first: tokens go to a layer, while a mask may not.
 
         Raises:
-            CaptureError: when it takes none.
+            CaptureError: when there is none.
         """
         region = self.nodes_of[path]
         inside = set(region)

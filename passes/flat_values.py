@@ -1,6 +1,6 @@
-"""Example values of a captured graph that stay true while it is rewritten.
+"""Example values of a captured graph, kept correct while it is rewritten.
 
-Before, in the block that runs on merged tokens, with the number of tokens written into a shape::
+Before, in a block that runs on merged tokens, with the number of tokens written into a shape::
 
     reshape = torch.ops.aten.reshape(transpose, [2, 256, 32])
 
@@ -8,9 +8,9 @@ After::
 
     reshape = torch.ops.aten.reshape(transpose, [2, 128, 32])
 
-Values are what captures left in ``meta["val"]`` or, as Dynamo, in ``meta["example_value"]``; they
-are computed again after a change. A shape that a capture wrote down in literal numbers is rewritten
-only where the value shows which of the numbers counts tokens, and otherwise refused.
+Values come from ``meta["val"]`` or, for Dynamo, from ``meta["example_value"]``, and are computed
+again after a change. A shape with literal numbers is rewritten only if the value shows which of the
+numbers counts tokens; otherwise it is refused.
 """
 
 import math
@@ -35,24 +35,24 @@ _CUTS = ("getitem", "slice")
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """How many tokens of which kind a block works on."""
+    """Numbers of tokens of each kind in a block."""
 
     batch: int
     text: int
-    """Text tokens, which come first where both kinds are in one sequence."""
+    """Number of text tokens, which come first if both kinds are in one sequence."""
     image: int
     kept: int
-    """Image tokens that are left after merging."""
+    """Number of image tokens that are left after merging."""
 
     @property
     def changes(self) -> list[tuple[int, int]]:
-        """Sizes that may change, and what to: of tokens, and of a table that all samples share."""
+        """Allowed changes of a size: token counts, and the batch of a table shared by samples."""
         joint = (self.text + self.image, self.text + self.kept)
         return [(self.image, self.kept), joint, (1, self.batch)]
 
 
 class FlatValues:
-    """The values of all nodes of a graph."""
+    """Values of all nodes of a graph."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self._root = gm
@@ -72,15 +72,15 @@ class FlatValues:
         """Compute the value of ``node`` again, with the token counts in its shape rewritten.
 
         Args:
-            node: a call.
-            changed: nodes whose values have changed, with their values before; extended.
-            counts: what the numbers in shapes can mean.
+            node: a call node.
+            changed: nodes with changed values, and their values before; extended by this method.
+            counts: token counts that numbers in shapes can stand for.
 
         Returns:
-            Whether the shape of its value changed.
+            True if the shape of the node's value changed.
 
         Raises:
-            CaptureError: when it cannot run on merged tokens, or not surely as it was meant.
+            CaptureError: when the node cannot run on merged tokens, or not certainly as intended.
         """
         if not any(each in changed for each in node.all_input_nodes):
             return False
@@ -97,7 +97,7 @@ class FlatValues:
         return True
 
     def refresh(self) -> None:
-        """Let the strides of the values that were written reach all that use them."""
+        """Propagate the strides of rewritten values to all nodes that use them."""
         for node in self._root.graph.nodes:
             if node.op.startswith("call_") and not self._written.isdisjoint(node.all_input_nodes):
                 value = self.compute(node)
@@ -106,7 +106,7 @@ class FlatValues:
         self._written.clear()
 
     def set(self, node: fx.Node, value: Any) -> None:
-        """Write down the value of a node, wherever its capture keeps it."""
+        """Store the value of a node in all metadata keys that its capture uses."""
         self._written.add(node)
         node.meta["val"] = value
         node.meta.pop("tensor_meta", None)
@@ -114,14 +114,14 @@ class FlatValues:
             node.meta["example_value"] = value
 
     def compute(self, node: fx.Node) -> Any:
-        """What a call returns for the values of its arguments.
+        """Return the result of a call node for the values of its arguments.
 
         Raises:
-            CaptureError: when it cannot run on them.
+            CaptureError: when the call fails on them.
         """
         try:
             with torch.no_grad(), self._mode:
-                if node.target is toma.select.default:  # as many picks, without picking
+                if node.target is toma.select.default:  # same number of picks, without a search
                     tokens, layout, _ = node.args
                     return toma.select(tokens.meta["val"], layout, "grid")  # type: ignore[union-attr]
                 return example_value(node, self._root, _leaf_value)
@@ -145,7 +145,7 @@ def _layouts(value: Any) -> Any:
 
 
 def _check_shapes(node: fx.Node, before: Any, after: Any, counts: TokenCounts) -> None:
-    """Refuse what computes another kind of value from fewer tokens."""
+    """Refuse a node that computes another kind of value from fewer tokens."""
     for old, new in zip(pytree.tree_leaves(before), pytree.tree_leaves(after), strict=True):
         if not isinstance(new, Tensor):
             continue
@@ -176,12 +176,12 @@ def _rewrite_literals(
 
 
 def _place(node: fx.Node, before: torch.Size, dim: int) -> int:
-    """Which dimension of a view's value is dimension ``dim`` of what it views."""
+    """Return which dimension of a view's value is dimension ``dim`` of the viewed tensor."""
     shape = node.meta["val"].shape
     if operator_name(node) == "expand":
         return dim + len(shape) - len(before)
     for place, size in enumerate(shape):
-        # In row-major order a dimension is where the dimensions before it hold as many elements.
+        # In row-major order, equal dimensions have equal products of the dimensions before them.
         same = isinstance(size, int) and size == before[dim] > 1
         if same and math.prod(shape[:place]) == math.prod(before[:dim]):
             return place
@@ -197,7 +197,7 @@ def _rewrite_size(node: fx.Node, place: int, size: int) -> None:
 
 
 def _end(node: fx.Node, dim: int) -> Any:
-    """Where a slice of dimension ``dim`` ends, if it is one."""
+    """Return where a slice of dimension ``dim`` ends; None if the node does not slice it."""
     if operator_name(node) == "slice":
         return node.args[3] if len(node.args) > 3 and node.args[1] == dim else None
     index: Any = node.args[1]

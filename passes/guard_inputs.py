@@ -1,4 +1,4 @@
-"""Refuse, at every call, inputs that speak of single image tokens, which merging has joined.
+"""Refuse, at every call, inputs that refer to single image tokens, because merging joins these.
 
 Before::
 
@@ -24,22 +24,22 @@ from toma_fx.runtime import plan
 
 @dataclass(frozen=True, kw_only=True)
 class GuardInputs(Pass):
-    """Guard the attention masks of merged components, and the attention kwargs."""
+    """Guard the attention masks of merged components and the attention kwargs."""
 
     name: ClassVar[str] = "guard_inputs"
 
     components: tuple[str, ...]
-    """The components that run on merged tokens."""
+    """Components that run on merged tokens."""
     masks: tuple[tuple[str, str], ...] = ()
-    """Each attention mask argument, and the component that it goes to."""
+    """Pairs of an attention mask argument and the component that uses it."""
     refused: tuple[str, ...] = ()
-    """Attention kwargs that no merged block can carry."""
+    """Attention kwargs that no merged block supports."""
     refused_by_attention: tuple[str, ...] = ()
-    """Attention kwargs that refer to single image tokens, which attention on merged ones lacks."""
+    """Attention kwargs that refer to single image tokens, which merged attention does not have."""
 
     @property
     def refused_kwargs(self) -> tuple[str, ...]:
-        """The attention kwargs that are refused."""
+        """Attention kwargs to refuse."""
         return self.refused + (() if self.components == ("mlp",) else self.refused_by_attention)
 
     def apply(self, gm: fx.GraphModule) -> int:

@@ -1,4 +1,4 @@
-"""Hand a block's plan on to the blocks of its group (section 4.3.2), in the scope of the call.
+"""Share a block's plan with the blocks of its group (section 4.3.2), in the scope of the call.
 
 Before::
 
@@ -11,12 +11,12 @@ After, in the group's first block::
     plan = share(cross_attention_kwargs, 'Block', weights[0], weights[1])
     merged = torch.ops.toma.merge(norm1, plan[0], layout)
 
-After, in a block that follows, which makes no plan::
+After, in a block that follows and makes no plan::
 
     plan = shared(cross_attention_kwargs, 'Block')
     merged = torch.ops.toma.merge(norm1, plan[0], layout)
 
-After, in the first block where a run keeps its destinations for several steps and only weighs::
+After, in the first block, if a run keeps its destinations for several steps and only weighs::
 
     destinations = kept_destinations(cross_attention_kwargs, 'Block')
     weights = torch.ops.toma.weigh(norm1, destinations, ...)
@@ -37,21 +37,21 @@ _OPTIONAL = (arguments.rows_if_given, arguments.mask_of_keys)
 
 @dataclass(frozen=True, kw_only=True)
 class HandOn(Pass):
-    """Let the uses of a plan's tensors go through the scope of the call."""
+    """Route the uses of a plan's tensors through the scope of the call."""
 
     name: ClassVar[str] = "hand_on"
 
     attention_kwargs: str | None
-    """The argument that carries the scope from block to block; None for the scope of the thread."""
+    """Argument that carries the scope from block to block; None for the scope of the thread."""
     group: str
     """Name under which the blocks of the group find the plan."""
     role: Literal["lead", "follow"]
     keep: bool = False
-    """Whether the destinations are handed on too, for later calls."""
+    """True also shares the destinations, for later calls."""
     kept_destinations: bool = False
-    """Whether the destinations are those of an earlier call."""
+    """True takes the destinations of an earlier call."""
     own_rows: bool = False
-    """Whether every block takes the rows that change from step to step, since the plan stays."""
+    """True lets every block take the rows that change from step to step, because the plan stays."""
 
     def apply(self, gm: fx.GraphModule) -> int:
         graph = gm.graph
@@ -59,13 +59,14 @@ class HandOn(Pass):
         destinations = made.pop("destinations")
         inside = {*made.values()}
         own = [node for node in inside if self.own_rows and node.meta[PLAN].changes]
-        # What only makes more of the plan need not be handed on.
+        # Tensors that are only used to compute other parts of the plan need not be shared.
         tensors = [
             node
             for name, node in made.items()
             if name != "layout" and node.users.keys() - inside and node not in own
         ]
-        # What may be None, or change from step to step, is no part of a plan: every block takes it.
+        # Values that may be None, or change with each step, are no part of a plan: each block takes
+        # them itself.
         takers = [user for user in destinations.users if user.target in _OPTIONAL]
         takers += own
         first = (destinations,) if takers else ()
@@ -103,7 +104,7 @@ class HandOn(Pass):
     def _example_scope(
         self, before: plan.CallScope, plan_nodes: tuple[fx.Node, ...]
     ) -> plan.CallScope:
-        """The scope in which the graph's example values are computed, with a plan in it."""
+        """Return the scope, with a plan in it, in which example values are computed."""
         example = tuple(node.meta["val"] for node in plan_nodes)
         kept = {"": {self.group: example}}
         scope = plan.CallScope(grids=before.grids, unmerged=before.unmerged, kept=kept)

@@ -1,16 +1,16 @@
-"""Graphs become the forward of a module again.
+"""Turn graphs into the forward of a module.
 
 Before: a `GraphModule`, whose class, name and code object are its own. After: a subclass of the
 module's class, with the same name, whose ``forward`` is the graph's code. Blocks with the same code
-share the class, so ``torch.compile`` compiles it once, and everything that looks at a block finds
-what it looks for: class, submodules, state-dict keys, hooks. `uninstall` gives the class back.
+share the class, so ``torch.compile`` compiles it once. Code that inspects a block finds the
+expected class, submodules, state-dict keys and hooks. `uninstall` restores the original class.
 
-A block may have several **variants**, each a function with a code object of its own. The call of
-the model says which one runs; a block that is called on its own runs the first.
+A block may have several **variants**, each a function with its own code object. The call of the
+model selects the variant; a block that is called on its own runs the first.
 
-A leader that is compiled by itself, as ``compile_repeated_blocks`` does, becomes two graphs: the
-plan, and the rest, which is the code of the blocks that follow it and is compiled with theirs. And
-where a hook skips a leader, as layer guidance does, the first that asks for the plan makes it.
+A leader that is compiled by itself, as by ``compile_repeated_blocks``, becomes two graphs: the
+plan, and the rest, which has the same code as the blocks that follow and is compiled with theirs.
+If a hook skips a leader, as layer guidance does, the first block that needs the plan makes it.
 """
 
 import copy
@@ -45,7 +45,7 @@ from toma_fx.passes.plan_apart import plan_apart
 from toma_fx.runtime import plan
 
 Graphs = Mapping[str, fx.GraphModule | None]
-"""By the name of a variant, its graph; None for the forward of the block's own class."""
+"""For each variant, its graph; None for the forward of the block's own class."""
 
 
 def install(
@@ -59,18 +59,18 @@ def install(
     usual: str = plan.MERGED,
     path: str = "",
 ) -> None:
-    """Let ``block`` run graphs in place of its own forward.
+    """Make ``block`` run graphs instead of its own forward.
 
     Args:
         block: a module of the class whose ``forward`` was captured.
         graphs: the variants.
-        attention_kwargs: the argument that carries the scope of the call, if one does.
-        form: arguments whose kind decides the graph, and what tells their kind, which ends the
-            names of the variants.
-        leads: name of the group whose plan the block makes, if it makes one for others.
-        follower: then, the variants of the blocks that follow it.
+        attention_kwargs: the argument that carries the scope of the call, if any.
+        form: arguments whose kind selects the graph, and a function that returns the kind, with
+            which the names of the variants end.
+        leads: name of the group for which the block makes the plan, if it makes one for others.
+        follower: the variants of the blocks that follow, if the block leads.
         usual: the variant that runs without a call of the model.
-        path: of the block in the model, under which it remembers, in a model with memory.
+        path: path of the block in the model, the key of its memory, in a model with memory.
     """
     base: Any = type(block)
     carrier = None if attention_kwargs is None else _argument(base, attention_kwargs)
@@ -83,7 +83,7 @@ def install(
 
 
 def _argument(base: Any, name: str) -> Argument:
-    """Where an argument stands; a subclass that takes ``*args`` hands them to a class above it."""
+    """Find an argument; a subclass with ``*args`` passes its arguments on to a base class."""
     forwards = (cls.forward for cls in base.__mro__ if hasattr(cls, "forward"))
     signatures = (list(inspect.signature(each).parameters)[1:] for each in forwards)
     names = next(each for each in signatures if name in each)
@@ -91,20 +91,20 @@ def _argument(base: Any, name: str) -> Argument:
 
 
 def uninstall(block: nn.Module) -> None:
-    """Give a block its own class back, uncompiled; what else was done to it since stays.
+    """Restore a block's own class, uncompiled; other changes made since stay.
 
     Raises:
-        ModelError: when someone put a class of their own over the installed one.
+        ModelError: when other code replaced the installed class.
     """
     cls: Any = type(block)
     if "toma_base" not in vars(cls):
         raise ModelError(
-            f"{type(block).__name__} was given a class by something else after it was transformed, "
+            f"{type(block).__name__} got another class after it was transformed, "
             f"{cls.__module__}.{cls.__qualname__}; undo that first, then restore"
         )
     block.__class__ = cls.toma_base
     vars(block).pop(PATH, None)
-    vars(block).pop("_compiled_call_impl", None)  # compiled code is that of the class that goes
+    vars(block).pop("_compiled_call_impl", None)  # the compiled code belongs to the removed class
     _LEAVING.pop(block)()
 
 
@@ -128,7 +128,7 @@ def _lead_of(graphs: Graphs, follower: Graphs | None) -> Lead | None:
 
 def _code_of(graph: fx.Graph) -> Code:
     code = graph.python_code("self")
-    # torch.fx offers more than the code uses: NaN, say, which no unpickled NaN would be equal to.
+    # Keep only used globals: torch.fx adds more, such as NaN, which never equals an unpickled NaN.
     used = {k: v for k, v in code.globals.items() if re.search(rf"\b{k}\b", code.src)}
     helpers = {k: v for k, v in used.items() if not isinstance(v, ModuleType)}
     return Code(code.src, tuple(helpers.items()))
@@ -137,13 +137,13 @@ def _code_of(graph: fx.Graph) -> Code:
 _CLASSES: weakref.WeakValueDictionary[Any, type[Any]] = weakref.WeakValueDictionary()
 _USES: Counter[type[Any]] = Counter()
 _LEAVING: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
-"""By block, what lets its class go, when it is called or the block goes."""
+"""For each block, a finalizer that releases its class; it runs when called or with the block."""
 _LOCK = threading.RLock()
 """Held while a class is made or its uses are counted."""
 
 
 def _class_of(base: Any, forward: Forward) -> type[Any]:
-    """The subclass of ``base`` that runs a forward; the same one while any block has it."""
+    """Return the subclass of ``base`` that runs a forward; the same one while any block has it."""
     with _LOCK:
         cls = _CLASSES.get((base, forward))
         if cls is None:
@@ -152,7 +152,7 @@ def _class_of(base: Any, forward: Forward) -> type[Any]:
 
 
 def _become(block: nn.Module, cls: type[Any]) -> None:
-    """Give a block its class, and let the class go with the last block that has it."""
+    """Set the class of a block; the class is released with its last block."""
     with _LOCK:
         if not _USES[cls]:
             _register(cls)
@@ -171,7 +171,7 @@ def _leave(cls: type[Any]) -> None:
 
 
 def _registry() -> dict[type[Any], Any]:
-    # Private, and where diffusers' hooks look up what a block takes and returns.
+    # Private API, in which diffusers' hooks look up the arguments and outputs of a block.
     from diffusers.hooks._helpers import TransformerBlockRegistry
 
     TransformerBlockRegistry._register()
@@ -181,14 +181,14 @@ def _registry() -> dict[type[Any], Any]:
 
 def _register(cls: Any) -> None:
     known = _registry()
-    if cls.toma_base in known:  # or diffusers' hooks do not know the block either
+    if cls.toma_base in known:  # otherwise diffusers' hooks do not know the block either
         metadata = known[cls.toma_base]
         known[cls] = replace(metadata, _cls=cls, _cached_parameter_indices=None)
 
 
 def _new_class(base: Any, forward: Forward) -> type[Any]:
     def reduce(self: Any, protocol: object) -> tuple[Callable[..., Any], Any, Any]:
-        # A generated class cannot be found by name, so a pickle holds what makes it.
+        # A generated class cannot be found by name, so a pickle stores what it is made from.
         return _new, (base, forward), self.__getstate__()
 
     attributes = {
@@ -218,7 +218,7 @@ def _new(base: Any, forward: Forward) -> Any:
 
 
 def _refuse_chunks(self: nn.Module, chunk_size: int | None, dim: int = 0) -> None:
-    """In the place of diffusers' method, whose setting the graph would not see."""
+    """Replace diffusers' method: the graph would not notice its setting."""
     if chunk_size is not None:
         raise ModelError(
             f"forward chunking in pieces of {chunk_size} has no effect on a transformed "
@@ -227,7 +227,7 @@ def _refuse_chunks(self: nn.Module, chunk_size: int | None, dim: int = 0) -> Non
 
 
 _SOURCES: Counter[str] = Counter()
-"""How many functions have their source under a file name of `linecache`."""
+"""For each file name in `linecache`, the number of functions with that source."""
 
 
 def _function(base: Any, code: Code) -> Any:
@@ -236,7 +236,7 @@ def _function(base: Any, code: Code) -> Any:
     namespace: dict[str, Any] = {"torch": torch, **dict(code.helpers)}
     exec(compile(code.source, filename, "exec"), namespace)
     function = namespace["forward"]
-    # So that a traceback into the generated code shows its lines, as long as there is the code.
+    # Lets a traceback into the generated code show its lines, as long as the code exists.
     lines = code.source.splitlines(keepends=True)
     linecache.cache[filename] = (len(code.source), None, lines, filename)
     with _LOCK:
@@ -259,7 +259,7 @@ def forward(self, *args, **kwargs):
     return base_forward(self, *args, **kwargs)
 """
 
-# A block that follows has no variant of its own for calls that bring a plan: it merges as ever.
+# A block that follows has no own variant for calls that bring a plan: it merges as usual.
 _DISPATCH = """
 def forward(self, *args, **kwargs):
     name, kind = variant(args, kwargs)
@@ -269,7 +269,7 @@ def forward(self, *args, **kwargs):
 
 
 def _forward(base: Any, forward: Forward) -> Any:
-    """The ``forward`` that runs the variant of the call."""
+    """Return the ``forward`` that runs the variant of the call."""
     functions = {
         name: _untouched(base, forward) if code is None else _function(base, code)
         for name, code in forward.variants
@@ -279,13 +279,13 @@ def _forward(base: Any, forward: Forward) -> Any:
         return first
     which = functools.partial(variant_of, forward)
     helpers = {"variants": functions, "first": first, "variant": which, "usual": forward.usual}
-    # From source, since Dynamo counts the graphs of one code object, and a closure's are all one.
+    # Made from source, because Dynamo counts graphs by code object, which closures would share.
     function = _function(base, Code(_DISPATCH, tuple(helpers.items())))
     return functools.wraps(base.forward)(function)
 
 
 def _untouched(base: Any, forward: Forward) -> Any:
-    """The forward of the block's own class, which the scope does not reach."""
+    """Return the forward of the block's own class, with the scope removed from its arguments."""
     argument = forward.attention_kwargs
     if argument is None:
         untouched: Any = base.forward
@@ -309,11 +309,11 @@ def _untouched(base: Any, forward: Forward) -> Any:
 def _compile_apart(
     planners: Mapping[str, Any], follower_class: type[Any], forward: Forward
 ) -> Callable[..., None]:
-    """The ``compile`` of a leader."""
+    """Return the ``compile`` method of a leader."""
 
     def compile_(self: nn.Module, *args: Any, **kwargs: Any) -> None:
-        """Compile this block for its own calls; arguments as `torch.compile` takes them."""
-        if "forward" in vars(self):  # somebody's hook, which runs the block whole
+        """Compile this block for its own calls; takes the arguments of `torch.compile`."""
+        if "forward" in vars(self):  # a foreign hook, which runs the block as a whole
             nn.Module.compile(self, *args, **kwargs)
             return
         follower = copy.copy(self)  # shares every tensor, submodule and hook
@@ -329,7 +329,7 @@ def _compile_apart(
             variant = "".join(variant_of(forward, inputs, named))
             if variant in make:
                 make[variant](*inputs, **named)
-            if "forward" in vars(self):  # a hook that came after compiling
+            if "forward" in vars(self):  # a hook that was added after compiling
                 return self._call_impl(*inputs, **named)
             return follower(*inputs, **named)
 

@@ -1,7 +1,7 @@
-"""What a submodule returns for example values, found without its weights.
+"""Outputs of submodules for example values, computed without weights.
 
-Its forward runs on a stand-in, in which a linear layer is the width that it says it has. So layers
-that are offloaded, quantised or adapted are no different from others, and nothing of them is read::
+The forward runs on a stand-in, in which a linear layer only gives its output width. So offloaded,
+quantised and adapted layers need no special case, and no weight is read::
 
     attn(hidden_states, encoder_hidden_states)    diffusers' own forward and processor
       to_q(hidden_states)                         hidden_states' shape, as wide as out_features
@@ -23,15 +23,15 @@ from toma_fx.runtime.arguments import RotaryTable
 
 
 def run_on_examples(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """An example of what a module returns.
+    """Return an example of a module's output.
 
     Args:
         module: a submodule of a block; it is not run.
-        args: of its call, with example values, which are on the meta device.
-        kwargs: of its call.
+        args: positional arguments of its call: example values on the meta device.
+        kwargs: keyword arguments of its call.
 
     Raises:
-        CaptureError: when its forward cannot run on them.
+        CaptureError: when its forward fails on them.
     """
     named = {name: value for name, value in kwargs.items() if name != STAR}
     if _is_linear(module):
@@ -47,14 +47,14 @@ def run_on_examples(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
             return runner.call_module(module, MethodType(_called, stand_in), args, named)
     except Exception as error:
         raise CaptureError(
-            f"a {type(module).__name__} cannot run on tensors without data, which say what it "
-            f"returns ({type(error).__name__}: {error}); if something was put into it, take it off "
-            "and transform again"
+            f"a {type(module).__name__} cannot run on tensors without data, which tell the shape "
+            f"of its output ({type(error).__name__}: {error}); if something was put into it, take "
+            "it off and transform again"
         ) from error
 
 
 def remembering(leaf_value: LeafValue) -> LeafValue:
-    """The same values, each found once: every pass asks for those of all submodules again."""
+    """Cache a leaf-value function: every pass asks for the values of all submodules again."""
     known: dict[Any, Any] = {}
 
     def remembered(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -68,7 +68,7 @@ def remembering(leaf_value: LeafValue) -> LeafValue:
 
 
 def _kind(value: Any) -> Any:
-    """What of an example value decides what a submodule returns."""
+    """Return the properties of an example value on which a submodule's output depends."""
     if isinstance(value, Tensor):
         return tuple(value.shape), value.stride(), value.dtype, value.device
     if isinstance(value, RotaryTable):
@@ -77,9 +77,9 @@ def _kind(value: Any) -> Any:
 
 
 def _use_known_processor(stand_in: Any) -> None:
-    """Let attention run diffusers' processor in the place of another.
+    """Let attention run diffusers' processor in place of a foreign one.
 
-    What others wrote may count its calls, or look at values. It returns what diffusers' does.
+    Foreign code may count its calls or read values. Its output has the shape of diffusers' one.
     """
     processor = getattr(stand_in, "processor", None)
     cls: Any = processor.__class__
@@ -103,20 +103,20 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _as_wide(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """What a linear layer returns: tokens like those it takes, as wide as it says."""
+    """Return a linear layer's output: tokens like its input, with its output width."""
     tokens: Tensor = args[0] if args else next(iter(kwargs.values()))
     return tokens.new_empty(*tokens.shape[:-1], module.out_features)
 
 
 def _called(stand_in: Any) -> None:
-    """Only bound, so that a call of a stand-in from inside and the first one look alike."""
+    """Do nothing; binding it makes the first call look like a stand-in's call from inside."""
 
 
 class _Runner:
-    """What stand-ins report to, in the place of a tracer.
+    """Replaces the tracer that stand-ins report to.
 
     Args:
-        dtype: in which everything is computed; weights may be stored in others.
+        dtype: dtype of all computation; weights may be stored in others.
     """
 
     def __init__(self, dtype: torch.dtype | None) -> None:
@@ -125,14 +125,14 @@ class _Runner:
     def call_module(
         self, module: nn.Module, called: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """The value of a call of a stand-in, whose forward runs without hooks."""
+        """Return the result of a call of a stand-in, whose forward runs without hooks."""
         if _is_linear(module):
             return _as_wide(module, args, kwargs)
         stand_in = called.__self__
         return type(stand_in).forward(stand_in, *args, **kwargs)
 
     def getattr(self, name: str, value: Any, tensors: dict[str, Any]) -> Any:
-        """What a stand-in answers with; of a tensor, its shape."""
+        """Return an attribute of a stand-in; for a tensor, its shape on the meta device."""
         if not isinstance(value, Tensor):
             return value
         return value.detach().to("meta", self._dtype if value.is_floating_point() else None)

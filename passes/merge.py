@@ -25,13 +25,13 @@ Or once around the block, here with ``residual="replace"`` as in the paper::
     ...
     return torch.ops.toma.unmerge(add_2, weights[1], layout)
 
-With ``residual="keep"`` the residual stream stays whole, and only a site's update is spread::
+With ``residual="keep"`` the residual stream stays whole, and only a site's update is unmerged::
 
     return hidden_states + torch.ops.toma.unmerge(add_2 - merged, weights[1], layout)
 
 The same pass merges in the graph of one block and in the flat graph of a whole model, one block at
-a time. What differs between the two stands in `block_graph` and `flat_graph`. Every site gets a
-plan of its own; `one_plan` makes them one.
+a time. `block_graph` and `flat_graph` contain the differences. Every site gets a plan of its own;
+`one_plan` makes them share one.
 """
 
 from dataclasses import dataclass, field
@@ -48,11 +48,12 @@ from toma_fx.passes.sites import WHOLE_BLOCK, FoundSite, Site
 
 @dataclass(frozen=True, kw_only=True)
 class Merge(Pass):
-    """Let sites of a block run on merged tokens.
+    """Run sites of a block on merged tokens.
 
     Raises:
-        CaptureError: when a site is not in the graph as it should be, or the graph holds something
-            that merged tokens cannot go through; the message names the node and the reason.
+        CaptureError: when a site is missing or malformed in the graph, or when the graph contains
+            an operation that merged tokens do not support; the message names the node and the
+            reason.
     """
 
     name: ClassVar[str] = "merge"
@@ -61,10 +62,10 @@ class Merge(Pass):
     sites: tuple[Site, ...] = (WHOLE_BLOCK,)
     options: PlanOptions = field(default_factory=PlanOptions)
     residual: str = "keep"
-    """``"keep"``: add only a site's update, spread, to what went into it. ``"replace"``: what
-    comes out of a site is spread."""
+    """``"keep"`` adds only the unmerged update of a site to its input. ``"replace"`` unmerges the
+    output of a site."""
     block: str = ""
-    """Path of the block in a flat graph; the graph of a block is the block."""
+    """Path of the block in a flat graph; empty in the graph of a block."""
     group: str = ""
     """In a flat graph, the group whose blocks can share a plan."""
 

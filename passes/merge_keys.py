@@ -1,4 +1,4 @@
-"""Merge the keys and values of self-attention; queries, and all other layers, keep all tokens.
+"""Merge the keys and values of self-attention; queries and all other layers keep all tokens.
 
 Before, in a block whose attention is opened::
 
@@ -18,8 +18,8 @@ After::
     attention = dispatch_attention_fn(sized[0], sized[1], sized[2], ..., scale = scale)
     attended = attention[..., :value.shape[-1]]
 
-Keys are merged as attention takes them, behind their norm and rotation. Text that is in one
-sequence with the image keeps its keys and values.
+Keys are merged in the form that attention takes, after norm and rotation. Text in one sequence with
+the image keeps its keys and values.
 """
 
 import operator
@@ -51,18 +51,18 @@ from toma_fx.runtime import arguments
 
 @dataclass(frozen=True, kw_only=True)
 class MergeKeys(Pass):
-    """Let self-attention look at merged tokens.
+    """Let self-attention attend to merged tokens.
 
     Raises:
-        CaptureError: when an attention module does not compute attention to the image's tokens by
-            one of the functions that are known.
+        CaptureError: when an attention module does not attend to the image's tokens with one of the
+            known functions.
     """
 
     name: ClassVar[str] = "merge_keys"
 
     flow: TokenFlow
     attentions: tuple[str, ...]
-    """Paths of the attention modules in the block, which are opened."""
+    """Paths of the attention modules in the block, whose layers are nodes."""
     options: PlanOptions = field(default_factory=PlanOptions)
 
     def apply(self, gm: fx.GraphModule) -> int:
@@ -84,7 +84,7 @@ class MergeKeys(Pass):
         return len(found)
 
     def _attentions_in(self, gm: fx.GraphModule, path: str) -> list[fx.Node]:
-        """The nodes of a module that attend to the image."""
+        """Return the nodes of a module that attend to the image."""
         tokens = placeholder(gm.graph, self.flow.tokens)
         inside = [node for node in gm.graph.nodes if _is_inside(node, path)]
         found = [n for n in inside if n.target in TOKEN_DIM and tokens in _sources(n.args[1])]
@@ -140,7 +140,7 @@ class MergeKeys(Pass):
     def _after(
         self, graph: BlockGraph, block: FoundSite, key: fx.Node, dim: int
     ) -> tuple[Any, ...]:
-        """How many keys stand behind those of the image, at the insertion point; none if none."""
+        """Return the number of keys after those of the image, a node; empty if there are none."""
         image = block.tokens.meta["val"].shape[1]
         if self.flow.joint or key.meta["val"].shape[dim] == image:
             return () if block.after is None else (block.after,)
@@ -154,7 +154,7 @@ class MergeKeys(Pass):
                 behind = [_size(graph.graph, part, joined) for part in parts[places[0] + 1 :]]
                 assert len(behind) < 2, "the text is in one piece"
                 return tuple(behind)
-        # Where image and text go through a layer together, their order is that of the block.
+        # If image and text pass through a layer together, they have the order of the block.
         return (graph.text_tokens(),) if self.flow.image_first else ()
 
 
@@ -164,9 +164,9 @@ def _is_inside(node: fx.Node, path: str) -> bool:
 
 
 def _sources(node: Any) -> list[fx.Node]:
-    """A node and all whose values it is made of, and not their sizes alone; the nearest first."""
+    """Return a node and all nodes whose values it depends on, not just sizes, nearest first."""
     found, seen = [node], {node}
-    for each in found:  # which grows meanwhile
+    for each in found:  # the list grows meanwhile
         taken = [] if each.target is getattr else each.all_input_nodes
         new = [source for source in taken if source not in seen]
         found += new

@@ -1,4 +1,4 @@
-"""One plan for all sites that can share it (section 4.3.2): those of a block, or of a group.
+"""Use one plan for all sites that can share it (section 4.3.2): those of a block, or of a group.
 
 Before, with a plan for each site::
 
@@ -8,7 +8,7 @@ Before, with a plan for each site::
     destinations_1 = torch.ops.toma.select(norm2, layout_1, ...)
     weights_1 = torch.ops.toma.weigh(norm2, destinations_1, layout_1, ...)
 
-After, the first plan serves all sites, and the others are gone::
+After, the first plan serves all sites, and the others are removed::
 
     destinations = torch.ops.toma.select(norm1, layout, ...)
     weights = torch.ops.toma.weigh(norm1, destinations, layout, ...)
@@ -28,10 +28,10 @@ from toma_fx.passes.plan_nodes import PLAN, PlanPart
 
 @dataclass(frozen=True, kw_only=True)
 class OnePlan(Pass):
-    """Let every site of a group use the group's first plan.
+    """Make every site of a group use the group's first plan.
 
     Raises:
-        CaptureError: when the sites of a group have other numbers of tokens.
+        CaptureError: when sites of a group have different numbers of tokens.
     """
 
     name: ClassVar[str] = "one_plan"

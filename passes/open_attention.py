@@ -1,4 +1,4 @@
-"""An attention module whose layers, and attention itself, are nodes of its block's graph.
+"""Attention modules whose layers and attention function become nodes of their block's graph.
 
 Before, one node::
 
@@ -14,9 +14,9 @@ After::
     attention = dispatch_attention_fn(query, key, value, attn_mask = None, ..., backend = backend)
     attn1_to_out_0 = self.attn1.to_out.0(flatten)
 
-Diffusers' processor is traced, with ``dispatch_attention_fn`` as one node. Nothing of the process
-is patched for it: the processor's code runs with globals of its own. The backend is asked for when
-the block runs, so that `set_attention_backend` still counts.
+Diffusers' processor is traced, with ``dispatch_attention_fn`` as one node. The process is not
+patched: the processor's code runs with its own copy of the globals. The backend is looked up when
+the block runs, so that `set_attention_backend` still works.
 """
 
 import copy
@@ -33,18 +33,18 @@ from toma_fx.errors import CaptureError, TomaError
 from toma_fx.runtime import arguments
 
 TOKEN_DIM = {F.scaled_dot_product_attention: 2, dispatch_attention_fn: 1}
-"""By a function that computes attention, where its tokens are."""
+"""Dimension of the tokens, for each function that computes attention."""
 
 WAY_OUT = "leave its block out with skip, or transform with placement='block'"
 
 
 def opened_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The keyword arguments of an attention whose forward is traced.
+    """Return the keyword arguments for an attention whose forward is traced.
 
-    One of the block's own arguments that the examples leave out must then be left out.
+    An argument of the block without an example must also be left out of calls.
 
     Raises:
-        CaptureError: when the attention is to the text alone.
+        CaptureError: when the attention is to the text only.
     """
     return {name: _opened(name, value) for name, value in kwargs.items()}
 
@@ -54,7 +54,7 @@ def _opened(name: str, value: Any) -> Any:
         return value
     if name == "encoder_hidden_states":
         raise CaptureError(
-            f"an attention takes its keys from {value.node} alone, which is no self-attention; "
+            f"an attention takes its keys from {value.node} alone, so it is no self-attention; "
             f"{WAY_OUT}"
         )
     args = (value, None, str(value.node))
@@ -64,10 +64,10 @@ def _opened(name: str, value: Any) -> Any:
 
 @contextmanager
 def rewritable(path: str, cls: type[nn.Module]) -> Iterator[None]:
-    """Within it, an attention runs on proxies; an error of its code says which it was.
+    """Convert errors of an attention that runs on proxies into one that names the attention.
 
     Raises:
-        CaptureError: when the code does what a graph cannot hold.
+        CaptureError: when a graph cannot represent the code.
     """
     try:
         yield
@@ -81,14 +81,14 @@ def rewritable(path: str, cls: type[nn.Module]) -> Iterator[None]:
 
 
 def recording_processor(attention: Any, tracer: fx.Tracer) -> Any:
-    """The processor of an attention module, of which a tracer sees all that it does.
+    """Return a copy of an attention's processor whose operations a tracer records.
 
     Args:
-        attention: of the model, not a stand-in.
-        tracer: in whose graph attention is one node.
+        attention: the module of the model, not a stand-in.
+        tracer: the tracer in whose graph attention is one node.
 
     Raises:
-        CaptureError: when it is not one that can be traced.
+        CaptureError: when the processor cannot be traced.
     """
     processor = attention.processor
     cls: Any = type(processor)

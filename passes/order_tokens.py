@@ -1,4 +1,4 @@
-"""Bring the tokens of a flat graph into tile order, as `toma_fx.install_borders` does in a model.
+"""Bring the tokens of a flat graph into tile order, as `toma_fx.install_borders` does for a model.
 
 Before, on the UNet, around the blocks of a stage, and on Flux, around the model::
 
@@ -33,10 +33,10 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True, kw_only=True)
 class OrderTokens(Pass):
-    """Bring tokens into tile order where they enter, and back where they leave.
+    """Reorder tokens into tile order where they enter, and back where they leave.
 
     Raises:
-        CaptureError: when the graph does not hold them where it should.
+        CaptureError: when the graph does not contain the tokens where it should.
     """
 
     name: ClassVar[str] = "order_tokens"
@@ -44,11 +44,11 @@ class OrderTokens(Pass):
     enter: str
     """Path of the module that takes the first tokens in tile order."""
     leave: str
-    """Path of the module that returns the last."""
+    """Path of the module that returns the last tokens in tile order."""
     grid: str | None = None
-    """Path of the module that takes the image as ``(B, C, H, W)``; or else"""
+    """Path of the module that takes the image as ``(B, C, H, W)``; None if ``ids`` is given."""
     ids: str | None = None
-    """of the one that takes the position ids, those of the text tokens first."""
+    """Path of the module that takes the position ids, text tokens first."""
 
     def apply(self, gm: fx.GraphModule) -> int:
         flat = FlatGraph.of(gm)
@@ -88,7 +88,7 @@ class OrderTokens(Pass):
 
 
 def _order_guests(flat: FlatGraph, root: str, ordered: fx.Node, order: fx.Node) -> None:
-    """Bring what the model adds to its tokens, such as a ControlNet's residuals, into order."""
+    """Reorder tensors that the model adds to its tokens, such as a ControlNet's residuals."""
     count = ordered.meta["val"].shape[1]
     stream = {ordered}
     for node in list(flat.graph.nodes):
@@ -113,7 +113,7 @@ def _grid(flat: FlatGraph, stage: str | None, tokens: fx.Node) -> tuple[int, int
 
 
 def _joined_ids(flat: FlatGraph, path: str, first: fx.Node) -> Any:
-    """The node that joins the position ids of text and image for the module at ``path``."""
+    """Return the node that joins text and image position ids for the module at ``path``."""
     joined: Any = flat.inputs(path, ndim=2)[0]
     if operator_name(joined) != "cat":
         raise refused(joined, f"{path} takes no position ids that join those of text and image")

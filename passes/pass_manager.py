@@ -1,6 +1,6 @@
-"""Our passes in `torch.fx`'s own pass manager, beside those of others.
+"""Adapter for running our passes in `torch.fx`'s own pass manager.
 
-Before and after are what the wrapped pass says; ``PassManager`` asks for a `PassResult`::
+The wrapped pass defines before and after; ``PassManager`` expects a `PassResult`::
 
     PassManager(passes=[FxPass(Merge(...)), FxPass(OnePlan()), others_pass])
 """
@@ -14,8 +14,8 @@ from toma_fx.passes.pipeline import Pass, run_passes
 class FxPass(PassBase):
     """A pass for `torch.fx.passes.infra.pass_manager.PassManager`.
 
-    It rewrites the given graph module in place and leaves true example values and no dead code, as
-    `run_passes` does. Run it once: merging what is merged already is not what anyone wants.
+    It rewrites the given graph module in place and leaves correct example values and no dead code,
+    as `run_passes` does. Run it once: a graph must not be merged twice.
     """
 
     def __init__(self, each: Pass) -> None:

@@ -1,10 +1,10 @@
-"""What a pass is, and how passes run.
+"""Definition of passes, and the loop that runs them.
 
 The contract: a pass may assume a valid graph and must leave one. Valid means that the graph lints,
 that ``node.meta["val"]`` of every node is an example of its value, and that no node writes into
-another's value, but where diffusers' own code does (`toma_fx.runtime.arguments.in_place`). In
-between, anything goes. Linting, dead code and recompiling happen here, between passes, and so can
-printing or timing, through the one callback.
+another node's value, except where diffusers' own code does (`toma_fx.runtime.arguments.in_place`).
+During a pass, anything goes. Linting, dead-code removal and recompiling happen here, between
+passes. Printing and timing can happen here too, through the one callback.
 """
 
 import linecache
@@ -25,15 +25,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Pass(ABC):
-    """One rewrite of a graph; its options are its fields."""
+    """One rewrite of a graph; its fields are its options."""
 
     name: ClassVar[str]
 
     @abstractmethod
     def apply(self, gm: fx.GraphModule) -> int:
-        """Rewrite ``gm.graph`` in place; returns the number of places changed.
+        """Rewrite ``gm.graph`` in place and return the number of changed places.
 
-        It is 0 if, and only if, the graph is as it was, which is then neither linted nor compiled.
+        Return 0 only if the graph is unchanged: it is then neither linted nor recompiled.
         """
 
 
@@ -47,7 +47,7 @@ def run_passes(
 
     Args:
         gm: a captured graph; see `toma_fx.passes.capture`.
-        passes: what to run.
+        passes: the passes to run.
         after_each: called with the pass, the graph module and the number of places changed.
     """
     stale = False
@@ -56,7 +56,7 @@ def run_passes(
         logger.debug("%s: %s changed %d places", type(gm).__name__, each.name, changed)
         if changed:
             gm.graph.eliminate_dead_code()
-            if FLAT in gm.meta:  # which keeps its values true while it is rewritten
+            if FLAT in gm.meta:  # it keeps its values correct while it is rewritten
                 gm.meta[FLAT].values.refresh()
             elif LEAF_VALUE in gm.meta:
                 refresh_values(gm)
@@ -73,12 +73,12 @@ def run_passes(
 
 
 def recompile(gm: fx.GraphModule) -> None:
-    """Make the forward of ``gm`` anew, with a source that lives as long as it does.
+    """Recompile ``gm``, with a source that lives only as long as its forward.
 
-    torch.fx keeps every source for good, for tracebacks. Here the source of the forward that is
-    replaced goes at once, and that of the last one with ``gm``.
+    torch.fx keeps every source forever, for tracebacks. Here the source of the replaced forward is
+    dropped at once, and the last one together with ``gm``.
     """
-    # A graph module has a class of its own, and a copy of it another one.
+    # Each graph module has its own class, and so does each copy of it.
     cls: Any = type(gm)
     replaced = cls.forward
     gm.recompile()
@@ -90,25 +90,25 @@ def recompile(gm: fx.GraphModule) -> None:
 
 def _forget_source(forward: Any) -> None:
     name = forward.__code__.co_filename
-    # Private, but where torch.fx keeps sources. Any other file is not ours to forget.
+    # Private API, in which torch.fx keeps sources. Other files are not ours to forget.
     if graph_module._loader.eval_cache.pop(name, None) is not None:
         linecache.cache.pop(name, None)
 
 
 LEAF_VALUE = "toma_leaf_value"
-"""The key in ``gm.meta`` of the function that gives an example of what a submodule returns."""
+"""Key in ``gm.meta`` of the function that returns an example of a submodule's output."""
 
 EXAMPLE_SCOPE = "toma_scope"
-"""The key in ``gm.meta`` of the scope in which a block's example values are computed."""
+"""Key in ``gm.meta`` of the scope in which a block's example values are computed."""
 
 FLAT = "toma_flat"
-"""The key in ``gm.meta`` of the `toma_fx.passes.flat_graph.FlatGraph` that passes rewrite."""
+"""Key in ``gm.meta`` of the `toma_fx.passes.flat_graph.FlatGraph` that passes rewrite."""
 
 LeafValue = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
 
 
 def example_value(node: fx.Node, root: nn.Module, leaf_value: LeafValue) -> Any:
-    """What a call node returns for the example values of its arguments."""
+    """Return the result of a call node for the example values of its arguments."""
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
@@ -119,7 +119,7 @@ def example_value(node: fx.Node, root: nn.Module, leaf_value: LeafValue) -> Any:
 
 
 def refresh_values(gm: fx.GraphModule) -> None:
-    """Compute the example value of every call again, after a rewrite."""
+    """Compute the example value of every call node again after a rewrite."""
     before = plan.enter(gm.meta.get(EXAMPLE_SCOPE))
     try:
         for node in gm.graph.nodes:

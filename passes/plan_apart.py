@@ -1,4 +1,4 @@
-"""The plan of a group's first block as a graph of its own.
+"""Extract the plan of a group's first block into a graph of its own.
 
 Before, the leader::
 
@@ -9,7 +9,7 @@ Before, the leader::
     merged = torch.ops.toma.merge(hidden_states, plan[0], layout)
     ...
 
-After, a graph that ends with the plan::
+After, a graph that ends when the plan is made::
 
     layout = region_layout(cross_attention_kwargs, hidden_states, 64, 0.5)
     destinations = torch.ops.toma.select(hidden_states, layout, 'facility_location')
@@ -17,8 +17,8 @@ After, a graph that ends with the plan::
     plan = share(cross_attention_kwargs, 'Block', weights[0], weights[1])
     return None
 
-What is left of the leader is the graph of the blocks that follow it. So when blocks are compiled
-one by one, a leader need not be compiled whole, which would double the time that compiling takes.
+The rest of the leader is the same as the graph of the blocks that follow. So if blocks are compiled
+one by one, the leader need not be compiled as a whole, which would double the compile time.
 """
 
 from torch import fx
@@ -27,10 +27,10 @@ from toma_fx.runtime import plan
 
 
 def plan_apart(gm: fx.GraphModule) -> fx.Graph | None:
-    """The part of a leader's graph that makes its plan, with the leader's signature.
+    """Return the part of a leader's graph that makes its plan, with the leader's signature.
 
     Returns:
-        The graph; None when the plan is made from what layers of the block computed.
+        The graph; None if the plan depends on the output of layers in the block.
     """
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {}))

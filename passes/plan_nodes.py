@@ -1,4 +1,4 @@
-"""The nodes that make a plan: inserted by the merge pass, found again by those that share it."""
+"""Nodes that make a plan: the merge pass inserts them, and passes that share plans find them."""
 
 import operator
 from dataclasses import dataclass
@@ -12,15 +12,15 @@ from toma_fx.errors import CaptureError
 toma = torch.ops.toma
 
 PLAN = "toma_plan"
-"""The key in ``node.meta`` of a `PlanPart`."""
+"""Key in ``node.meta`` of a `PlanPart`."""
 
 UPDATE = "toma_update"
-"""The key in ``node.meta`` of what a whole block adds to merged tokens."""
+"""Key in ``node.meta`` that marks the update of merged tokens by a whole block."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
-    """How plans are made: the arguments of the plan's operators."""
+    """Options for making plans: the arguments of the plan's operators."""
 
     region_tokens: int = 64
     ratio: float = 0.5
@@ -32,65 +32,65 @@ class PlanOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """An argument of a block with a row for each token: merged tokens take their destinations'."""
+    """Block argument with a row for each token; merged tokens take their destinations' rows."""
 
     argument: str
     items: tuple[int, ...] = ()
-    """Which of its items, where it is a tuple."""
+    """Items with rows, if the argument is a tuple."""
     dim: int = 1
-    """The rows' dimension: 1 behind the batch, 0 in a table that all samples share, -1 in a mask of
-    keys."""
+    """Dimension of the rows: 1 after the batch, 0 in a table shared by all samples, -1 in a key
+    mask."""
     joint: bool = False
-    """Whether it has rows for the text tokens too."""
+    """True if it also has rows for the text tokens."""
     ndim: int | None = None
-    """Its dimensions, where it has rows only if it has so many."""
+    """Required number of dimensions: tensors with another number have no rows; None for any."""
     optional: bool = False
-    """Whether it may be None when the block runs, or have one row for all tokens, whatever the
-    example was. Its rows are no part of a plan, so it may also change from step to step."""
+    """True if the argument, whatever its example, may be None when the block runs, or have one row
+    for all tokens. Its rows are not part of a plan, so they may also change from step to step."""
     changes: bool = False
-    """Whether its rows change from step to step, so that a plan that is kept needs new ones."""
+    """True if its rows change from step to step, so that a kept plan needs new ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenFlow:
-    """Where tokens are in a block's graph, by the names of its arguments."""
+    """Position of the tokens in a block's graph, by the names of its arguments."""
 
     attention_kwargs: str | None = None
-    """The argument with the attention kwargs, which carry the scope of the call; None where no
-    such dictionary reaches the block."""
+    """Argument with the attention kwargs, which carry the scope of the call; None if the block gets
+    no such dictionary."""
     tokens: str = "hidden_states"
-    """The argument with the image tokens, ``(B, N, D)``."""
+    """Argument with the image tokens, ``(B, N, D)``."""
     output: int | None = None
-    """Which output is the image tokens, when the block returns several."""
+    """Index of the output with the image tokens, if the block returns several outputs."""
     text: str | None = None
-    """The argument with text tokens, ``(B, P, D)``."""
+    """Argument with the text tokens, ``(B, P, D)``."""
     text_first: bool = False
-    """Whether the tokens of a site are text and image tokens in one sequence."""
+    """True if the tokens of a site are text and image tokens in one sequence."""
     joint: bool = False
-    """Whether ``tokens`` itself holds text and image tokens in one sequence."""
+    """True if ``tokens`` itself holds text and image tokens in one sequence."""
     image_first: bool = False
-    """Whether the image stands before the text where both are in one sequence."""
+    """True if the image comes before the text in such a sequence."""
     rows: tuple[Rows, ...] = ()
-    """What has a row for each token."""
+    """Arguments that have a row for each token."""
     also_merged: tuple[str, ...] = ()
-    """Arguments with further tokens of the same grid, ``(B, N, D)``, which are merged alike."""
+    """Arguments with further tokens of the same grid, ``(B, N, D)``, merged in the same way."""
     also_returned: tuple[int, ...] = ()
-    """Outputs with further tokens of the same grid, which come back spread."""
+    """Indices of outputs with further tokens of the same grid, which are unmerged."""
     prefix: bool = False
-    """Whether image tokens before all others may have to stay as they are, as in a video's first
-    frame."""
+    """True if some image tokens before all others may have to stay unmerged, such as those of a
+    video's first frame."""
     prefix_tokens: str | None = None
-    """The argument that says how many, where a block has one; elsewhere the call's scope knows."""
+    """Argument with the number of these tokens; if None, the call's scope knows it."""
 
 
 @dataclass(frozen=True)
 class PlanPart:
-    """What a node is in a plan: one of its group's, of which one is enough."""
+    """Role of a node in a plan; a group needs only one node per role."""
 
     group: str
     name: str
     changes: bool = False
-    """Whether it is another one at every step, whatever the plan is."""
+    """True if the value differs at every step, even if the plan does not."""
 
 
 @dataclass(frozen=True)
@@ -104,10 +104,10 @@ class PlanNodes:
 
 
 def placeholder(graph: fx.Graph, name: str) -> Any:
-    """The argument called ``name``.
+    """Return the placeholder of the argument ``name``.
 
     Raises:
-        CaptureError: when the graph has none.
+        CaptureError: when the graph has no such argument.
     """
     for node in graph.find_nodes(op="placeholder"):
         if node.target == name:
@@ -120,20 +120,20 @@ def _arguments(graph: fx.Graph) -> str:
 
 
 def carrier(graph: fx.Graph, attention_kwargs: str | None) -> fx.Node | None:
-    """The argument that carries the scope of the call; None where the thread does."""
+    """Return the argument that carries the scope of the call; None if the thread carries it."""
     return None if attention_kwargs is None else placeholder(graph, attention_kwargs)
 
 
 def insert_plan(
     graph: fx.Graph, tokens: fx.Node, layout: Any, options: PlanOptions, group: str = ""
 ) -> PlanNodes:
-    """Insert, at the insertion point, the nodes that make a plan from ``tokens``.
+    """Insert the nodes that make a plan from ``tokens`` at the insertion point.
 
     Args:
-        graph: where.
-        tokens: image tokens, of which destinations are selected.
-        layout: how they are cut into regions: a node, or the numbers.
-        options: how.
+        graph: the graph.
+        tokens: image tokens, from which destinations are selected.
+        layout: division of the tokens into regions: a node, or plain numbers.
+        options: options of the plan.
         group: the group whose blocks can share the plan.
     """
     args: tuple[Any, ...] = (tokens, layout, options.selector)
@@ -155,15 +155,15 @@ def insert_plan(
 
 
 def call(graph: fx.Graph, target: Any, args: tuple[Any, ...], name: str | None = None) -> fx.Node:
-    """A function call at the insertion point, named as the paper names its result."""
+    """Insert a function call at the insertion point, named after the paper's term if it has one."""
     return graph.create_node("call_function", target, args, name=name)
 
 
 def redirect(node: fx.Node, through: fx.Node) -> None:
-    """Let every other use of ``node`` use ``through``, a call that takes it."""
+    """Replace all other uses of ``node`` by ``through``, a call that takes ``node``."""
     node.replace_all_uses_with(through, delete_user_cb=lambda user: user is not through)
 
 
 def item(graph: fx.Graph, node: fx.Node, index: int, name: str | None = None) -> fx.Node:
-    """``node[index]`` at the insertion point."""
+    """Insert ``node[index]`` at the insertion point."""
     return call(graph, operator.getitem, (node, index), name)

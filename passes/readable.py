@@ -1,4 +1,4 @@
-"""A graph as the Python that it stands for, for people.
+"""Print a graph as readable Python.
 
 Before, as torch.fx prints it::
 
@@ -17,7 +17,7 @@ from torch import fx
 
 
 def _subscript(match: re.Match[str]) -> str:
-    """``[(slice(None, None, None), slice(a, None, None))]`` as ``[:, a:]``."""
+    """Rewrite ``[(slice(None, None, None), slice(a, None, None))]`` as ``[:, a:]``."""
     inner = re.sub(
         r"slice\((\w+), (\w+), None\)",
         lambda m: ":".join("" if part == "None" else part for part in m.groups()),
@@ -27,7 +27,7 @@ def _subscript(match: re.Match[str]) -> str:
 
 
 def readable(gm: fx.GraphModule) -> str:
-    """The body of a graph's ``forward``, without what only the interpreter needs."""
+    """Return the body of a graph's ``forward``, without code that only the interpreter needs."""
     source = gm.graph.python_code("self").src
     body = source[source.index("def forward") :].partition("\n")[2]
     for pattern, text in (

@@ -1,6 +1,6 @@
-"""A step between full ones of a run with memory: what is remembered, and how it has changed.
+"""A step between full steps of a run with memory: correct the remembered update.
 
-Before, in the graph of a block that merges by the plan of the last full step::
+Before, in the graph of a block that merges with the plan of the last full step::
 
     merged = torch.ops.toma.merge(hidden_states, plan[0], layout)
     ...
@@ -8,8 +8,8 @@ Before, in the graph of a block that merges by the plan of the last full step::
     unmerged = torch.ops.toma.unmerge(update, plan[1], layout)
     return hidden_states + unmerged
 
-After, with ``u`` the remembered update, ``u'`` the one before it, and ``u_m`` that of the
-merged tokens::
+After, with ``u`` the remembered update, ``u'`` the one before it, and ``u_m`` the remembered
+update of merged tokens::
 
     change = (u - u') * steps_ahead(cross_attention_kwargs)
     expected = hidden_states + (u + change)
@@ -18,7 +18,7 @@ merged tokens::
     missed = (add_2 - merged) - u_m - torch.ops.toma.merge(change, plan[0], layout)
     return expected + torch.ops.toma.unmerge(missed * theta, plan[1], layout)
 
-Tokens that do not merge, as those of the text, do the same without merge and unmerge.
+Tokens that do not merge, such as text, do the same without merge and unmerge.
 """
 
 import operator
@@ -36,18 +36,18 @@ from toma_fx.runtime import memory
 
 @dataclass(frozen=True, kw_only=True)
 class Recall(Pass):
-    """Let merged tokens say only how a block's updates differ from what memory expects."""
+    """Use merged tokens only to correct the updates that memory predicts."""
 
     name: ClassVar[str] = "recall"
 
     flow: TokenFlow
     theta: float
-    """The share of that difference which is believed. With 0 nothing runs on merged tokens."""
+    """Share of the correction that is added. With 0, nothing runs on merged tokens."""
     extrapolate: bool
-    """Whether memory expects that updates go on changing as they did."""
+    """True extrapolates the last change of the updates."""
     control: bool
-    """Whether what merged tokens say is compared with what they said at the full step, and not with
-    the remembered update, merged."""
+    """True compares the update of merged tokens with their update at the full step; False compares
+    it with the merged remembered update."""
 
     def apply(self, gm: fx.GraphModule) -> int:
         graph = gm.graph
@@ -72,7 +72,7 @@ class Recall(Pass):
         return len(found)
 
     def _give_examples(self, gm: fx.GraphModule, found: list[Stream], now: list[fx.Node]) -> None:
-        """What example values are computed with."""
+        """Provide the memories with which example values are computed."""
         whole = tuple(each.returned.meta["val"] for each in found)
         merged = tuple(
             (each.returned if each.merged is None else each.merged).meta["val"] for each in found
@@ -89,7 +89,7 @@ class Recall(Pass):
         recalled: Sequence[fx.Node],
         ahead: fx.Node | None,
     ) -> fx.Node:
-        """What comes out of a stream whose update, merged if it merges, is ``now``."""
+        """Return the corrected output of a stream whose (merged) update is now ``now``."""
         kept, kept_merged, earlier = recalled
         expected, change = kept, None
         if ahead is not None:

@@ -1,4 +1,4 @@
-"""A full step of a run with memory: run a block on all tokens, and remember what it adds to them.
+"""A full step of a run with memory: run a block on all tokens and remember its update.
 
 Before, in the graph of a block that merges::
 
@@ -8,7 +8,7 @@ Before, in the graph of a block that merges::
     unmerged = torch.ops.toma.unmerge(update, plan[1], layout)
     return hidden_states + unmerged
 
-After, with the block as diffusers wrote it beside it::
+After, with diffusers' original block next to it::
 
     merged = torch.ops.toma.merge(hidden_states, plan[0], layout)
     ...
@@ -34,15 +34,15 @@ from toma_fx.runtime import memory, plan
 
 @dataclass(frozen=True, kw_only=True)
 class Remember(Pass):
-    """Let a block return what it computes on all tokens, and leave its updates in the scope."""
+    """Return a block's result on all tokens, and leave its updates in the scope."""
 
     name: ClassVar[str] = "remember"
 
     flow: TokenFlow
     merging: tuple[Pass, ...]
-    """The passes that make the plan and merge; none where later steps do not merge."""
+    """Passes that make the plan and merge; empty if later steps do not merge."""
     control: bool
-    """Whether the block runs on merged tokens too, to remember its updates of them."""
+    """True also runs the block on merged tokens, to remember their update."""
 
     def apply(self, gm: fx.GraphModule) -> int:
         untouched = copy.deepcopy(gm.graph)
@@ -57,7 +57,7 @@ class Remember(Pass):
             output.args = (graph.graph_copy(untouched, arguments),)
             whole = [each.update(graph) for each in streams(graph, self.flow)]
             kwargs = carrier(graph, self.flow.attention_kwargs)
-            # Nothing else may ask for the plan here, and later steps cannot do without.
+            # No other node may use the plan here, but later steps need it.
             asked = graph.find_nodes(op="call_function", target=plan.shared)
             given = (tuple(merged),) if self.control else ((), *asked)
             call(graph, memory.remember, (kwargs, tuple(whole), *given), name="remembered")

@@ -1,4 +1,4 @@
-"""Sites: parts of a block whose tokens can be merged where they enter and must come back after."""
+"""Sites: parts of a block whose tokens can merge on entry and must be unmerged on exit."""
 
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
@@ -9,25 +9,25 @@ from torch import fx
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """A part of a block that can run on merged tokens, by the names of the block's submodules."""
+    """A part of a block that can run on merged tokens, given by names of the block's submodules."""
 
     components: tuple[str, ...]
-    """Components that the site serves."""
+    """Components that the site covers."""
     enter: tuple[str, ...]
     """Submodules whose token input is merged; all take the same tokens. ``""`` is the block."""
     leave: str
     """Submodule whose output is unmerged."""
     outputs: tuple[int, ...] | None = None
-    """Which of its outputs are image tokens, when it returns several."""
+    """Indices of its outputs with image tokens, if it returns several outputs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class KeysSite(Site):
-    """A self-attention of which the keys and values can merge, and all else keeps its tokens."""
+    """A self-attention whose keys and values can merge, while all else keeps its tokens."""
 
 
 def keys_sites(sites: Iterable[Site], present: Container[str]) -> Iterator[KeysSite]:
-    """The self-attentions of a block that attend to the image.
+    """Yield the self-attentions of a block that attend to the image.
 
     Args:
         sites: all sites of a block.
@@ -40,24 +40,24 @@ def keys_sites(sites: Iterable[Site], present: Container[str]) -> Iterator[KeysS
 
 
 WHOLE_BLOCK = Site(components=("self_attention", "cross_attention", "mlp"), enter=("",), leave="")
-"""The block itself, merged once around everything in it."""
+"""The block itself: merge before and unmerge after everything in it."""
 
 
 def choose_sites(
     sites: Iterable[Site], components: Iterable[str], present: Container[str]
 ) -> Iterator[Site]:
-    """The sites that serve the wanted components, the most comprehensive sites first.
+    """Yield the sites that cover the wanted components, sites of more components first.
 
     Args:
         sites: all sites of a block.
-        components: the wanted ones.
+        components: the wanted components.
         present: the submodules that the block has.
     """
     wanted = set(components)
     served: set[tuple[str, ...]] = set()
     for site in sorted(sites, key=lambda site: -len(site.components)):
         complete = all(name in present for name in (*site.enter, site.leave))
-        # A block may have a component twice, as where it attends twice to the image.
+        # A block may have a component twice, for example if it attends to the image twice.
         if complete and (wanted.issuperset(site.components) or site.components in served):
             wanted -= set(site.components)
             served.add(site.components)
@@ -70,18 +70,18 @@ class FoundSite:
 
     site: Site
     tokens: fx.Node
-    """What goes in: image tokens, after text tokens where both are one sequence."""
+    """Input of the site: image tokens, after text tokens if both are one sequence."""
     readers: tuple[fx.Node, ...]
-    """Nodes of the site that take them."""
+    """Nodes of the site that take the tokens."""
     first: fx.Node
-    """The first of the site's nodes that take them."""
+    """First of these nodes."""
     before: Any = None
-    """Number of tokens before those that merge in ``tokens``, if any: a node or a number."""
+    """Number of unmerged tokens before the merging ones in ``tokens``, if any: a node or number."""
     after: Any = None
-    """Number of tokens behind them, if any."""
+    """Number of unmerged tokens after them, if any."""
     leave: tuple[fx.Node, ...] = ()
-    """In the graph of a block, nodes at which tokens leave the site."""
+    """In the graph of a block, the nodes at which tokens leave the site."""
     block: str = ""
-    """In a flat graph, the path of the block, and the tokens that go through it:"""
+    """In a flat graph, the path of the block; the next two are its token counts."""
     image_tokens: int = 0
     text_tokens: int = 0

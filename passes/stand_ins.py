@@ -1,9 +1,9 @@
-"""Modules to trace through in place of a caller's, so that nothing of the process is patched.
+"""Modules to trace through in place of the caller's, so that the process is not patched.
 
-`torch.fx.Tracer.trace` sees calls of submodules by replacing ``nn.Module.__call__`` and
-``__getattr__`` for as long as it runs, which every thread notices. Here the forward of a block runs
-on a copy of its tree of modules, without the tensors. Each copy is of a private subclass of its
-module's class, which tells a tracer of every call and every tensor that is asked for::
+`torch.fx.Tracer.trace` records calls of submodules by replacing ``nn.Module.__call__`` and
+``__getattr__`` while it runs, which affects every thread. Here the forward of a block runs on a
+copy of its module tree, without the tensors. The class of each copy is a private subclass of its
+module's class, which reports every call and every access to a tensor to a tracer::
 
     block.attn      Attention, with weights         called as ever by other threads
     stand-in.attn   a subclass of Attention         a call becomes a node of the graph
@@ -18,26 +18,26 @@ from torch.utils import _pytree as pytree
 
 
 class Told(Protocol):
-    """Whom stand-ins tell: a tracer, or what takes its place."""
+    """Receiver of a stand-in's reports: a tracer, or its replacement."""
 
     def call_module(
         self, module: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any, /
     ) -> Any:
-        """The result of a call of a stand-in, of whose forward ``run`` is the call."""
+        """Return the result of a stand-in's call; ``run`` calls its forward."""
 
     def getattr(self, name: str, value: Any, tensors: dict[str, Any], /) -> Any:
-        """The answer to a stand-in's being asked for a parameter, a buffer or a submodule."""
+        """Return the value for a stand-in's parameter, buffer or submodule."""
 
 
 class StandIn:
-    """What the class of a stand-in has in front of the class of its module."""
+    """Mixin that comes before the module's class in the class of a stand-in."""
 
-    # Not ``super().__init_subclass__``: whatever a class does about its subclasses, such as keeping
-    # a list of them, is not for these.
+    # Skip ``super().__init_subclass__``: the actions of a class on its subclasses, such as keeping
+    # a list of them, are not meant for stand-ins.
     def __init_subclass__(cls) -> None:
         pass
 
-    # A slice of a list of modules, say, is made by calling it.
+    # Needed because, for example, slicing a list of modules calls its class.
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         return type(module_of(self))
@@ -60,23 +60,23 @@ def _told(stand_in: StandIn) -> tuple[nn.Module, Told, dict[str, Any]]:
 
 
 def module_of(stand_in: StandIn) -> nn.Module:
-    """The module that is stood in for."""
+    """Return the module behind a stand-in."""
     return _told(stand_in)[0]
 
 
 def stand_in_for(root: nn.Module, tracer: Told) -> Any:
-    """A stand-in for a module, on stand-ins for all modules in it.
+    """Make a stand-in for a module, with stand-ins for all modules in it.
 
-    What its forward changes, its own attributes and the lists and dictionaries in them, is the
-    stand-in's. Tensors are shared.
+    The stand-in has its own attributes, lists and dictionaries, so changes by its forward stay in
+    it. Tensors are shared.
 
     Args:
-        root: what is traced.
-        tracer: its ``call_module`` is called with the real module, and what runs the forward of the
-            stand-in, whenever a stand-in is called; its ``getattr`` whenever one is asked for a
-            parameter, a buffer or a submodule.
+        root: the module to trace.
+        tracer: receives all reports. Its ``call_module`` is called with the real module and a
+            function that runs the stand-in's forward, for each call of a stand-in; its ``getattr``
+            for each access to a parameter, a buffer or a submodule.
     """
-    # Made anew for each trace, since a class that is kept would keep its tracer.
+    # Made for each trace, because a cached class would keep its tracer alive.
     classes = {cls: _subclass(cls) for cls in {type(module) for module in root.modules()}}
     stand_ins = {module: object.__new__(classes[type(module)]) for module in root.modules()}
     tensors: dict[str, Any] = {}

@@ -1,6 +1,6 @@
-"""The tokens that go through a block, image, text or sound, and what it adds to them.
+"""Streams: the image, text or sound tokens that go through a block, and the block's updates.
 
-`toma_fx.passes.remember` and `toma_fx.passes.recall` treat them alike.
+`toma_fx.passes.remember` and `toma_fx.passes.recall` treat all streams alike.
 """
 
 import operator
@@ -15,44 +15,44 @@ from toma_fx.passes.plan_nodes import UPDATE, TokenFlow, call, placeholder, toma
 
 @dataclass(frozen=True)
 class Stream:
-    """One output of a block with tokens."""
+    """One output of a block that consists of tokens."""
 
     returned: fx.Node
-    """What comes out."""
+    """Output of the stream."""
     tokens: fx.Node | None
-    """What comes in, to which the block adds; None where it is not known."""
+    """Input of the stream, to which the block adds its update; None if unknown."""
     merged: fx.Node | None = None
-    """What the block adds to merged tokens; None where no tokens of the stream merge."""
+    """Update of merged tokens; None if no tokens of the stream merge."""
     merging: tuple[Any, ...] = ()
-    """Behind the tokens, the arguments that merge them."""
+    """Arguments of the merge after the tokens."""
     unmerging: tuple[Any, ...] = ()
-    """Those that spread them."""
+    """Arguments of the unmerge after the tokens."""
 
     def update(self, graph: fx.Graph) -> fx.Node:
-        """What the block adds, or all that comes out where it is not known what came in."""
+        """Insert the block's update; return the whole output if the input is unknown."""
         if self.tokens is None:
             return self.returned
         return call(graph, operator.sub, (self.returned, self.tokens), name="update")
 
     def update_of_merged(self, graph: fx.Graph) -> fx.Node:
-        """The same of merged tokens, where the stream merges."""
+        """Return the update of merged tokens if the stream merges, else the update."""
         return self.update(graph) if self.merged is None else self.merged
 
     def merge(self, graph: fx.Graph, tokens: fx.Node) -> fx.Node:
-        """Tokens merged as the stream is; as they are where it does not merge."""
+        """Merge tokens like the stream; return them unchanged if it does not merge."""
         if self.merged is None:
             return tokens
         return call(graph, toma.merge.default, (tokens, *self.merging), name="merged")
 
     def unmerge(self, graph: fx.Graph, tokens: fx.Node) -> fx.Node:
-        """Merged tokens spread as the stream is; as they are where it does not merge."""
+        """Unmerge tokens like the stream; return them unchanged if it does not merge."""
         if self.merged is None:
             return tokens
         return call(graph, toma.unmerge.default, (tokens, *self.unmerging), name="unmerged")
 
 
 def streams(graph: fx.Graph, flow: TokenFlow) -> list[Stream]:
-    """The streams of a block, in the order of its outputs."""
+    """Return the streams of a block in the order of its outputs."""
     outputs: Any = graph.output_node().args[0]
     if isinstance(outputs, fx.Node):
         return [_image(graph, outputs, flow)]
@@ -72,7 +72,7 @@ def _stream(graph: fx.Graph, index: int, returned: fx.Node, flow: TokenFlow) -> 
 
 
 def return_instead(graph: fx.Graph, made: Sequence[fx.Node]) -> None:
-    """Let the streams of a block come out as ``made``."""
+    """Replace the outputs of the block's streams by ``made``."""
     output = graph.output_node()
     before: Any = output.args[0]
     if isinstance(before, fx.Node):
@@ -91,7 +91,7 @@ def _image(graph: fx.Graph, returned: fx.Node, flow: TokenFlow) -> Stream:
 
 
 def _also(graph: fx.Graph, returned: fx.Node) -> Stream:
-    """Further tokens of the image, which are made anew."""
+    """Return the stream of further image tokens, which the block computes anew."""
     update = _update(graph)
     if update is None or returned.target is not toma.unmerge.default:
         return Stream(returned, None)
@@ -100,7 +100,7 @@ def _also(graph: fx.Graph, returned: fx.Node) -> Stream:
 
 
 def _update(graph: fx.Graph) -> fx.Node | None:
-    """What the block adds to merged tokens of the image, if they merge."""
+    """Return the block's update of merged image tokens; None if they do not merge."""
     return next((node for node in graph.nodes if UPDATE in node.meta), None)
 
 
@@ -110,7 +110,7 @@ def _merging(update: fx.Node) -> tuple[Any, ...]:
 
 
 def _other(graph: fx.Graph, returned: fx.Node, flow: TokenFlow) -> Stream:
-    """Another stream than the image: in examples all sizes differ, so its shape names its input."""
+    """Return a non-image stream; its shape identifies its input, as example sizes all differ."""
     like = [
         node
         for node in graph.find_nodes(op="placeholder")

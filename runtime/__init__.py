@@ -1,3 +1,3 @@
-"""What the inserted nodes call: pure functions of tensors, and the state that a schedule needs."""
+"""Functions that the inserted nodes call: pure tensor functions, and the state of a schedule."""
 
 from toma_fx.runtime import ops as ops

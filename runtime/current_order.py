@@ -1,4 +1,4 @@
-"""The order of the tokens at a place in a call, for code of others that runs inside the model."""
+"""The current order of the tokens, for foreign code that runs inside the model."""
 
 import contextlib
 import threading
@@ -12,7 +12,7 @@ _THREAD = threading.local()
 
 @contextlib.contextmanager
 def tokens_in(order: Callable[[], Tensor]) -> Iterator[None]:
-    """Within it, `token_order` gives this order."""
+    """Make `token_order` return this order within the context."""
     before = getattr(_THREAD, "order", None)
     _THREAD.order = order
     try:
@@ -22,17 +22,17 @@ def tokens_in(order: Callable[[], Tensor]) -> Iterator[None]:
 
 
 def token_order() -> Tensor | None:
-    """The order of the image tokens, for hooks and other code that runs inside a transformed model.
+    """Return the current order of the image tokens, for hooks and other code inside the model.
 
-    Hooks on transformer blocks of a model with ``region="tile"`` see tokens on a Hilbert curve. A
-    map of the image in raster order is ``tokens[:, token_order().argsort()]``.
+    Hooks on transformer blocks of a model with ``region="tile"`` get tokens along a Hilbert curve.
+    To get a map of the image in raster order, use ``tokens[:, token_order().argsort()]``.
 
     Returns:
-        ``(N,)`` int64: for each place, the raster index of its token; None where tokens are in the
-        order of the caller, as outside of such a model.
+        ``(N,)`` int64: for each place, the raster index of its token. None if tokens are in the
+        caller's order, for example outside of such a model.
 
     Raises:
-        RuntimeError: in code that torch compiles, where an order is a part of the graph.
+        RuntimeError: in compiled code, where the order is a part of the graph.
 
     Example:
         >>> def keep_features(block, args, output):  # doctest: +SKIP
@@ -42,6 +42,6 @@ def token_order() -> Tensor | None:
         ... # doctest: +SKIP
     """
     if torch.compiler.is_compiling():
-        raise RuntimeError("token_order works in eager code; leave what calls it uncompiled")
+        raise RuntimeError("token_order works only in eager code; do not compile its caller")
     order = getattr(_THREAD, "order", None)
     return None if order is None else order()

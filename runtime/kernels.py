@@ -1,25 +1,25 @@
 """Facility location on a GPU: all picks of all regions in one launch.
 
-The loop of `selector.facility_location` costs several launches a pick, hundreds for each plan. Here
-a program keeps what it searches on chip and makes every pick itself.
+The loop of `selector.facility_location` costs several launches per pick, hundreds per plan. Here a
+program keeps its search data on chip and makes every pick itself.
 
-* Regions of up to 128 tokens: similarities come from the tokens (two passes over them, one for
-  their lengths, one for their products) and stay in registers: 16 KiB for a region of 64 tokens,
-  64 KiB for one of 128. Regions below 64 share a program, since the matrix units work on tiles of
-  64 rows; pairs across regions count as -1, which adds nothing to any gain.
+* Regions of up to 128 tokens: similarities are computed from the tokens (two passes over them, one
+  for their lengths, one for their products) and stay in registers: 16 KiB for 64 tokens, 64 KiB for
+  128 tokens. Regions below 64 tokens share a program, because the matrix units work on
+  tiles of 64 rows; pairs across regions count as -1, which adds nothing to any gain.
 * Regions of 129 to 256 tokens: 256 KiB would fill a whole register file, half-precision storage
-  would round by more than the steps in which gains are compared, and computing similarities anew
-  for each pick would read all tokens for each. So they are one matrix product in memory, small
-  enough for the L2 cache, which every pick reads once, strip by strip.
-* Larger regions stay with the loop, whose work each pick is spread over the whole GPU.
+  would round by more than the steps in which gains are compared, and recomputing similarities for
+  each pick would read all tokens each time. So similarities are one matrix product in memory, small
+  enough for the L2 cache; every pick reads it once, strip by strip.
+* Larger regions use the loop, which spreads the work of each pick over the whole GPU.
 
-Padding counts as -1 to every token too. It is never picked while a token is left: it ranks below
-all of them, by its place alone.
+Padding also counts as -1 to every token. It is never picked while a token is left: it ranks below
+all tokens, by its place only.
 
 Similarities are float32 products of normalised tokens, as in `selector`; three products of TF32
-parts give the matrix units float32's precision. A gain, counted in the steps of `selector` and
-rounded as `torch.round` does, is followed in one integer by its token's place, counted down, so
-that one maximum finds the largest gain and among equals the first token.
+parts give the matrix units float32 precision. A rank combines two numbers in one integer: the gain,
+counted in the steps of `selector` and rounded like `torch.round`, then the token's place, counted
+down. So one maximum finds the largest gain, and the first token among equals.
 
 This module needs triton, so `selector` imports it only where kernels run.
 """
@@ -34,7 +34,7 @@ from torch import Tensor
 from toma_fx.runtime import selector
 
 _STEPS = tl.constexpr(selector.GAIN_STEPS)
-# Adding and taking away 1.5 * 2**23 rounds a float32 below 2**22 to the nearest integer, half to
+# Adding and subtracting 1.5 * 2**23 rounds a float32 below 2**22 to the nearest integer, half to
 # even. The largest gain is 2 for each of 256 tokens, which is 2**21 steps.
 _ROUND = tl.constexpr(1.5 * 2**23)
 
@@ -201,16 +201,16 @@ def _launch(
 
 @torch.library.triton_op("toma::facility_location", mutates_args=())
 def facility_location(tokens: Tensor, size: int, keep: int, counts: Tensor | None = None) -> Tensor:
-    """The picks of `selector.facility_location` in every region of every image.
+    """Pick like `selector.facility_location` in every region of every image.
 
     Args:
         tokens: ``(B, R * size, D)`` float32, bfloat16 or float16, with any strides.
-        size: places of a region, at most `selector.KERNEL_TOKENS`.
+        size: places per region, at most `selector.KERNEL_TOKENS`.
         keep: picks per region, at most ``size``.
-        counts: ``(R,)`` int64: the first places of each region that are no padding; None: all.
+        counts: ``(R,)`` int64: number of places in each region before its padding; None for all.
 
     Returns:
-        ``(B, R, keep)`` int64 places inside the region, in the order of picking.
+        ``(B, R, keep)`` int64 places in the region, in the order of picking.
     """
     by_tokens = torch.library.wrap_triton(_pick_by_tokens)
     by_similarity = torch.library.wrap_triton(_pick_by_similarity)

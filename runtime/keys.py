@@ -1,9 +1,9 @@
-"""Keys and values of fewer tokens, each key with the weight of the tokens that it stands for.
+"""Merged keys and values, with each key weighted by the number of tokens that it represents.
 
-Attention of a query to ``s`` equal keys is attention to one of them, its logit raised by ``log s``.
-So a merged key's logit is raised by the logarithm of its cluster's size. The logarithm goes in as
-one more channel, 1 in queries and ``log s / scale`` in keys: kernels of attention that know no
-additive mask need not be told.
+Attention to ``s`` equal keys equals attention to one of them with its logit raised by ``log s``. So
+a merged key's logit is raised by the logarithm of its cluster's size. The logarithm is passed as an
+extra channel, 1 in queries and ``log s / scale`` in keys, so that attention kernels without
+additive masks work too.
 """
 
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ from torch.nn import functional as F
 from toma_fx.runtime import merging
 
 CHANNELS = 8
-"""What the width of a head is made a multiple of, as fused kernels of attention like it."""
+"""Head widths are padded to a multiple of this, which fused attention kernels prefer."""
 
 
 def log_sizes(unmerge_weight: Tensor) -> Tensor:
-    """The logarithm of how many tokens each destination stands for.
+    """Return the logarithm of the number of tokens that each destination represents.
 
     Args:
         unmerge_weight: ``(B, R, n, m)``, the share of each token in each destination, ``A^T``.
@@ -33,21 +33,21 @@ def log_sizes(unmerge_weight: Tensor) -> Tensor:
 def merge_heads(
     heads: Tensor, weight: Tensor, layout: Sequence[int], dim: int, after: int = 0
 ) -> Tensor:
-    """Keys or values of merged tokens: `toma_fx.runtime.merging.merge` of every head.
+    """Merge the keys or values of every head with `toma_fx.runtime.merging.merge`.
 
     Args:
         heads: ``(B, P + N + after, H, D)`` for ``dim=1``, ``(B, H, P + N + after, D)`` for
             ``dim=2``.
         weight: ``(B, R, m, n)`` merge weight of `toma_fx.runtime.merging.weigh`.
-        layout: the one that the weight was made with.
-        dim: where the tokens are.
-        after: how many tokens stand behind those that merge.
+        layout: the layout that the weight was made with.
+        dim: dimension of the tokens.
+        after: number of tokens after those that merge.
 
     Returns:
         The same with ``P + R * m + after`` tokens.
 
     Raises:
-        InputError: as `toma_fx.runtime.merging.merge`.
+        InputError: under the same conditions as `toma_fx.runtime.merging.merge`.
     """
     tokens = heads if dim == 1 else heads.transpose(1, 2)
     merged = merging.merge(tokens.flatten(2), weight, layout, after)
@@ -64,21 +64,21 @@ def with_sizes(
     dim: int,
     after: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values whose attention counts each merged key as often as it stands for.
+    """Extend queries, keys and values so that each merged key counts as its number of tokens.
 
     Args:
         query: ``(B, S, H, D)`` for ``dim=1``, ``(B, H, S, D)`` for ``dim=2``.
-        key: of ``P + M + after`` tokens, of which ``M`` were merged.
+        key: ``P + M + after`` tokens, of which ``M`` were merged.
         value: like ``key``.
-        log_sizes: ``(B, M)`` of `log_sizes`.
-        scale: by which attention multiplies logits; attention to what is returned needs it too,
-            since it is wider.
-        dim: where the tokens are.
-        after: how many tokens stand behind the merged ones.
+        log_sizes: ``(B, M)`` from `log_sizes`.
+        scale: attention's factor for logits; attention to the result must be given it explicitly,
+            because the result is wider.
+        dim: dimension of the tokens.
+        after: number of tokens after the merged ones.
 
     Returns:
-        The three of them, wider by as many channels, a multiple of 8 in all. The additional
-        channels of the attention's output hold nothing.
+        The three tensors, widened equally to a multiple of 8. The extra channels of the
+        attention's output are empty.
     """
     width = key.shape[-1]
     more = CHANNELS - width % CHANNELS

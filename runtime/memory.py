@@ -1,8 +1,8 @@
-"""What blocks remember of the last full step of a denoising run, and what later steps find.
+"""Memory of blocks: data kept from the last full step of a denoising run for later steps.
 
-At a full step a block runs on all tokens, and its update ``block(x) - x`` is kept, with the update
-of the same block on merged tokens. At the steps between it runs on merged tokens only, which say
-how far its update has changed since.
+At a full step a block runs on all tokens. Its update ``block(x) - x`` is kept, together with the
+update of the same block on merged tokens. At the steps in between, the block runs on merged tokens
+only, and their update tells how far the block's update has changed since.
 """
 
 from collections.abc import Mapping
@@ -14,36 +14,36 @@ from torch.fx.node import has_side_effect
 from toma_fx.runtime.plan import Plan, Plans, scope_of
 
 Updates = tuple[Tensor, ...]
-"""What a block adds to each of its streams of tokens, ``(B, N, D)`` each."""
+"""A block's update of each of its streams of tokens, ``(B, N, D)`` each."""
 
 
 class BlockMemory(NamedTuple):
-    """What a run keeps of a block."""
+    """Data that a run keeps of a block."""
 
     update: Updates
-    """At the last full step, of all tokens."""
+    """Update of all tokens at the last full step."""
     merged: Updates
-    """At the last full step, of merged tokens, ``(B, n, D)``; empty where it is not asked for."""
+    """Update of merged tokens, ``(B, n, D)``, at the last full step; empty if not needed."""
     earlier: Updates = ()
-    """``update`` at the full step before that one, or at the same one when it was the first; empty
-    where it is not asked for."""
+    """``update`` of the full step before that one, or of the same step if it was the first; empty
+    if not needed."""
 
 
 class Kept(NamedTuple):
-    """What a call of a model leaves for later ones."""
+    """Data that a call of a model keeps for later calls."""
 
     plans: Plans
     memory: Mapping[str, BlockMemory] = {}
-    """By the path of a block, in a model with memory."""
+    """Memory of each block, by its path, in a model with memory."""
 
     def following(self, before: "Kept | None") -> "Kept":
-        """With the updates of the full step before in each memory."""
+        """Return a copy whose memories also hold the updates of the full step before."""
         earlier = {} if before is None else before.memory
 
         def updates_before(path: str, each: BlockMemory) -> Updates:
             if path in earlier:
                 return earlier[path].update
-            # A copy: a graph that is compiled while it is given one tensor twice serves no other.
+            # Clone: a graph compiled while two inputs are the same tensor works for no others.
             return tuple(update.clone() for update in each.update)
 
         return self._replace(
@@ -55,16 +55,16 @@ class Kept(NamedTuple):
 
 
 class Memories:
-    """The memories of a model's blocks, in one call of it.
+    """Memories of a model's blocks during one call of it.
 
     Attributes:
-        kept: by the path of a block, what the run kept; nothing in a full step.
-        ahead: how far this step is past the last full one, in units of what lies between the last
-            two: 0-dimensional.
-        here: what the block that is running finds. It is set around each block, so that the code
-            of a block, which is that of all blocks like it, names none.
-        made: by the path of a block, what this call leaves.
-        made_here: what the block that is running leaves.
+        kept: memories that the run kept, by the path of the block; empty in a full step.
+        ahead: distance of this step from the last full step, in units of the distance between the
+            last two full steps: 0-dimensional.
+        here: memory of the running block. It is set around each block, because blocks of the same
+            kind share their code, so the code cannot name a block.
+        made: memories that this call leaves, by the path of the block.
+        made_here: memory that the running block leaves.
     """
 
     def __init__(self, kept: Mapping[str, BlockMemory], ahead: Tensor | None) -> None:
@@ -75,18 +75,18 @@ class Memories:
         self.made_here: BlockMemory | None = None
 
     def begin(self, path: str) -> None:
-        """Before a block runs."""
+        """Set the memory of a block before it runs."""
         self.here = self.kept.get(path)
         self.made_here = None
 
     def end(self, path: str) -> None:
-        """After it ran."""
+        """Collect the memory of a block after it ran."""
         if self.made_here is not None:
             self.made[path] = self.made_here
 
 
 def memories_in(attention_kwargs: Mapping[str, Any] | None) -> Memories | None:
-    """The memories of the call of a model to which a call of a block belongs, if it has any."""
+    """Return the memories of the model call to which a block's call belongs, if any."""
     scope = scope_of(attention_kwargs)
     return None if scope is None else scope.memories
 
@@ -98,13 +98,13 @@ def remember(
     merged: Updates,
     plan: Plan | None = None,
 ) -> None:
-    """Leave what a block added to its tokens for the steps that follow.
+    """Store a block's updates for the steps that follow.
 
     Args:
-        attention_kwargs: of the call of the block; their scope holds the memories.
-        update: of all tokens.
-        merged: of merged tokens.
-        plan: by which they will be merged, where this block does not do so now.
+        attention_kwargs: kwargs of the block's call; their scope holds the memories.
+        update: update of all tokens.
+        merged: update of merged tokens.
+        plan: the plan with which later steps merge, if this block does not merge now.
     """
     memories = memories_in(attention_kwargs)
     if memories is not None:
@@ -112,10 +112,10 @@ def remember(
 
 
 def recall(attention_kwargs: Mapping[str, Any] | None) -> tuple[Updates, Updates, Updates]:
-    """What the block left at the last full step: the fields of `BlockMemory`.
+    """Return a block's memory of the last full step: the fields of `BlockMemory`.
 
     Args:
-        attention_kwargs: of the call of the block; their scope holds the memories.
+        attention_kwargs: kwargs of the block's call; their scope holds the memories.
     """
     memories = memories_in(attention_kwargs)
     assert memories is not None, "this variant runs only in a call that brings memories"
@@ -124,7 +124,7 @@ def recall(attention_kwargs: Mapping[str, Any] | None) -> tuple[Updates, Updates
 
 
 def steps_ahead(attention_kwargs: Mapping[str, Any] | None) -> Tensor:
-    """How far this step is past the last full one: `Memories.ahead`."""
+    """Return the distance of this step from the last full step: `Memories.ahead`."""
     memories = memories_in(attention_kwargs)
     assert memories is not None, "this variant runs only in a call that brings memories"
     assert memories.ahead is not None, "a step between full ones knows how far it is"

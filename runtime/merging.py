@@ -20,10 +20,10 @@ from toma_fx.runtime.selector import cosines, pseudo_random, unit_tokens
 
 
 def gather(tokens: Tensor, destinations: Tensor) -> Tensor:
-    """The destinations' rows of ``tokens``.
+    """Return the destinations' rows of ``tokens``.
 
     Args:
-        tokens: ``(B, N, D)``, or ``(N, D)`` for a table that the batch shares.
+        tokens: ``(B, N, D)``, or ``(N, D)`` for a table shared by the batch.
         destinations: ``(B, R, m)`` int64 indices into the ``N`` rows.
 
     Returns:
@@ -36,16 +36,16 @@ def gather(tokens: Tensor, destinations: Tensor) -> Tensor:
 
 
 def rows(values: Tensor, destinations: Tensor, dim: int, before: int, after: int = 0) -> Tensor:
-    """What belongs to the tokens that are left: the destinations' rows, and those around them.
+    """Return the rows for the tokens that are left: those of destinations, and those around them.
 
     Args:
-        values: ``(S, ...)`` for ``dim=0``, a table that the batch shares; ``(B, S, ...)`` or
-            ``(1, S, ...)`` for ``dim=1``; ``(B, ..., S)`` for ``dim=-1``, a mask of keys.
-            A row for each of ``S`` tokens, of which those that merge stand between others.
+        values: a row for each of ``S`` tokens, of which those that merge are between others:
+            ``(S, ...)`` for ``dim=0``, a table shared by the batch; ``(B, S, ...)`` or
+            ``(1, S, ...)`` for ``dim=1``; ``(B, ..., S)`` for ``dim=-1``, a key mask.
         destinations: ``(B, R, m)`` int64 indices into the tokens that merge.
-        dim: where the rows are.
-        before: rows of tokens before those that merge, which all stay.
-        after: rows behind them, which all stay.
+        dim: dimension of the rows.
+        before: number of rows before the tokens that merge; all of them stay.
+        after: number of rows after the tokens that merge; all of them stay.
 
     Returns:
         ``(B, before + R * m + after, ...)``, or the same in another dimension.
@@ -72,17 +72,17 @@ def weigh(
     merge_over: str,
     unmerge: str,
 ) -> tuple[Tensor, Tensor]:
-    """Merge and unmerge weights.
+    """Compute merge and unmerge weights.
 
     ``A = softmax over destinations of (X_T X^T / tau)`` on cosine similarities. The merge is
     ``A~``, ``A`` with its rows normalised (Eq. 6); the unmerge is ``A^T`` or the pseudo-inverse
-    (Eq. 7). Eq. 7 prints the pseudo-inverse of ``A``; what undoes a merge by ``A~`` is that of
-    ``A~``, ``A~^T (A~ A~^T)^-1``, with which a constant field comes back unchanged.
+    (Eq. 7). The paper prints the pseudo-inverse of ``A`` in Eq. 7, but a merge by ``A~`` is undone
+    by that of ``A~``, ``A~^T (A~ A~^T)^-1``, which returns a constant field unchanged.
 
     Args:
         tokens: ``(B, N, D)``, any floating dtype; similarities are float32.
         destinations: ``(B, R, m)`` int64 indices into the ``N`` tokens.
-        layout: the one that the destinations were selected with.
+        layout: the layout that the destinations were selected with.
         temperature: tau, above 0.
         merge_over: ``"region"``, or ``"image"`` to spread a token over all ``M`` destinations.
         unmerge: ``"transpose"`` or ``"pinv"``.
@@ -101,7 +101,7 @@ def weigh(
     source = unit.unsqueeze(1) if by_image else spread(unit, layout)
     shape = (1, kept(layout)) if by_image else tuple(destinations.shape[1:])
     destination = gather(unit, destinations).unflatten(1, shape)
-    # A^T: (B, R, n, m). Attention that spreads an identity is the same, and one product more.
+    # A^T: (B, R, n, m). Spreading an identity with attention gives the same, at one more product.
     weight = (cosines(source, destination) / temperature).softmax(-1)
     padded = not by_image and is_padded(layout)
     if padded:
@@ -109,7 +109,7 @@ def weigh(
     merge = (weight / weight.sum(-2, keepdim=True)).transpose(-1, -2)
     if unmerge == "pinv":
         weight = torch.linalg.pinv(merge)
-        if padded:  # rounding leaves something there
+        if padded:  # rounding leaves small values there
             weight = weight.masked_fill(~real_places(layout, tokens)[:, :, None], 0.0)
     return merge.to(tokens.dtype), weight.to(tokens.dtype)
 
@@ -117,16 +117,16 @@ def weigh(
 def fixed_weights(
     tokens: Tensor, destinations: Tensor, layout: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """Random merge and unmerge weights that never look at a token: the paper's lower bound of time.
+    """Return random weights that do not depend on the tokens: the paper's lower bound of time.
 
     Args:
         tokens: ``(B, N, D)``; only its shape, dtype and device are used.
         destinations: ``(B, R, m)``; only its shape is used.
-        layout: the one that the destinations were selected with.
+        layout: the layout that the destinations were selected with.
 
     Returns:
-        merge weight ``(B, R, m, n)`` and unmerge weight ``(B, R, n, m)`` with positive entries,
-        but 0 for padding, the rows of both summing to 1, as `weigh` returns them.
+        merge weight ``(B, R, m, n)`` and unmerge weight ``(B, R, n, m)`` as from `weigh`: positive
+        entries, but 0 for padding; the rows of both sum to 1.
 
     Raises:
         InputError: when ``destinations`` or ``layout`` do not fit ``tokens``.
@@ -161,7 +161,7 @@ def _expect_destinations(
 def _is_by_region(
     operator: str, weight: Tensor, places: int, keep: int, layout: Sequence[int]
 ) -> bool:
-    """Whether a weight is by region, and not one over the whole image, which knows no regions."""
+    """Return whether a weight is by region, rather than over the whole image without regions."""
     given = (weight.shape[1], places, keep)
     by_region = (total_regions(layout), layout[1], layout[0])
     if given == by_region:
@@ -179,7 +179,7 @@ def _is_by_region(
 def _split(
     operator: str, tokens: Tensor, weight: Tensor, taken: int, after: int
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """The tokens before, if there are any, the ``taken`` ones, and ``after`` tokens behind them."""
+    """Split into tokens before (None if there are none), ``taken`` tokens, and ``after`` tokens."""
     prefix = tokens.shape[1] - taken - after
     if tokens.shape[0] != weight.shape[0] or prefix < 0:
         raise InputError(
@@ -199,21 +199,21 @@ def _join(first: Tensor | None, image: Tensor, last: Tensor | None) -> Tensor:
 
 
 def merge(tokens: Tensor, weight: Tensor, layout: Sequence[int], after: int = 0) -> Tensor:
-    """Fewer tokens: each destination becomes a weighted mean of its region (Eq. 6).
+    """Merge tokens: each destination becomes a weighted mean of its region (Eq. 6).
 
     Args:
-        tokens: ``(B, P + N + after, D)``; tokens around the ``N`` that merge, such as those of the
-            text, pass through.
+        tokens: ``(B, P + N + after, D)``; tokens around the ``N`` that merge, such as text, pass
+            through.
         weight: ``(B, R, m, n)`` merge weight of `weigh`.
-        layout: the one that the weight was made with.
-        after: how many tokens stand behind those that merge.
+        layout: the layout that the weight was made with.
+        after: number of tokens after those that merge.
 
     Returns:
         ``(B, P + R * m + after, D)``.
 
     Raises:
         InputError: when the weight was made for another batch or layout, or for more tokens than
-            there are; surplus tokens are taken for text.
+            there are; surplus tokens count as text.
     """
     _, regions, keep, size = weight.shape
     by_region = _is_by_region("merge", weight, size, keep, layout)
@@ -223,21 +223,21 @@ def merge(tokens: Tensor, weight: Tensor, layout: Sequence[int], after: int = 0)
 
 
 def unmerge(tokens: Tensor, weight: Tensor, layout: Sequence[int], after: int = 0) -> Tensor:
-    """All tokens again: each source takes from the destinations that it was spread over (Eq. 7).
+    """Unmerge tokens: each source is a mix of the destinations it was spread over (Eq. 7).
 
     Args:
-        tokens: ``(B, P + R * m + after, D)``; tokens around those that were merged, such as those
-            of the text, pass through.
+        tokens: ``(B, P + R * m + after, D)``; tokens around the merged ones, such as text, pass
+            through.
         weight: ``(B, R, n, m)`` unmerge weight of `weigh`.
-        layout: the one that the weight was made with.
-        after: how many tokens stand behind those that were merged.
+        layout: the layout that the weight was made with.
+        after: number of tokens after the merged ones.
 
     Returns:
         ``(B, P + N + after, D)``.
 
     Raises:
         InputError: when the weight was made for another batch or layout, or for more tokens than
-            there are; surplus tokens are taken for text.
+            there are; surplus tokens count as text.
     """
     _, regions, size, keep = weight.shape
     by_region = _is_by_region("unmerge", weight, size, keep, layout)

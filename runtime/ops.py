@@ -1,6 +1,6 @@
-"""The operators as named nodes, ``torch.ops.toma.*``, in FX, Dynamo and export graphs.
+"""Operators as named nodes, ``torch.ops.toma.*``, in FX, Dynamo and export graphs.
 
-Composite operators: a graph shows them by name until it is lowered, and then holds only ATen
+They are composite: a graph shows them by name until it is lowered. After that it contains only ATen
 operators, which Inductor can fuse and which an exported file can run without this package.
 """
 
@@ -40,7 +40,7 @@ for schema, function in {
     LIBRARY.define(schema)
     LIBRARY.impl(schema.partition("(")[0], function, "CompositeImplicitAutograd")
 
-# torch keeps compiled code on disk under the names of the operators in it, whatever they compute,
-# so a changed operator would get the code of the old one. The tag is part of every cache key.
+# torch caches compiled code on disk by the names of the operators in it, not by their code. So a
+# changed operator would get the code of the old one. The tag is part of every cache key.
 _sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
 torch.compiler.config.cache_key_tag += f" toma_fx {sha256(_sources).hexdigest()[:16]}"

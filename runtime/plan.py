@@ -1,10 +1,10 @@
-"""How a plan travels from the block that makes it to the blocks that share it.
+"""Transport of a plan from the block that makes it to the blocks that share it.
 
-Every call of a transformed model opens a `CallScope`. Where diffusers hands a dictionary of
-attention kwargs to every block, the scope goes along in it; other models have no such argument, and
-their blocks ask for the scope of the thread. It dies with the call, so no plan can be used by
-another image, another request or another thread, and under capture it leaves nothing but def-use
-edges. The functions here are what the generated forwards call to reach it.
+Every call of a transformed model opens a `CallScope`. If diffusers passes a dictionary of attention
+kwargs to every block, the scope travels in it; other models have no such argument, and their blocks
+use the scope of the thread. The scope ends with the call, so no other image, request or thread can
+use its plans, and in a captured graph only def-use edges are left of it. Generated forwards call
+the functions here to reach the scope.
 """
 
 import threading
@@ -22,56 +22,57 @@ if TYPE_CHECKING:
     from toma_fx.runtime.memory import Memories
 
 SCOPE = "toma"
-"""The key of the scope in the attention kwargs."""
+"""Key of the scope in the attention kwargs."""
 
 Plan = tuple[Any, ...]
-"""Merge weight, unmerge weight, the destinations' rows of what has one for each token, such as
-rotary values, or None for an argument that was; and the destinations, in a model that keeps plans
-for later calls. Where keys alone merge, merge weight and the logarithms of the clusters' sizes."""
+"""Merge weight; unmerge weight; for each argument with a row per token, such as rotary values, the
+destinations' rows, or None if the argument was None; and the destinations, if the model keeps plans
+for later calls. If only keys merge: merge weight and the logarithms of the clusters' sizes."""
 
 Plans = Mapping[str, Mapping[str, Plan]]
-"""Plans by the path of the stage whose blocks share them, and by the name of their group in it."""
+"""Plans by the path of the stage whose blocks share them, and by their group's name in it."""
 
 MERGED = "merged"
-"""The variant of a block that makes a new plan, or shares one, and merges by it."""
+"""Variant of a block that merges with a new plan, made by itself or shared."""
 UNTOUCHED = "untouched"
-"""The variant that runs diffusers' own forward on all tokens."""
+"""Variant that runs diffusers' own forward on all tokens."""
 WEIGH = "weigh"
-"""The variant that keeps an earlier call's destinations and computes their weights again."""
+"""Variant that keeps an earlier call's destinations and computes their weights again."""
 REUSE = "reuse"
-"""The variant that merges by the plan of an earlier call."""
+"""Variant that merges with the plan of an earlier call."""
 REMEMBER = "remember"
-"""The variant that runs on all tokens and remembers its update: `toma_fx.runtime.memory`."""
+"""Variant that runs on all tokens and remembers its update: `toma_fx.runtime.memory`."""
 RECALL = "recall"
-"""The variant that adds what changed since then, by merged tokens, to what is remembered."""
+"""Variant that corrects the remembered update, by means of merged tokens."""
 
 BRING_PLANS = (WEIGH, REUSE, RECALL)
-"""The variants that need something of an earlier call."""
+"""Variants that need data of an earlier call."""
 MERGE_AS_BEFORE = (REUSE, RECALL)
-"""Those that merge by a plan of an earlier call."""
+"""Variants that merge with a plan of an earlier call."""
 
 
 class CallScope:
-    """The plans of one call of a model, or of one stage in it.
+    """Plans of one call of a model, or of one stage in it.
 
     Attributes:
-        variant: the variant of a block that runs in this call.
-        grids: token counts of the grids in the image sequence; None when it is one grid.
-        unmerged: image tokens before those grids that stay as they are, as those of a first frame
-            that is given.
-        order: the order of the image tokens, ``(N,)`` int64; None where it is the caller's. Where
-            references merged before the call, the tokens that are left, in the caller's order.
-        rows: how many tokens there were then; None where none is left out.
-        whole: arguments of the model that tell of all of them, by name.
-        plans: what a group's first block made, for the blocks that follow it, by the name of the
-            group. So a block that runs again later, as in gradient checkpointing, finds its plan.
-        planners: what makes the plan of a group whose first block was skipped, if one asks for it.
+        variant: variant of the blocks that runs in this call.
+        grids: token counts of the grids in the image sequence; None if it is one grid.
+        unmerged: number of image tokens before those grids that stay unmerged, such as those of a
+            given first frame.
+        order: order of the image tokens, ``(N,)`` int64; None if it is the caller's. If references
+            merged before the call: the tokens that are left, in the caller's order.
+        rows: number of tokens before references merged; None if no tokens were left out.
+        whole: arguments of the model that describe all these tokens, by name.
+        plans: plans made by the first block of each group, for the blocks that follow, by the
+            group's name. So a block that runs again later, as in gradient checkpointing, finds its
+            plan.
+        planners: for each group whose first block was skipped, a function that makes its plan.
         kept: plans of an earlier call, by the name of the group.
-        kept_by_stage: those of this scope and of the stages in it, by their paths.
-        stages: the scopes of stages with groups of their own, by their paths in the model; where
-            nobody keeps plans, there are none, so that a stage's plan goes with the stage.
-        keeps: whether the plans are wanted after the call.
-        memories: what blocks remember of a full step, in a model with memory.
+        kept_by_stage: plans of this scope and of the stages in it, by their paths.
+        stages: scopes of stages with groups of their own, by their paths in the model. It stays
+            empty if plans are not kept, so that a stage's plan is freed with the stage.
+        keeps: whether the plans are needed after the call.
+        memories: the blocks' memories of a full step, in a model with memory.
     """
 
     __slots__ = (
@@ -118,13 +119,13 @@ class CallScope:
         self.stages: dict[str, CallScope] = {}
 
     def made(self) -> dict[str, dict[str, Plan]]:
-        """The plans of this scope and its stages, for a later call."""
+        """Return the plans of this scope and its stages, for a later call."""
         scopes = {"": self, **self.stages}
         return {path: dict(scope.plans) for path, scope in scopes.items() if scope.plans}
 
 
 class _Thread(threading.local):
-    # On the class, so that a guard of Dynamo holds in threads that never called a model.
+    # A class attribute, so that a guard of Dynamo holds in threads that never called a model.
     scope: ClassVar[CallScope | None] = None
 
 
@@ -132,21 +133,21 @@ _THREAD = _Thread()
 
 
 def current() -> CallScope | None:
-    """The scope of the call of a model that this thread is in."""
+    """Return the scope of the model call that this thread is in; None outside of a call."""
     return _THREAD.scope
 
 
 def enter(scope: CallScope | None) -> CallScope | None:
-    """Let ``scope`` be that of this thread; returns the one before, to be entered again."""
+    """Set the scope of this thread and return the previous one, to be restored later."""
     before = _THREAD.scope
     _THREAD.scope = scope  # type: ignore[misc]
     return before
 
 
 class InScope:
-    """A block whose calls run in a scope, whichever thread makes them and whenever.
+    """A block whose calls run in a given scope, from any thread and at any time.
 
-    Gradient checkpointing runs a block again during the backward pass, when the call is over.
+    Gradient checkpointing runs a block again during the backward pass, after the call has ended.
     """
 
     def __init__(self, block: Callable[..., Any], scope: CallScope | None) -> None:
@@ -161,16 +162,16 @@ class InScope:
 
 
 def scope_of(attention_kwargs: Mapping[str, Any] | None) -> CallScope | None:
-    """The scope of the call of a model to which a call of a block belongs, if any."""
+    """Return the scope of the model call to which a block's call belongs, if any."""
     return current() if attention_kwargs is None else attention_kwargs.get(SCOPE)
 
 
 def own_scope(attention_kwargs: Mapping[str, Any], stage: str) -> dict[str, Any]:
-    """The attention kwargs with a scope of its own for a stage, whose blocks share plans.
+    """Return the attention kwargs with a separate scope for a stage, whose blocks share plans.
 
     Args:
-        attention_kwargs: those of the call of the model, with its scope.
-        stage: the stage's path in the model.
+        attention_kwargs: kwargs of the model's call, with its scope.
+        stage: path of the stage in the model.
     """
     scope: CallScope = attention_kwargs[SCOPE]
     own = CallScope(scope.variant, scope.grids, scope.kept_by_stage, stage, memories=scope.memories)
@@ -180,12 +181,12 @@ def own_scope(attention_kwargs: Mapping[str, Any], stage: str) -> dict[str, Any]
 
 
 def variant(attention_kwargs: Mapping[str, Any] | None, group: str = "") -> str:
-    """The variant of a block that runs in this call of the model; on its own, it merges.
+    """Return the variant of a block in this call of the model; outside of one, it merges.
 
     Args:
-        attention_kwargs: of the call of the block.
-        group: the group that the block makes a plan for. It makes one whenever an earlier call
-            left none, as where a hook skipped the block then; and then it remembers anew, too.
+        attention_kwargs: kwargs of the block's call.
+        group: group for which the block makes a plan. If an earlier call left no plan, for example
+            because a hook skipped the block, the block makes a new one, and a new memory too.
     """
     scope = scope_of(attention_kwargs)
     if scope is None:
@@ -202,19 +203,19 @@ def variant(attention_kwargs: Mapping[str, Any] | None, group: str = "") -> str:
 def region_layout(
     attention_kwargs: Mapping[str, Any] | None, tokens: Tensor, region_tokens: int, ratio: float
 ) -> tuple[int, ...]:
-    """How the image tokens of a call are cut into regions: `toma_fx.runtime.regions.layout`.
+    """Return the division of a call's image tokens into regions: `toma_fx.runtime.regions.layout`.
 
     Args:
-        attention_kwargs: of the call of the block; their scope knows the grids of the sequence.
+        attention_kwargs: kwargs of the block's call; their scope knows the grids of the sequence.
         tokens: ``(B, N, D)`` image tokens.
-        region_tokens: tokens wanted in a region.
-        ratio: share of a region's tokens that is merged away.
+        region_tokens: wanted number of tokens per region.
+        ratio: share of each region's tokens that is merged away.
     """
     scope = scope_of(attention_kwargs)
     count = tokens.shape[1]
     grids: tuple[int, ...] = (count,)
-    # Some blocks take a part of the grids, those of the image or those of its references. A rank of
-    # context parallelism holds a part of the sequence, in which grids are unknown.
+    # Some blocks take only some of the grids: the image's, or its references'. A rank of context
+    # parallelism holds a part of the sequence, in which grids are unknown.
     if scope is not None and scope.grids is not None:
         given = tuple(scope.grids)
         ends = range(len(given), -1, -1)
@@ -224,16 +225,16 @@ def region_layout(
 
 
 def unmerged_tokens(attention_kwargs: Mapping[str, Any] | None) -> int:
-    """Image tokens that stay as they are, before all others."""
+    """Return the number of image tokens before all others that stay unmerged."""
     scope = scope_of(attention_kwargs)
     return 0 if scope is None else scope.unmerged
 
 
 def text_tokens(attention_kwargs: Mapping[str, Any] | None, tokens: Tensor) -> int:
-    """Text tokens in a sequence of image and text tokens.
+    """Return the number of text tokens in a sequence of image and text tokens.
 
     Args:
-        attention_kwargs: of the call of the block; their scope knows the grids of the image.
+        attention_kwargs: kwargs of the block's call; their scope knows the grids of the image.
         tokens: ``(B, N + P, D)``.
 
     Raises:
@@ -251,9 +252,9 @@ def text_tokens(attention_kwargs: Mapping[str, Any] | None, tokens: Tensor) -> i
 
 @has_side_effect
 def share(attention_kwargs: Mapping[str, Any] | None, group: str, *plan: Tensor) -> Plan:
-    """Hand the plan to the later blocks of the group; returns it.
+    """Share a plan with the later blocks of the group, and return the plan to use.
 
-    A plan by which blocks have remembered stays, whatever one that remembers anew has made.
+    If blocks have memories made with an earlier plan, that plan stays in use.
     """
     scope = scope_of(attention_kwargs)
     if scope is None:
@@ -265,7 +266,7 @@ def share(attention_kwargs: Mapping[str, Any] | None, group: str, *plan: Tensor)
 
 
 def is_due(attention_kwargs: Mapping[str, Any] | None, group: str) -> bool:
-    """Whether this call of the model merges, and the group has no plan yet."""
+    """Return whether this call of the model merges and the group still lacks a plan."""
     scope = scope_of(attention_kwargs)
     return scope is not None and scope.variant != UNTOUCHED and group not in scope.plans
 
@@ -273,18 +274,18 @@ def is_due(attention_kwargs: Mapping[str, Any] | None, group: str) -> bool:
 def postpone(
     attention_kwargs: Mapping[str, Any] | None, group: str, planner: Callable[[], object]
 ) -> None:
-    """Let ``planner`` share the plan when a later block of the group asks for it."""
+    """Register ``planner`` to share the plan when a later block of the group needs it."""
     scope = scope_of(attention_kwargs)
     assert scope is not None, "no plan is due outside of a call of the model"
     scope.planners[group] = planner
 
 
 def shared(attention_kwargs: Mapping[str, Any] | None, group: str) -> Plan:
-    """The plan that the group's first block made in this call of the model.
+    """Return the plan that the group's first block made in this call of the model.
 
     Raises:
-        InputError: when that block did not run: this one was called on its own, or a hook skipped
-            the first, whose plan takes what its layers compute.
+        InputError: when that block did not run: either this block was called on its own, or a hook
+            skipped the first block, whose plan depends on the output of its layers.
     """
     scope = scope_of(attention_kwargs)
     if scope is not None and group not in scope.plans and group in scope.planners:
@@ -299,7 +300,7 @@ def shared(attention_kwargs: Mapping[str, Any] | None, group: str) -> Plan:
 
 
 def kept_destinations(attention_kwargs: Mapping[str, Any] | None, group: str) -> Tensor:
-    """The destinations that an earlier call selected for the group, ``(B, R, m)`` int64."""
+    """Return the destinations, ``(B, R, m)`` int64, that an earlier call selected for the group."""
     scope = scope_of(attention_kwargs)
     assert scope is not None, "this variant runs only in a call that brings kept plans"
     destinations: Tensor = scope.kept[group][-1]
@@ -307,10 +308,10 @@ def kept_destinations(attention_kwargs: Mapping[str, Any] | None, group: str) ->
 
 
 def pass_on(attention_kwargs: Mapping[str, Any] | None, *refused: str) -> dict[str, Any]:
-    """The attention kwargs that go on to the attention layers: all but the scope.
+    """Return the attention kwargs for the attention layers: all but the scope.
 
     Raises:
-        InputError: when a key of ``refused`` is present, which merged tokens cannot carry.
+        InputError: when a key in ``refused`` is present, which merged tokens do not support.
     """
     if attention_kwargs is None:
         return {}
@@ -324,19 +325,19 @@ def pass_on(attention_kwargs: Mapping[str, Any] | None, *refused: str) -> dict[s
 
 
 _LEFT_WITHOUT = {True: ("cross_attention", "mlp"), False: ("self_attention", "mlp")}
-"""The components that stay when self-attention, or cross-attention, is left out."""
+"""Components that remain when self-attention (True) or cross-attention (False) is left out."""
 
 
 def pass_on_mask(mask: Tensor | None, name: str, merged_keys: bool) -> Tensor | None:
-    """An attention mask that is still true after merging.
+    """Return an attention mask if it is still correct after merging.
 
     Args:
-        mask: ``(B, 1 or queries, keys)`` bias or None.
-        name: the argument's name, for the message.
+        mask: bias ``(B, 1 or queries, keys)``, or None.
+        name: name of the argument, for the message.
         merged_keys: whether the keys are the merged tokens themselves (self-attention).
 
     Raises:
-        InputError: when the mask speaks of single image tokens.
+        InputError: when the mask refers to single image tokens.
     """
     if mask is None:
         return None
@@ -350,7 +351,7 @@ def pass_on_mask(mask: Tensor | None, name: str, merged_keys: bool) -> Tensor | 
 
 
 def clip_float16(hidden_states: Tensor, low: float, high: float) -> Tensor:
-    """Flux's clipping of float16 overflow, decided when the block runs, not when it is captured."""
+    """Clip float16 overflow like Flux; the dtype is checked at run time, not at capture."""
     return hidden_states.clip(low, high) if hidden_states.dtype == torch.float16 else hidden_states
 
 

@@ -1,14 +1,14 @@
-"""How tokens are cut into regions: equal, contiguous runs of each grid of the sequence.
+"""Division of tokens into regions: equal, contiguous runs of each grid of the sequence.
 
-A sequence holds the output image's token grid and then the grids of its references. No region
-holds tokens of two grids. A grid that the wanted length does not divide is cut into runs whose
-lengths differ by at most one token, and the shorter ones are padded. The operators know nothing
+A sequence holds the output image's token grid, then the grids of its references. No region holds
+tokens of two grids. If the wanted length does not divide a grid, the grid is cut into runs whose
+lengths differ by at most one token, and the shorter runs are padded. The operators know nothing
 else: a tile, a stripe and the whole image differ only in the order of the tokens (`token_order`)
 and in the length of a run.
 
 Shape suffixes, here and in every file of this folder: ``B`` batch, ``P`` tokens before the image
-tokens (text), ``N`` image tokens, ``R`` regions, ``n`` places of a region, of which padding takes
-those that no token has, ``m`` destinations of a region, ``M = R * m`` destinations, ``D`` width.
+tokens (text), ``N`` image tokens, ``R`` regions, ``n`` places of a region (those without a token
+are padding), ``m`` destinations of a region, ``M = R * m`` destinations, ``D`` width.
 """
 
 import functools
@@ -23,27 +23,27 @@ from torch import Tensor
 from toma_fx.errors import InputError
 
 WHOLE_IMAGE = 0
-"""The ``region_tokens`` of one region that holds every token."""
+"""Value of ``region_tokens`` for one region that holds every token."""
 
 
 def layout(segments: Sequence[int], region_tokens: int, ratio: float) -> tuple[int, ...]:
-    """How the grids of a sequence are cut into regions.
+    """Return the division of a sequence's grids into regions.
 
     Region ``i`` of a grid holds its tokens from ``i * N // R`` up to ``(i + 1) * N // R``.
 
     Grids of many regions get regions of ``region_tokens`` places whatever their sizes, so that one
-    graph serves them all. Where a grid is small, its tokens are counted: one grid alone is cut at
-    a divisor near ``region_tokens``, without padding; if there is none, or there are several grids,
-    each is cut into the nearest number of regions.
+    graph serves them all. For a small grid, the exact number of tokens matters: a single grid is
+    cut at a divisor near ``region_tokens``, without padding; if there is none, or if there are
+    several grids, each is cut into the nearest number of regions.
 
     Args:
         segments: tokens of each grid, in the order of the sequence; may be symbolic.
-        region_tokens: tokens wanted in a region, or `WHOLE_IMAGE`.
+        region_tokens: wanted number of tokens per region, or `WHOLE_IMAGE`.
         ratio: share of the tokens that is merged away, in [0, 1).
 
     Returns:
         ``(m, n, N_1, R_1, N_2, R_2, ...)``: destinations and places of every region, then tokens
-        and regions of each grid. Flat, because an operator takes a list of integers.
+        and regions of each grid. It is flat, because an operator takes a list of integers.
 
     >>> layout([4096], 64, 0.5), layout([4087], 64, 0.5)
     ((32, 64, 4096, 64), (32, 64, 4087, 64))
@@ -52,28 +52,28 @@ def layout(segments: Sequence[int], region_tokens: int, ratio: float) -> tuple[i
     >>> layout([4096, 4087], WHOLE_IMAGE, 0.5)
     (4092, 8183, 8183, 1)
     """
-    if not segments:  # of a video whose frames are all given, nothing merges
+    if not segments:  # nothing merges in a video whose frames are all given
         return 1, 1
     if region_tokens == WHOLE_IMAGE:
         total = sum(segments)
         return kept_tokens(total, ratio), total, total, 1
     keep = kept_tokens(region_tokens, ratio)
-    # Padding keeps less than m tokens too many: of so many regions, less than 3 % of the tokens. In
-    # integers, since dynamo makes a symbol of a float constant.
+    # Padding keeps less than m tokens too many: with this many regions, less than 3 % of the
+    # tokens. In integers, because Dynamo makes a symbol of a float constant.
     many = max(17, -(-100 * keep // (3 * region_tokens)))
-    fits = keep <= many * region_tokens // (many + 1)  # the tokens that every region has at least
+    fits = keep <= many * region_tokens // (many + 1)  # the minimum number of tokens per region
     if all(
         tokens % region_tokens == 0 or (fits and tokens >= many * region_tokens)
         for tokens in segments
     ):
         regions = [
-            # Two expressions for one number, so that a graph knows where nothing is padded.
+            # Two expressions for one number, so that a graph can tell where nothing is padded.
             tokens // region_tokens + (0 if tokens % region_tokens == 0 else 1)
             for tokens in segments
         ]
         return _flat(keep, region_tokens, segments, regions)
-    # Under symbolic shapes, the counts become part of the graph here. Not by int, which Dynamo
-    # takes for another symbol.
+    # Under symbolic shapes, the counts become part of the graph here. `int` would not do, because
+    # Dynamo takes its result for another symbol.
     return _counted_layout([index(tokens) for tokens in segments], region_tokens, ratio)
 
 
@@ -102,7 +102,7 @@ def _flat(
 
 
 def kept_tokens(tokens: int, ratio: float) -> int:
-    """Destinations kept of ``tokens`` tokens when ``ratio`` is merged away: at least 1.
+    """Return how many of ``tokens`` tokens are kept when ``ratio`` is merged away: at least 1.
 
     >>> kept_tokens(64, 0.5), kept_tokens(76, 0.25), kept_tokens(3, 0.99)
     (32, 57, 1)
@@ -111,22 +111,22 @@ def kept_tokens(tokens: int, ratio: float) -> int:
 
 
 def total_tokens(layout: Sequence[int]) -> int:
-    """``N``: tokens of all grids."""
+    """Return ``N``, the number of tokens of all grids."""
     return sum(layout[2::2])
 
 
 def total_regions(layout: Sequence[int]) -> int:
-    """``R``: regions of all grids."""
+    """Return ``R``, the number of regions of all grids."""
     return sum(layout[3::2])
 
 
 def kept(layout: Sequence[int]) -> int:
-    """``M``: tokens that are left after merging."""
+    """Return ``M``, the number of tokens that are left after merging."""
     return layout[0] * total_regions(layout)
 
 
 def is_padded(layout: Sequence[int]) -> bool:
-    """Whether there are more places than tokens."""
+    """Return whether there are more places than tokens."""
     return any(
         tokens != regions * layout[1]
         for tokens, regions in zip(layout[2::2], layout[3::2], strict=True)
@@ -134,10 +134,10 @@ def is_padded(layout: Sequence[int]) -> bool:
 
 
 def expect_tokens(operator: str, tokens: Tensor, layout: Sequence[int]) -> None:
-    """Check that tokens ``(B, N, D)`` are those of a layout.
+    """Check that tokens ``(B, N, D)`` fit a layout.
 
     Raises:
-        InputError: when they are not.
+        InputError: when they do not.
     """
     if tokens.ndim != 3:
         raise InputError(f"{operator}: tokens of shape {tuple(tokens.shape)} must be (B, N, D)")
@@ -149,15 +149,15 @@ def expect_tokens(operator: str, tokens: Tensor, layout: Sequence[int]) -> None:
 
 
 class Places(NamedTuple):
-    """Where the tokens of a padded layout are."""
+    """Positions of the tokens in a padded layout."""
 
     token_of_place: Tensor
-    """``(R * n,)`` int64: a padded place repeats the last token of its own region, so that what is
-    wrong with a token, such as NaN, stays in its region."""
+    """``(R * n,)`` int64: index of the token at each place. A padded place repeats the last token
+    of its own region, so that a bad value in a token, such as NaN, stays in its region."""
     place_of_token: Tensor
-    """``(N,)`` int64."""
+    """``(N,)`` int64: place of each token."""
     counts: Tensor
-    """``(R,)`` int64: tokens of each region."""
+    """``(R,)`` int64: number of tokens in each region."""
 
 
 def _find_places(layout: Sequence[int], device: torch.device) -> Places:
@@ -180,10 +180,10 @@ def _find_places(layout: Sequence[int], device: torch.device) -> Places:
 
 
 def kept_for(like: Tensor) -> tuple[torch.device, int] | None:
-    """Device and CUDA stream under which an index made for ``like`` may be kept between calls.
+    """Return the device and CUDA stream under which an index made for ``like`` may be cached.
 
-    None where it may not: under tracing an index belongs to that trace, and in a CUDA graph to its
-    memory. By stream, since another could read the index before the one that made it is done.
+    None if it may not: under tracing an index belongs to that trace, and in a CUDA graph to its
+    memory. The stream matters, because another stream could read the index before it is complete.
     """
     on_gpu = like.device.type == "cuda"
     if type(like) is not Tensor or (on_gpu and torch.cuda.is_current_stream_capturing()):
@@ -193,13 +193,13 @@ def kept_for(like: Tensor) -> tuple[torch.device, int] | None:
 
 @functools.lru_cache(maxsize=64)
 def _cached_places(layout: tuple[int, ...], device: torch.device, stream: int) -> Places:
-    # An inference tensor could not be used later by a call that records gradients.
+    # A call that records gradients could not use an inference tensor later.
     with torch.inference_mode(mode=False):
         return _find_places(layout, device)
 
 
 def places_of(layout: Sequence[int], like: Tensor) -> Places:
-    """Where the tokens of a padded layout are, on the device of ``like``."""
+    """Return the positions of a padded layout's tokens, on the device of ``like``."""
     key = kept_for(like)
     if key is None:
         return _find_places(layout, like.device)
@@ -207,20 +207,20 @@ def places_of(layout: Sequence[int], like: Tensor) -> Places:
 
 
 def real_places(layout: Sequence[int], like: Tensor) -> Tensor:
-    """Which places hold a token of their own, ``(R, n)`` bool, on the device of ``like``."""
+    """Return which places are not padding, ``(R, n)`` bool, on the device of ``like``."""
     place = torch.arange(layout[1], device=like.device)
     return place < places_of(layout, like).counts[:, None]
 
 
 def placed(tokens_BND: Tensor, layout: Sequence[int]) -> Tensor:
-    """Tokens in their places, ``(B, R * n, D)``: the tokens themselves where nothing is padded."""
+    """Put tokens into their places, ``(B, R * n, D)``; returns the input if nothing is padded."""
     if not is_padded(layout):
         return tokens_BND
     return tokens_BND.index_select(1, places_of(layout, tokens_BND).token_of_place)
 
 
 def spread(tokens_BND: Tensor, layout: Sequence[int]) -> Tensor:
-    """Tokens by region, ``(B, R, n, D)``: a view where nothing is padded.
+    """Divide tokens by region, ``(B, R, n, D)``; returns a view if nothing is padded.
 
     >>> spread(torch.arange(7).reshape(1, 7, 1), (1, 4, 7, 2)).squeeze(-1)
     tensor([[[0, 1, 2, 2],
@@ -231,7 +231,7 @@ def spread(tokens_BND: Tensor, layout: Sequence[int]) -> Tensor:
 
 
 def gathered(places_BRnD: Tensor, layout: Sequence[int]) -> Tensor:
-    """Tokens out of their places, ``(B, N, D)``: undoes `spread`."""
+    """Take tokens out of their places, ``(B, N, D)``; undoes `spread`."""
     places = places_BRnD.flatten(1, 2)
     if not is_padded(layout):
         return places

@@ -1,4 +1,4 @@
-"""Which tokens to keep: destinations, chosen region by region (Eq. 5, Alg. 1 and 2)."""
+"""Selection of destinations, the tokens to keep, region by region (Eq. 5, Alg. 1 and 2)."""
 
 import functools
 import logging
@@ -25,18 +25,18 @@ logger = logging.getLogger(__name__)
 
 GAIN_STEPS = 2.0**12
 """Gains are compared in steps of ``1 / GAIN_STEPS``. Two tokens that are nearest to each other
-have exactly the same gain, ``1 + S_ij - c_i - c_j``, so ties are the rule; without the steps
+have exactly the same gain, ``1 + S_ij - c_i - c_j``, so ties are common. Without the steps,
 rounding would decide them, and eager, compiled and exported models would pick differently."""
 
 PADDING_GAIN = -1e30
-"""What padding counts as gaining: less than any token, more than one that is picked already."""
+"""Gain of padding: less than that of any token, more than that of a picked token."""
 
 KERNEL_TOKENS = 256
-"""The largest region whose destinations a GPU kernel picks; see `kernels`."""
+"""Size in tokens of the largest region whose destinations a GPU kernel picks; see `kernels`."""
 
 
 def unit_tokens(tokens_BND: Tensor) -> Tensor:
-    """Tokens of length 1 in float32, ``(B, N, D)``: their products are cosine similarities.
+    """Normalise tokens to length 1 in float32, ``(B, N, D)``: products are cosine similarities.
 
     float32 because one bf16 step of a cosine near 1 is 0.004, four logits at a temperature of
     0.001. Detached because a plan is a choice, not a function to differentiate.
@@ -45,9 +45,9 @@ def unit_tokens(tokens_BND: Tensor) -> Tensor:
 
 
 def cosines(unit: Tensor, others: Tensor) -> Tensor:
-    """Cosine similarities ``(..., n, m)`` of unit tokens ``(..., n, D)`` and ``(..., m, D)``.
+    """Return cosine similarities ``(..., n, m)`` of unit tokens ``(..., n, D)``, ``(..., m, D)``.
 
-    In their float32 under autocast too, which would round them as `unit_tokens` must not be.
+    They stay float32 under autocast too, which would round them (see `unit_tokens`).
     """
     device = unit.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
@@ -59,27 +59,27 @@ def cosines(unit: Tensor, others: Tensor) -> Tensor:
 def facility_location(
     similarity: Tensor, keep: int, *sized: Tensor, real_Gn: Tensor | None = None
 ) -> Tensor:
-    """Greedy maximisation of ``f(T) = sum_i max_{j in T} S_ij`` (Eq. 5) in every group at once.
+    """Maximise ``f(T) = sum_i max_{j in T} S_ij`` (Eq. 5) greedily in every group at once.
 
     Each pick is the token with the largest gain ``sum_i max(0, S_ij - c_i)``, where ``c_i`` is the
-    best similarity of token ``i`` to the picks so far, -1 before the first. A picked token is
+    best similarity of token ``i`` to the picks so far, -1 before the first. Picked tokens are
     masked: in flat areas all gains are 0, and an unmasked maximum would repeat itself.
 
-    In eager mode the picks are a Python loop over all groups at once; in a graph they are one loop
-    node, compiled once whatever the number of picks.
+    In eager mode, a Python loop picks in all groups at once. In a graph, the picks are one loop
+    node, compiled once for any number of picks.
 
     Args:
         similarity: ``(G, n, n)`` float32, symmetric, at least -1 everywhere, no NaN.
         keep: picks per group, at most ``n``.
-        *sized: tensors that have the symbols of a symbolic ``G`` among their own sizes. The loop
-            takes them along, since Inductor must find every symbol in what a loop is given.
-        real_Gn: ``(G, n)`` bool: the other places are padding, picked when nothing else is left.
+        *sized: tensors whose sizes contain the symbols of a symbolic ``G``. They are passed to the
+            loop, because Inductor must find every symbol in the inputs of a loop.
+        real_Gn: ``(G, n)`` bool: False marks padding, picked only when nothing else is left.
 
     Returns:
         ``(G, keep)`` int64, in the order of picking, without repetition.
     """
-    # Private, and the only way to write a loop whose trip count is no part of the graph. Imported
-    # here because torch may not have imported its tracer yet.
+    # Private API, but the only way to write a loop whose trip count is not part of the graph.
+    # Imported here because torch may not have imported its tracer yet.
     from torch._higher_order_ops.while_loop import while_loop_op
     from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
@@ -101,7 +101,7 @@ def facility_location(
 
     groups, tokens, _ = similarity.shape
     looped = torch.compiler.is_compiling() or get_proxy_mode() is not None
-    # A loop node asks whether it is done, and would wait for a GPU; Python's loop never asks.
+    # A loop node reads its condition and would wait for a GPU; Python's loop does not read it.
     device = torch.device("cpu") if looped else similarity.device
     free = similarity.new_zeros((groups, tokens))
     if real_Gn is not None:
@@ -113,31 +113,31 @@ def facility_location(
         similarity.new_zeros((groups, keep), dtype=torch.int64),
     )
     if looped:
-        loop: Any = while_loop_op  # typed for carried values of one kind
+        loop: Any = while_loop_op  # its types allow carried values of one kind only
         picks: Tensor = loop(unfinished, pick, start, (similarity, *sized))[3]
         return picks
     if similarity.is_meta:
-        return start[3]  # shapes are all that a search without data could find
+        return start[3]  # without data, a search could find nothing but shapes
     for _ in range(keep):
         start = pick(*start, similarity)
     return start[3]
 
 
 def similarities(tokens_BND: Tensor, size: int, real_Rn: Tensor | None = None) -> Tensor:
-    """Cosine similarities of the places of each region, ``(B * R, n, n)`` float32, no NaN.
+    """Return cosine similarities of the places of each region, ``(B * R, n, n)`` float32, no NaN.
 
     Args:
         tokens_BND: tokens in their places, ``R * size`` of them.
-        size: places of a region.
-        real_Rn: ``(R, n)`` bool: which places are no padding, where there is any.
+        size: places per region.
+        real_Rn: ``(R, n)`` bool: which places are not padding; None if there is no padding.
     """
     batch, places, _ = tokens_BND.shape
     unit = unit_tokens(tokens_BND.unflatten(1, (places // size, size)).flatten(0, 1))
-    # A token with NaN resembles nothing, so it is picked last; its NaN still shows in the output.
+    # A token with NaN is similar to nothing, so it is picked last; its NaN shows in the output.
     similarity = cosines(unit, unit).nan_to_num(nan=-1.0)
     if real_Rn is None:
         return similarity
-    # Padding resembles nothing either, and so it adds nothing to any gain.
+    # Padding is similar to nothing either, so it adds nothing to any gain.
     padded = ~(real_Rn[:, :, None] & real_Rn[:, None, :])
     by_image: Tensor = similarity.unflatten(0, (batch, places // size))
     return by_image.masked_fill(padded, -1.0).flatten(0, 1)
@@ -146,13 +146,13 @@ def similarities(tokens_BND: Tensor, size: int, real_Rn: Tensor | None = None) -
 def facility_location_by_loop(
     tokens_BND: Tensor, size: int, keep: int, counts: Tensor | None = None, *sized: Tensor
 ) -> Tensor:
-    """`facility_location` in regions of ``size`` places, on any device: ``(B, R, keep)`` int64.
+    """Run `facility_location` in regions of ``size`` places, on any device: ``(B, R, keep)`` int64.
 
     Args:
         tokens_BND: tokens in their places, ``R * size`` of them.
-        size: places of a region.
+        size: places per region.
         keep: picks per region.
-        counts: ``(R,)`` int64: places of each region that are no padding, where there is any.
+        counts: ``(R,)`` int64: number of places per region that are not padding; None for all.
         *sized: see `facility_location`.
     """
     batch, places, _ = tokens_BND.shape
@@ -172,7 +172,7 @@ def _facility_location(tokens_BND: Tensor, layout: Sequence[int]) -> Tensor:
     if not _has_kernel(tokens_BND, size):
         sized = () if counts is None else (tokens_BND,)
         return facility_location_by_loop(places, size, keep, counts, *sized)
-    # Here, because triton and what it needs of torch's compiler take more than a second to import.
+    # Imported here because triton and its needs in torch's compiler take over a second to import.
     from toma_fx.runtime import kernels as kernels  # defines the operator
 
     picks: Tensor = torch.ops.toma.facility_location(places.detach(), size, keep, counts)
@@ -180,7 +180,7 @@ def _facility_location(tokens_BND: Tensor, layout: Sequence[int]) -> Tensor:
 
 
 def _has_kernel(tokens_BND: Tensor, size: int) -> bool:
-    # The symbolic size of one region for any image is no int.
+    # With one region for any image size, the size is symbolic and not an int.
     if not isinstance(size, int) or size > KERNEL_TOKENS or not _runs_kernels(tokens_BND.device):
         return False
     from torch._functorch import config  # a part of torch's compiler
@@ -190,9 +190,9 @@ def _has_kernel(tokens_BND: Tensor, size: int) -> bool:
 
 
 def _runs_kernels(device: torch.device) -> bool:
-    """Whether the device is a GPU that triton supports, and triton is there.
+    """Return whether the device is a GPU that triton supports, and triton is installed.
 
-    Not on ROCm, for which triton lacks the matrix products that the kernels ask for.
+    ROCm is excluded, because its triton lacks the matrix products that the kernels use.
     """
     return (
         device.type == "cuda"
@@ -226,9 +226,9 @@ def _grid(tokens_BND: Tensor, layout: Sequence[int]) -> Tensor:
 
 
 def pseudo_random(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Fixed numbers in [0, 1), float32, the same at every call: a hash of each element's index.
+    """Return fixed float32 numbers in [0, 1), the same at every call: hashes of element indices.
 
-    Not `torch.rand`, because the global random state is the user's.
+    `torch.rand` is not used, because the global random state is the user's.
     """
     count = 1
     for size in shape:
@@ -241,12 +241,12 @@ def pseudo_random(like: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Selector:
-    """A way to choose destinations."""
+    """A method of choosing destinations."""
 
     pick: Callable[[Tensor, Sequence[int]], Tensor]
-    """``(B, N, D), layout -> (B, R, m)``: int64 places inside the region."""
+    """Maps ``(B, N, D)`` and a layout to ``(B, R, m)`` int64 places in the region."""
     fixed_weights: bool = False
-    """Whether the weights are `merging.fixed_weights`, which do not look at a token either."""
+    """True if the weights are `merging.fixed_weights`, which do not depend on the tokens either."""
 
 
 SELECTORS = {
@@ -258,19 +258,19 @@ SELECTORS = {
 
 
 def select(tokens: Tensor, layout: Sequence[int], selector: str) -> Tensor:
-    """Destinations of every region.
+    """Select the destinations of every region.
 
     Args:
         tokens: ``(B, N, D)`` in token order, any floating dtype.
-        layout: how the tokens are cut into regions; see `toma_fx.runtime.regions.layout`.
+        layout: division of the tokens into regions; see `toma_fx.runtime.regions.layout`.
         selector: a key of `SELECTORS`.
 
     Returns:
-        ``(B, R, m)`` int64: indices into the ``N`` tokens, distinct within a region of at least
-        ``m`` tokens. A smaller region names all its tokens, some more than once.
+        ``(B, R, m)`` int64 indices into the ``N`` tokens, distinct within a region of at least
+        ``m`` tokens. A smaller region lists all its tokens, some more than once.
 
     Raises:
-        InputError: when ``tokens`` do not fit ``layout`` or ``selector`` is unknown.
+        InputError: when ``tokens`` do not fit ``layout``, or when ``selector`` is unknown.
     """
     expect_tokens("select", tokens, layout)
     if selector not in SELECTORS:

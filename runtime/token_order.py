@@ -1,12 +1,13 @@
 """Token order: an order in which every contiguous run of tokens is a compact patch of the image.
 
-The paper gives up speed on tiles because each merge reshuffles the tokens (section 4.3.1). No layer
-of a transformer block minds the order of its tokens, so it is changed once, where the tokens enter
-the model or the stage, and changed back where they leave.
+The paper gives up speed on tiles because each merge reshuffles the tokens (section 4.3.1). The
+layers of a transformer block do not depend on the order of its tokens, so the order is changed
+once, where the tokens enter the model or the stage, and changed back where they leave.
 
 The order follows a Hilbert curve. A run of ``4**k`` tokens that starts at a multiple of ``4**k`` is
-exactly a square tile of side ``2**k``, and a run of any other length, on a grid that tiles do not
-divide, is still a patch of neighbours or two, so no size needs padding or a special case.
+exactly a square tile of side ``2**k``. A run of any other length, on a grid that tiles do not
+divide, still consists of one or two patches of neighbours, so no size needs padding or a special
+case.
 """
 
 import functools
@@ -19,22 +20,22 @@ from toma_fx.runtime.regions import kept_for
 
 _LEVELS = 8
 """Levels of the curve: the same for every image, so that one graph can order images of many sizes.
-An image of more than 256 tokens a side gets one curve for each square of 256 x 256, one square
+An image of more than 256 tokens a side gets one curve per square of 256 x 256 tokens, one square
 after another."""
 
 _SQUARES = 4
-"""Bits for the row and for the column of a square: 16 squares, 4096 tokens a side."""
+"""Bits for the row and for the column of a square: 16 squares, or 4096 tokens, per side."""
 
 _TIES = 20
-"""Bits for the index of a token in the sequence, which leaves 19 for the number of an image."""
+"""Bits for the index of a token in the sequence; 19 bits are left for the number of an image."""
 
 
 def _turns() -> int:
-    """The curve as a table of 16 entries of 4 bits, by how the square is turned and quadrant.
+    """Return the curve as a table of 16 entries of 4 bits, by a square's orientation and quadrant.
 
-    A square is passed through as drawn, swapped over its diagonal (1), mirrored at both (2), or
-    both (3). An entry is the quadrant's place on the curve, 2 bits, and how the quadrant itself is
-    turned, 2 bits.
+    A square is traversed as drawn, swapped over its diagonal (1), mirrored at both (2), or both
+    (3). An entry is the quadrant's position on the curve (2 bits) and the quadrant's own
+    orientation (2 bits).
     """
     table = 0
     for turn in range(4):
@@ -51,13 +52,13 @@ def _turns() -> int:
 _TURNS = _turns()
 
 _BEFORE_ALL = 1 << 62
-"""More than the number of any place."""
+"""More than any place number."""
 
 
 def _hilbert_index(row: Tensor, column: Tensor) -> Tensor:
-    """Position along the Hilbert curve through a square, int64, same shape as ``row``."""
-    # Each step reads the step before once. Inductor expands pointwise chains into one expression,
-    # and a second reading would double it at every level.
+    """Return the position along the Hilbert curve in a square, int64, same shape as ``row``."""
+    # Each step reads the previous step once. Inductor expands pointwise chains into one expression,
+    # and a second read would double it at every level.
     position, turn = torch.zeros_like(row), torch.zeros_like(row)
     table = torch.full_like(row, _TURNS)
     for level in reversed(range(_LEVELS)):
@@ -69,7 +70,7 @@ def _hilbert_index(row: Tensor, column: Tensor) -> Tensor:
 
 
 def _place(image: Tensor | int, row: Tensor, column: Tensor) -> Tensor:
-    """A number that rises along the curves, from square to square and from image to image."""
+    """Return a number that rises along the curves, from square to square and image to image."""
     square = ((image << _SQUARES) + (row >> _LEVELS) << _SQUARES) + (column >> _LEVELS)
     return (square << 2 * _LEVELS) + _hilbert_index(row, column)
 
@@ -81,13 +82,13 @@ def _grid_order(height: int, width: int, device: torch.device) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _cached_grid_order(height: int, width: int, device: torch.device, stream: int) -> Tensor:
-    # An inference tensor could not be used later by a call that records gradients.
+    # A call that records gradients could not use an inference tensor later.
     with torch.inference_mode(mode=False):
         return _grid_order(height, width, device)
 
 
 def tile_order(like: Tensor, height: int, width: int) -> Tensor:
-    """Tile order of a token grid.
+    """Return the tile order of a token grid.
 
     Args:
         like: any tensor on the device of the result.
@@ -153,20 +154,20 @@ def video_order(
     chunk: int,
     given: Sequence[int] = (),
 ) -> Tensor:
-    """Token order of a video: chunks of frames, each on one Hilbert curve, through all its frames.
+    """Return the token order of a video: each chunk of frames lies on one Hilbert curve.
 
     A run of ``chunk * 4**k`` tokens is a patch of ``2**k`` by ``2**k`` tokens through the frames of
-    a chunk. The first frames are in tile order each, since a video's first latent frame stands for
-    one frame where all others stand for several.
+    a chunk. The frames before the first chunk are in tile order one by one, because a video's first
+    latent frame stands for one frame while all others stand for several.
 
     Args:
         like: any tensor on the device of the result.
-        frames: of the token grid.
+        frames: frames of the token grid.
         height: rows of a frame.
         width: columns of a frame.
-        first: frames before the first chunk.
-        chunk: frames of a chunk; the last one may have fewer.
-        given: frames that come before all others, wherever they are in the video.
+        first: number of frames before the first chunk.
+        chunk: frames per chunk; the last chunk may have fewer.
+        given: indices of frames that come before all others, wherever they are in the video.
 
     Returns:
         ``(frames * height * width,)`` int64: for each place, the token's raster index.
@@ -183,28 +184,28 @@ def video_order(
 
 
 def tile_order_of_ids(ids: Tensor) -> Tensor:
-    """Tile order of tokens that carry position ids, as Flux's image tokens do.
+    """Return the tile order of tokens that carry position ids, as Flux's image tokens do.
 
     Args:
-        ids: ``(N, 3)`` or more: image number, row and column of each token; columns behind those
-            count for nothing. Tokens of different images (Kontext's reference tokens have number 1)
-            stay apart. Rows and columns are below 4096, image numbers below 2**19, and there are at
+        ids: ``(N, 3)`` or wider: image number, row and column of each token; further columns are
+            ignored. Tokens of different images (Kontext's reference tokens have number 1) stay
+            apart. Rows and columns are below 4096, image numbers below 2**19, and there are at
             most 2**20 tokens.
 
     Returns:
         ``(N,)`` int64: for each place in tile order, the token's index.
     """
     place = _place(*ids[:, :3].round().to(torch.int64).unbind(-1))
-    # Tokens with equal ids stay as they were; ONNX has no stable sort.
+    # Tokens with equal ids keep their order; the index is needed because ONNX has no stable sort.
     return ((place << _TIES) + torch.arange(place.shape[0], device=ids.device)).argsort()
 
 
 def reorder(tokens: Tensor, order: Tensor) -> Tensor:
-    """Tokens in another order.
+    """Reorder tokens.
 
     Args:
         tokens: ``(B, N, D)``.
-        order: ``(N,)`` int64: index of the token that comes to each place.
+        order: ``(N,)`` int64: for each place, the index of its token.
 
     Returns:
         ``(B, N, D)``. ``reorder(reorder(x, order), order.argsort())`` is ``x``.

@@ -183,7 +183,7 @@ def test_attention_in_tiles_of_the_image() -> None:
         transform(patched)
     model = transform(smallest_unet())
     hyper_tile(model.get_submodule(path).attn1, 8)
-    with pytest.raises(InputError, match="no grid of the image"):
+    with pytest.raises(InputError, match="not the image grid"):
         run(model)
     # With its block left out, it does what it does in the untouched model, whose later blocks
     # merge as ever.
@@ -249,7 +249,7 @@ def test_a_subclass_without_a_forward_of_its_own_merges() -> None:
 def test_a_subclass_with_a_forward_of_its_own_is_refused_or_skipped(cls: type[Any]) -> None:
     path = f"{BLOCKS['unet']}.0"
     model = swap(smallest_unet(), path, cls)
-    said = rf"{path} is a .*{cls.__name__}, .* give the block its class back, or leave it out"
+    said = rf"{path} is a .*{cls.__name__}, .* restore the block's class, or leave it out"
     with pytest.raises(ModelError, match=said):
         transform(model)
     # The ways out: it runs as in the untouched model, on tokens of an image that is merged before.
@@ -472,7 +472,7 @@ def test_token_order_brings_features_into_the_order_of_the_image(family: str, ho
 
 
 def test_token_order_says_where_it_does_not_work() -> None:
-    with pytest.raises(Exception, match="token_order works in eager code"):
+    with pytest.raises(Exception, match="token_order works only in eager code"):
         torch.compile(lambda x: (toma_fx.token_order(), x + 1), backend="eager", fullgraph=True)(
             torch.ones(1)
         )

@@ -513,9 +513,9 @@ def test_what_is_refused() -> None:
         merging.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
     ids = call["img_ids"].clone()
     ids[-1, 0] = 0
-    with pytest.raises(InputError, match="stand behind those of a reference"):
+    with pytest.raises(InputError, match="come after those of a reference"):
         run(merging, {**call, "img_ids": ids})
     model, call = made("flux2")
     merging = transform(model, ratio=RATIO, tokens="references")
-    with pytest.raises(InputError, match="kv_cache_mode='extract' speaks of"):
+    with pytest.raises(InputError, match="kv_cache_mode='extract' refers to"):
         run(merging, {**call, "kv_cache_mode": "extract", "num_ref_tokens": 80})

@@ -1,6 +1,6 @@
 """Token Merge with Attention as a torch.fx graph transformation of diffusers models.
 
-Public names are imported when they are first asked for, so that this costs little more than Python.
+Public names are imported on first use, so that ``import toma_fx`` costs little more than Python.
 """
 
 import sys

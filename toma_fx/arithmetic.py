@@ -1,4 +1,4 @@
-"""How much a denoising model computes for one call, as the pipeline makes it."""
+"""Count of the floating-point operations of a denoising model in a call from its pipeline."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
@@ -35,18 +35,18 @@ class Call:
 
 
 class _SeenError(Exception):
-    """Ends the drawing of an image once its first call has been seen."""
+    """Stops the drawing of an image after its first call has been seen."""
 
 
 def first_call(model: nn.Module, draw: Callable[[], object]) -> Call:
-    """What a pipeline hands to its denoising model at the first step.
+    """Return the arguments that a pipeline passes to its denoising model at the first step.
 
-    The image's size, the length of the text and the doubling by guidance are then those of the
-    images that will be drawn.
+    So the image size, the text length and the doubling by guidance are those of the images that
+    will be drawn.
 
     Args:
         model: the denoising model.
-        draw: draws an image with it; it is stopped at the model's first call.
+        draw: draws an image with the model; it is stopped at the model's first call.
     """
     seen: list[Call] = []
 
@@ -64,14 +64,13 @@ def first_call(model: nn.Module, draw: Callable[[], object]) -> Call:
 
 
 def count(model: nn.Module, call: Call, *, data: bool = False) -> int:
-    """Floating-point operations of one call: matrix products, convolutions and attention.
+    """Count the floating-point operations of a call: matrix products, convolutions and attention.
 
     Args:
         model: any denoising model, transformed or not.
-        call: of `first_call`.
-        data: run on the call's own tensors. Otherwise on tensors without data, as
-            `toma_fx.report` does, which takes no time but cannot follow a model that looks at
-            values.
+        call: from `first_call`.
+        data: True runs on the call's own tensors. False runs on tensors without data, as
+            `toma_fx.report` does, which takes no time but cannot follow a model that reads values.
     """
     if not data:
         model = weightless(model)
@@ -84,11 +83,11 @@ class RunOperations:
     """Floating-point operations of a call, averaged over a denoising run.
 
     Attributes:
-        before: of the untouched model, by the path of a block; ``""`` is the whole model.
-        after: of the model that merges.
-        shares: how often each variant runs.
-        tokens: image tokens that go into each block.
-        kept_bytes: of what a run keeps from step to step, plans and memories.
+        before: operations of the untouched model, by block path; ``""`` is the whole model.
+        after: operations of the model that merges.
+        shares: share of the calls that run each variant.
+        tokens: number of image tokens that enter each block.
+        kept_bytes: bytes of the plans and memories that a run keeps from step to step.
     """
 
     before: Mapping[str, int]
@@ -101,14 +100,14 @@ class RunOperations:
 def run_operations(
     model: nn.Module, recipe: Recipe, call: LastCall, steps: int, scheduler: Any = None
 ) -> RunOperations:
-    """What a transformed model computes in a run, and what it would compute untouched.
+    """Count the operations of a transformed model in a run, and those of the untouched model.
 
     Args:
-        model: transformed.
-        recipe: what was done to it.
-        call: one of its calls.
-        steps: of the run.
-        scheduler: which makes the run's timesteps; None for the family's usual ones.
+        model: the transformed model.
+        recipe: the model's recipe.
+        call: one of the model's calls.
+        steps: number of steps of the run.
+        scheduler: makes the run's timesteps; None for the family's usual scheduler.
 
     Raises:
         ModelError: when the call does not fit the model.
@@ -149,10 +148,10 @@ def _count_variants(
     modules: Sequence[str],
     shares: Mapping[str, float],
 ) -> tuple[dict[str, dict[str, int]], Kept | None]:
-    """The operations of modules in each variant that runs, and what a run keeps."""
+    """Return the operations of modules in each variant that runs, and the data that a run keeps."""
     counts, kept = {}, None
     keeps = REUSE in shares or RECALL in shares
-    # The first leaves what others need.
+    # The first variant leaves the data that the others need.
     for variant in shares:
         decision = Decision(variant, kept, grids=call.grids, given=call.given, keeps=keeps)
         with forced(decision) as now:
@@ -162,9 +161,9 @@ def _count_variants(
 
 
 def _note_tokens(model: nn.Module, paths: Mapping[str, str]) -> dict[str, int]:
-    """Image tokens of each block, by its path: filled by the next call of the model.
+    """Return image tokens by block path; the next call of the model fills in the counts.
 
-    Of blocks that it leaves out, 0.
+    Blocks that the call leaves out have 0.
     """
     tokens = dict.fromkeys(paths, 0)
 
@@ -181,12 +180,12 @@ def _note_tokens(model: nn.Module, paths: Mapping[str, str]) -> dict[str, int]:
 
 
 def count_parts(model: nn.Module, call: Call, paths: Sequence[str]) -> dict[str, int]:
-    """Floating-point operations of one call in some modules, on tensors without data.
+    """Count the operations of one call in some modules, on tensors without data.
 
     Args:
         model: any denoising model, transformed or not.
-        call: of `first_call`.
-        paths: of the modules; ``""`` is the whole model.
+        call: from `first_call`.
+        paths: paths of the modules; ``""`` is the whole model.
     """
     call = Call(*tree_map(_without_data, (call.args, call.kwargs)))
     return _parts(weightless(model), call, paths)
@@ -196,12 +195,12 @@ def _parts(model: nn.Module, call: Call, paths: Sequence[str]) -> dict[str, int]
     counts = _counted(model, call).get_flop_counts()
     root = type(model).__name__
     names = {path: f"{root}.{path}" if path else root for path in paths}
-    # A call may leave parts out, as those for reference images.
+    # A call may leave parts out, such as those for reference images.
     return {path: sum(counts.get(name, {}).values()) for path, name in names.items()}
 
 
 def _counted(model: nn.Module, call: Call) -> Any:
-    # The CPU's fused attention is an operator that the counter does not know.
+    # The counter does not know the operator of the CPU's fused attention.
     plain = sdpa_kernel(SDPBackend.MATH)
     words = _AllWords() if knows(model) and family_of(model).reads_values else nullcontext()
     with plain, words, torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -210,9 +209,9 @@ def _counted(model: nn.Module, call: Call) -> Any:
 
 
 class _AllWords(TorchDispatchMode):
-    """Lets a model without data pick the words of a text, and then the padding: all are words.
+    """Makes a model without data select all tokens of a text as words, and none as padding.
 
-    Which tokens are words changes no count, since the model goes on with both.
+    The number of words does not change the counts, because the model continues with both kinds.
     """
 
     def __init__(self) -> None:

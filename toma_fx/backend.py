@@ -1,12 +1,12 @@
-"""A backend of `torch.compile` that merges tokens in the graph which Dynamo captured.
+"""A `torch.compile` backend that merges tokens in the graph that Dynamo captured.
 
 Usage::
 
     compiled = torch.compile(model, backend=toma_fx.backend(ratio=0.5))
 
-The model itself stays as it is. The whole model must become one graph that holds its blocks, so
-``fullgraph=True`` is a good companion, and blocks that are compiled one by one
-(``compile_repeated_blocks``) need `toma_fx.transform` on the model instead.
+The model itself stays unchanged. The whole model must become one graph that contains its blocks, so
+use ``fullgraph=True``. If blocks are compiled one by one (``compile_repeated_blocks``), use
+`toma_fx.transform` on the model instead.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,16 +20,16 @@ from toma_fx.errors import ConfigError
 from toma_fx.transform import transform
 
 Inner = Callable[..., Any]
-"""A backend: takes a graph module and its example inputs, and returns what runs it."""
+"""A backend: takes a graph module and its example inputs, and returns a callable that runs it."""
 
 
 @dataclass(frozen=True)
 class Backend:
-    """Merges tokens in a graph, and hands it on.
+    """Merges tokens in a graph and passes it to another backend.
 
     Attributes:
-        config: what to do.
-        inner: the backend that gets the graph; Inductor when left out.
+        config: the options.
+        inner: the backend that gets the graph; Inductor if None.
     """
 
     config: MergeConfig
@@ -38,7 +38,7 @@ class Backend:
     def __call__(
         self, gm: fx.GraphModule, example_inputs: Sequence[Any], **options: Any
     ) -> Callable[..., Any]:
-        """What runs the graph with merged tokens; called by Dynamo."""
+        """Return a callable that runs the graph with merged tokens; Dynamo calls this."""
         inner = _inductor() if self.inner is None else self.inner
         compiled: Callable[..., Any] = inner(transform(gm, self.config), example_inputs, **options)
         return compiled
@@ -53,15 +53,15 @@ def _inductor() -> Inner:
 def backend(
     config: MergeConfig | None = None, *, inner: Inner | None = None, **options: Any
 ) -> Backend:
-    """A backend for `torch.compile` that merges tokens.
+    """Make a backend for `torch.compile` that merges tokens.
 
     Args:
-        config: what to do; `MergeConfig` with its defaults when left out. Its schedule must be 1/1.
-        inner: the backend that compiles the merged graph; Inductor when left out.
+        config: the options; ``MergeConfig()`` if omitted. Its schedule must be 1/1.
+        inner: the backend that compiles the merged graph; Inductor if omitted.
         **options: fields of `MergeConfig`, in place of ``config``.
 
     Raises:
-        ConfigError: when an option is unknown or holds a value it cannot take.
+        ConfigError: when an option is unknown or has an invalid value.
     """
     if config is not None and options:
         raise ConfigError(

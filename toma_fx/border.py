@@ -1,4 +1,4 @@
-"""A border's class takes the place of one of diffusers': how it looks, and how it is made again."""
+"""Base of the classes at a model's borders, which replace diffusers' classes."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,55 +11,54 @@ from toma_fx.families.rows import Family, Stage, TokenGrids, TokenSequence
 
 @dataclass(frozen=True)
 class BorderKey:
-    """All that makes a class that stands in for another."""
+    """Data from which a border class is made."""
 
     base: type[nn.Module]
     family: Family
     config: MergeConfig
     stage: Stage | None = None
-    """Of a stage."""
+    """The stage, if the class is for one."""
     places: str | None = None
-    """Path of a module with places where tokens come into order, or leave it; None for a stage and
-    for the model."""
+    """Path of a module where tokens enter or leave token order; None for a stage and the model."""
 
     @property
     def positions(self) -> TokenSequence | None:
-        """The arguments with image tokens and their positions, for a model that takes such."""
+        """Arguments with image tokens and their positions, if the model takes positions."""
         found = (each for each in self.family.borders if isinstance(each, TokenSequence))
         return next(found, None)
 
     @property
     def grids(self) -> TokenGrids | None:
-        """Where tokens are, for a model whose grids follow from shapes."""
+        """Grids of the tokens, if they follow from the shapes of the model's arguments."""
         found = (each for each in self.family.borders if isinstance(each, TokenGrids))
         return next(found, None)
 
     @property
     def sequence(self) -> TokenSequence | None:
-        """The same, if tokens are put in tile order; None for every other region."""
+        """Same as ``positions`` if tokens are put in tile order; None for every other region."""
         return self.positions if self.config.region == "tile" else None
 
 
 class Border:
-    """The base of all classes at borders. To whoever asks, each looks like the class it replaces.
+    """Base of all classes at borders; each looks like the class that it replaces.
 
-    Pipelines look up the module of a class when they save, hooks the signature of its forward. A
-    pickle must then be told what makes the class. And whoever makes a model of a transformed one's
-    class, as by ``type(model).from_config(model.config)``, gets an untouched one: only `transform`
-    makes the other.
+    Pipelines look up the module of a class when they save, and hooks the signature of its forward.
+    So a pickle stores the key from which the class is made. Creating a model from a transformed
+    model's class, as by ``type(model).from_config(model.config)``, gives an untouched model: only
+    `transform` makes transformed ones.
     """
 
     toma_base: ClassVar[Any]
-    """The class that this one stands in for."""
+    """The class that this class replaces."""
     toma_base_forward: Any
-    """Its forward, as a method: asked of the class, Dynamo would not trace that of a class that is
-    allowed in graphs."""
+    """Forward of that class, as a method: Dynamo would not trace it if it were looked up on a class
+    that is allowed in graphs."""
     toma_key: ClassVar[BorderKey]
-    """All that makes this class."""
+    """Data from which this class is made."""
     toma_unpickled: ClassVar[Any]
-    """Makes an object of the class that a key makes."""
+    """Creates an instance of the class for a key."""
     toma_named: Any
-    """Gives the arguments of ``forward`` their names, ``(args, kwargs)``."""
+    """Names the arguments of ``forward``; takes ``(args, kwargs)``."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         return cls.toma_base(*args, **kwargs)
@@ -71,4 +70,4 @@ class Border:
 
 
 NOT_COPIED = ("_run", "toma_watched", "toma_last_call")
-"""Attributes that a copy or a pickle does without; ``_run`` is there once a model is compiled."""
+"""Attributes that are left out of copies and pickles; ``_run`` exists once a model is compiled."""

@@ -1,7 +1,7 @@
-"""From options to a model that merges, and back.
+"""Construction of a merging model from options, and its removal.
 
-The model is copied, its recipe made, graphs are captured, rewritten and installed as its blocks'
-forward, and classes stand in at its borders.
+The model is copied and its recipe made. Graphs are captured, rewritten and installed as the forward
+of its blocks, and classes stand in at its borders.
 """
 
 import functools
@@ -34,10 +34,10 @@ def recipe_of(
     speedup: float | None = None,
     family: Family | None = None,
 ) -> Recipe:
-    """The recipe of a model of a family; of a known one when it is left out.
+    """Make the recipe of a model; ``family`` is needed only for a class that toma_fx does not know.
 
     Raises:
-        ModelError: when the options name no block, or nothing would merge.
+        ModelError: when the options name no block, or when nothing would merge.
     """
     family = family_of(model) if family is None else family
     found = [
@@ -54,14 +54,14 @@ def merged_copy(
     pipeline: Any = None,
     family: Family | None = None,
 ) -> nn.Module:
-    """`transform` of a model that can be transformed, without a word to the log.
+    """Transform a model that passed all checks, without logging.
 
     Args:
-        model: of a family.
+        model: a model of the family.
         config: the options.
-        speedup: what the ratio was chosen for, if it was.
-        pipeline: that holds the model, if one does.
-        family: of the model, when it is not a known one.
+        speedup: the speed-up for which the ratio was chosen, if any.
+        pipeline: the pipeline that holds the model, if any.
+        family: family of the model, if it is not a known one.
     """
     copied, hooks = copied_with_hooks(model)
     recipe = recipe_of(copied, config, speedup, family)
@@ -70,7 +70,7 @@ def merged_copy(
         install_blocks(copied, recipe)
     if recipe.merged or recipe.merges_references:
         install_borders(copied, recipe, pipeline)
-    else:  # an untouched model that knows that it was asked to stay so
+    else:  # an untouched model that remembers that it was asked to stay untouched
         copied.toma_recipe = recipe  # type: ignore[assignment]
     attach_hooks(hooks)
     check_caches(copied, recipe)
@@ -78,17 +78,17 @@ def merged_copy(
 
 
 def take_off(model: nn.Module) -> None:
-    """Undo `merged_copy` on the copy itself; what else was done to it since stays.
+    """Undo `merged_copy` on the copy itself; other changes made since stay.
 
     Raises:
-        ModelError: when the model does not merge, or something else put a class or a forward of its
-            own over what was installed.
+        ModelError: when the model does not merge, or when other code replaced a class or a forward
+            that was installed.
     """
     recipe = recipe_of_transformed(model)
     blocks = [model.get_submodule(block.module) for block in recipe.blocks] if recipe.merged else []
     borders = [module for module in model.modules() if isinstance(module, Border)]
     classes = {module: type(module) for module in (*blocks, *borders)}
-    # Before anything is taken off, so that a model that is refused still merges as a whole.
+    # Check first, so that a refused model still merges as a whole.
     installed = [(path, each) for path, each in model.named_modules() if each in classes]
     for path, module in installed:
         if "toma_base" not in vars(classes[module]):
@@ -105,10 +105,10 @@ def take_off(model: nn.Module) -> None:
 
 
 def recipe_of_transformed(model: nn.Module) -> Recipe:
-    """What `transform` did to a model.
+    """Return the recipe with which `transform` changed a model.
 
     Raises:
-        ModelError: when it was not transformed.
+        ModelError: when the model was not transformed.
     """
     recipe = getattr(model, "toma_recipe", None)
     if not isinstance(recipe, Recipe):
@@ -119,10 +119,10 @@ def recipe_of_transformed(model: nn.Module) -> Recipe:
 
 
 def install_blocks(model: nn.Module, recipe: Recipe) -> None:
-    """Let the blocks of a model run what the recipe says.
+    """Make the blocks of a model run the variants of the recipe.
 
     Raises:
-        CaptureError: when a block's forward does something that one graph cannot hold.
+        CaptureError: when a block's forward does something that one graph cannot represent.
     """
     graphs = _Graphs(recipe)
     for each in recipe.blocks:
@@ -141,7 +141,7 @@ def install_blocks(model: nn.Module, recipe: Recipe) -> None:
 
 
 class _Graphs:
-    """The graphs of blocks; those of the same structure and passes are one."""
+    """Graphs of blocks; blocks of the same structure and passes share one."""
 
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
@@ -174,13 +174,13 @@ class _Graphs:
 def captured(
     block: nn.Module, family: Family, form: str | None = None, opened: Sequence[str] = ()
 ) -> fx.GraphModule:
-    """The graph of a block as diffusers wrote it; of its first form, if it has several.
+    """Return the graph of a block as diffusers wrote it; of its first form, if it has several.
 
     Args:
-        block: of a model of the family.
-        family: of the model.
-        form: of the block's arguments.
-        opened: paths of its attentions of which the graph shows the inside.
+        block: a block of a model of the family.
+        family: family of the model.
+        form: form of the block's arguments.
+        opened: paths of its attentions whose inside the graph shows.
     """
     row = family.block_row(type(block))
     assert row is not None, f"{type(block)} is no block of {family.name}"
@@ -200,7 +200,7 @@ def captured(
 def example_of_leaf(
     family: Family, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """An example of what a block's submodule returns, without its weights.
+    """Return an example of a submodule's output, without its weights.
 
     So offloaded, quantised and adapted layers are captured like any other.
     """
@@ -214,7 +214,7 @@ def example_of_leaf(
 def block_graphs(
     model: nn.Module, config: MergeConfig
 ) -> Iterator[tuple[str, fx.GraphModule, fx.GraphModule]]:
-    """Path of each block to be merged, its graph as captured, and as rewritten; for looking at."""
+    """Yield path, captured graph and rewritten graph of each merging block, for inspection."""
     recipe = recipe_of(model, config)
     for each in recipe.merged:
         block = model.get_submodule(each.module)
@@ -241,10 +241,10 @@ def _stages(model: nn.Module, family: Family) -> list[str]:
 
 
 def _structure(block: nn.Module, opened: Sequence[str] = ()) -> Any:
-    """What decides the graph of a block: the classes in it, and the plain attributes it asks for.
+    """Return what determines the graph of a block: its classes, and plain attributes that it reads.
 
-    Other attributes may number the blocks of a list, which are alike all the same. Of an attention
-    that is opened, all that are plain count, since its processor asks for them.
+    Other attributes may number the blocks of a list, which are alike anyway. Of an opened
+    attention, all plain attributes count, because its processor reads them.
     """
     asked = _names_in(type(block))
     attributes = {name: value for name, value in _plain(block) if name in asked}
@@ -264,7 +264,7 @@ def _plain(holder: object) -> Iterator[tuple[str, Any]]:
 
 
 def _names_in(cls: type[nn.Module]) -> frozenset[str]:
-    """The names and strings in the methods of a class, ``__init__`` apart."""
+    """Return the names and strings in the methods of a class, except ``__init__``."""
     own = takewhile(lambda base: base is not nn.Module, cls.__mro__)
     members = chain.from_iterable(vars(base).items() for base in own)
     functions = (

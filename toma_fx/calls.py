@@ -1,4 +1,4 @@
-"""Calls of a transformed model: their arguments by name, decided from outside, and remembered."""
+"""Calls of a transformed model: naming their arguments, forcing a decision, recording the last."""
 
 import contextlib
 import inspect
@@ -22,7 +22,7 @@ Arguments = dict[str, Any]
 def named_arguments(
     function: Callable[..., Any],
 ) -> Callable[[tuple[Any, ...], Arguments], Arguments]:
-    """How to give every argument of a method a name, whatever the version of diffusers."""
+    """Return a function that names all arguments of a method, for any version of diffusers."""
     signature = inspect.signature(function)
     names = tuple(signature.parameters)[1:]
     required = tuple(n for n in names if signature.parameters[n].default is inspect.Parameter.empty)
@@ -39,11 +39,11 @@ def named_arguments(
 
 @dataclass
 class Forced:
-    """A decision made for a call from outside, for a report or an export.
+    """A decision that a report or an export imposes on a call.
 
     Attributes:
-        decision: what the call runs.
-        made: what it left, if that was asked for.
+        decision: the decision for the call.
+        made: data that the call left, if that was requested.
     """
 
     decision: Decision
@@ -55,7 +55,7 @@ _THREAD = threading.local()
 
 @contextlib.contextmanager
 def forced(decision: Decision) -> Iterator[Forced]:
-    """Within it, calls of transformed models in this thread run what is decided here."""
+    """Impose a decision on calls of transformed models in this thread, within the context."""
     before = forced_now()
     _THREAD.forced = now = Forced(decision)
     try:
@@ -65,19 +65,19 @@ def forced(decision: Decision) -> Iterator[Forced]:
 
 
 def forced_now() -> Forced | None:
-    """What is decided from outside for calls in this thread, if anything is."""
+    """Return the decision imposed on calls in this thread, if any."""
     now: Forced | None = getattr(_THREAD, "forced", None)
     return now
 
 
 @dataclass(frozen=True)
 class LastCall:
-    """A call that a model really had.
+    """The last real call of a model.
 
     Attributes:
-        arguments: by name, tensors without data.
-        grids: token counts of the grids in its image sequence, when there were several.
-        given: whether each frame of its video was given, where its values told.
+        arguments: arguments by name, with tensors without data.
+        grids: token counts of the grids in its image sequence, if there are several.
+        given: whether each frame of its video was given, if its values tell.
     """
 
     arguments: Arguments
@@ -86,18 +86,18 @@ class LastCall:
 
 
 def is_traced(call: Arguments) -> bool:
-    """Whether a graph is made of a call. Torch's own answer holds for all threads of a process."""
+    """Return whether this call is being traced; torch's own answer is for the whole process."""
     return torch.compiler.is_compiling() and any(
         isinstance(each, FakeTensor | FunctionalTensor) for each in pytree.tree_leaves(call)
     )
 
 
 def is_empty(tensor: Tensor) -> bool:
-    """Whether a tensor says a shape and holds no data."""
+    """Return whether a tensor has a shape but no data."""
     return tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
 def to_meta(call: Mapping[str, Any]) -> Arguments:
-    """The arguments with tensors that have shapes but no data."""
+    """Return the arguments with tensors that have shapes but no data."""
     meta: Arguments = pytree.tree_map_only(Tensor, lambda t: t.detach().to("meta"), dict(call))
     return meta

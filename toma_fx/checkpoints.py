@@ -1,6 +1,6 @@
-"""Models to report on and to time: a checkpoint of the user's, or a real architecture at real size.
+"""Models for reports and timing: a user's checkpoint, or a real architecture at real size.
 
-Time does not depend on the weights, so random ones will do where no checkpoint is at hand.
+Time does not depend on the weights, so random weights suffice if there is no checkpoint.
 """
 
 import os
@@ -15,17 +15,17 @@ from toma_fx.errors import ModelError
 from toma_fx.families import MODELS, all_families
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-"""By the names that the command line takes."""
+"""Dtypes by their names on the command line."""
 
 FAMILIES = {name: family for family in all_families() for name in family.architectures}
-"""The family of a published model whose architecture is known, by the model's name."""
+"""Family of each published model with a known architecture, by the model's name."""
 
 RANDOM = tuple(FAMILIES)
 """Names of those models, which can have random weights."""
 
 
 def model_class(name: str) -> tuple[Any, dict[str, Any]]:
-    """The class of a published model, and its configuration.
+    """Return the class of a published model and its configuration.
 
     Args:
         name: one of `RANDOM`.
@@ -38,19 +38,19 @@ def model_class(name: str) -> tuple[Any, dict[str, Any]]:
 def load_model(
     name: str, *, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", **changes: Any
 ) -> nn.Module:
-    """A denoising model, ready for inference.
+    """Load a denoising model for inference.
 
     Args:
-        name: ``"sdxl"`` or ``"flux"`` for random weights; otherwise a folder or hub name of a
-            pipeline or of its model alone, as ``from_pretrained`` takes it.
-        dtype: of the weights.
-        device: where they go.
-        **changes: of the configuration, for random weights only, such as ``num_layers=3``.
+        name: ``"sdxl"``, ``"flux"`` or another of `RANDOM` for random weights; otherwise a folder
+            or hub name of a pipeline or its model, as ``from_pretrained`` takes it.
+        dtype: dtype of the weights.
+        device: device of the weights.
+        **changes: changes of the configuration, for random weights only, such as ``num_layers=3``.
 
     Raises:
         ModelError: when there is neither a pipeline nor a model under that name.
     """
-    import diffusers  # which takes seconds
+    import diffusers  # imported here because it takes seconds
 
     if name in RANDOM:
         cls, config = model_class(name)
@@ -97,16 +97,16 @@ def load_pipeline(name: str, *, dtype: str = "float32", device: Any = None) -> A
 
 
 def _is_known(entry: Any) -> bool:
-    """Whether a part of a pipeline's index, library and class, is a model of a known family."""
+    """Return whether an entry of a pipeline's index, (library, class), is a known model."""
     known = {name.rpartition(".")[2] for name in MODELS}
     return isinstance(entry, list | tuple) and len(entry) == 2 and entry[1] in known
 
 
 def architecture(name: str) -> nn.Module:
-    """A model without weights, on the meta device: enough to transform and to report on.
+    """Return a model without weights, on the meta device, for transforming and reporting.
 
     Args:
-        name: ``"sdxl"`` or ``"flux"``.
+        name: one of `RANDOM`, such as ``"sdxl"``.
     """
     cls, config = model_class(name)
     with torch.device("meta"):
@@ -117,10 +117,10 @@ def architecture(name: str) -> nn.Module:
 def random_weights(
     cls: Any, config: dict[str, Any], dtype: torch.dtype, device: str = "cpu"
 ) -> nn.Module:
-    """A model with weights that keep activations finite, filled in seconds at any size."""
+    """Return a model with weights that keep activations finite; takes seconds at any size."""
     with _NothingEmpty():
         model: nn.Module = cls(**config)
-    for module in model.modules():  # not model.to(dtype), whose advice is for pretrained weights
+    for module in model.modules():  # not model.to(dtype), which warns about pretrained weights
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
         for name, parameter in module.named_parameters(recurse=False):
@@ -140,7 +140,7 @@ def random_weights(
 
 
 class _NothingEmpty(TorchFunctionMode):
-    """Lets tensors that are made empty have no data: weights, and no tables of positions."""
+    """Puts tensors made by `torch.empty` (weights, not tables of positions) on the meta device."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         more = {"device": "meta"} if func is torch.empty else {}
@@ -148,5 +148,5 @@ class _NothingEmpty(TorchFunctionMode):
 
 
 def available_memory() -> int:
-    """Bytes of memory that a new model can use."""
+    """Return the memory available to a new model, in bytes."""
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

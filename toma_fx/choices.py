@@ -1,4 +1,4 @@
-"""Names that the command line offers, apart from what bears them, so that help needs no torch."""
+"""Names for the command line, kept apart from their objects, so that help needs no torch."""
 
 DTYPE_NAMES = ("bfloat16", "float16", "float32")
 """Keys of `toma_fx.checkpoints.DTYPES`."""

@@ -1,4 +1,4 @@
-"""Which options go together."""
+"""Checks of options that depend on each other."""
 
 from dataclasses import fields
 from typing import TYPE_CHECKING
@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
 
 def check_combinations(config: "MergeConfig") -> None:
-    """Refuse options that do not go together.
+    """Refuse options that cannot be combined.
 
     Raises:
-        ConfigError: when one of them does not, with the way out.
+        ConfigError: when two options conflict; the message tells a way out.
     """
     if config.tokens == "references":
         _check_references(config)
@@ -31,7 +31,7 @@ def check_combinations(config: "MergeConfig") -> None:
             "selector='fixed' has no weights to invert or to spread over the image; use "
             "unmerge='transpose' and merge_over='region'"
         )
-    if config.region != "image":  # whose size only the model's input tells
+    if config.region != "image":  # its region size depends on the model's input
         for given, ratio in (
             (f"ratio={config.ratio}", config.ratio),
             *((f"block_ratios[{name!r}]={each}", each) for name, each in config.block_ratios),
@@ -99,7 +99,7 @@ def _check_references(config: "MergeConfig") -> None:
         if name not in allowed and given != value:
             raise ConfigError(
                 f"{name}={given!r} cannot be combined with tokens='references', with which no "
-                f"block merges; leave {name} out: {', '.join(allowed)} are what counts"
+                f"block merges; leave {name} out: only {', '.join(allowed)} have an effect"
             )
     if config.selector == "fixed":
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Every option of the method, its check and where it comes from.
+"""All options of the method, their checks and their sources.
 
 "Table", "Eq." and "section" refer to *Token Merge with Attention for Diffusion Models*
 (ICML 2025, arXiv 2509.10918). "Own measurement" refers to the ablation in ``docs/measured.md``.
@@ -34,11 +34,10 @@ Share = Literal["group", "block"]
 
 
 def matches(path: str, pattern: str) -> bool:
-    """Whether a module path fits a pattern of ``skip`` or ``block_ratios``.
+    """Return whether a module path matches a pattern of ``skip`` or ``block_ratios``.
 
-    ``*``, ``?`` and ``[...]`` are those of `fnmatch`. Case counts on every system, as it does in
-    the paths of modules.
-
+    Patterns use the wildcards of `fnmatch`: ``*``, ``?`` and ``[...]``. Matching is case-sensitive
+    on every system, because module paths are.
     >>> matches("up_blocks.1.attentions.0", "up_blocks.*"), matches("Up", "up")
     (True, False)
     """
@@ -49,13 +48,14 @@ def matches(path: str, pattern: str) -> bool:
 class MergeConfig:
     """The options of `toma_fx.transform`. ``MergeConfig()`` is the preset ``"default"``.
 
-    Every field also takes what JSON makes of it, so that
+    Every field also accepts the JSON form of its value, so that
     ``MergeConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config``. Numbers of
-    numpy and torch are stored as Python's. A config prints only what differs from the default.
+    numpy and torch are stored as Python numbers. ``repr`` shows only the ratio and the fields that
+    differ from their defaults.
 
     Raises:
-        ConfigError: when a field holds a value it cannot take; the message names the value, what
-            was expected and the fix.
+        ConfigError: when a field holds an invalid value; the message names the value, the
+            expectation and the fix.
 
     >>> MergeConfig.preset("toma_stripe", ratio=0.75).region
     'stripe'
@@ -64,94 +64,93 @@ class MergeConfig:
     """
 
     ratio: float = 0.5
-    """Share of a region's tokens that are merged away, in [0, 1). 0 leaves the model as it is, bit
-    for bit. Images stay close at 0.25 to 0.5; at 0.75 the paper's FID doubles (Table 8). A ratio
-    above 0 that is too small to merge one token of ``region_tokens`` is refused: it would cost
-    time and change nothing."""
+    """Share of each region's tokens that is merged away, in [0, 1). 0 leaves the model
+    bit-identical. Images stay close at 0.25 to 0.5; at 0.75 the paper's FID doubles (lower is
+    better, Table 8). A ratio above 0 that is too small to merge one token of ``region_tokens`` is
+    refused: it would cost time and change nothing."""
     block_ratios: tuple[tuple[str, float], ...] = ()
-    """Blocks with a ratio of their own, 0 for none: ``{"up_blocks.1.*": 0.25}``, a dictionary from
-    `fnmatch` patterns on their module paths, or a list of such pairs. The first pattern that fits
-    a block counts. A block named here merges even where the model family spares it by default, but
-    ``skip`` goes first. Blocks of one list share a plan with those of the same ratio.
-    `toma_fx.calibrate` finds the ratios that change images least at the arithmetic of a uniform
-    one."""
+    """Ratios for single blocks, as a dictionary from `fnmatch` patterns on module paths to ratios,
+    or as a list of such pairs: ``{"up_blocks.1.*": 0.25}``. A ratio of 0 leaves a block unmerged.
+    The first matching pattern counts. A block named here merges even if its model family leaves it
+    unmerged by default, but ``skip`` takes precedence. Blocks of one list share a plan if their
+    ratios are equal. `toma_fx.calibrate` finds the ratios that change images least for the
+    arithmetic of a uniform ratio."""
     tokens: Tokens = "all"
-    """The image tokens that merge. ``"all"`` merges them in blocks, those of references (the images
-    that an edit model takes) among them. ``"references"`` merges these alone: once for an image,
-    at the model's border, each reference as one region, and they stay merged, so that every block
-    is shorter and none is rewritten. The image that is drawn never merges. Of all other options
-    ``ratio``, ``selector`` and ``temperature`` go with it; others are refused. For FLUX.1 Kontext,
-    FLUX.2 and Qwen-Image-Edit; what the model returns in the rows of references is 0. A call
-    without a reference is the untouched model's."""
+    """Image tokens that merge. ``"all"`` merges all image tokens inside the blocks, including those
+    of references (the input images of an edit model). ``"references"`` merges only the references:
+    once per image, at the model's border, each reference as one region. They stay merged, so every
+    block runs on a shorter sequence and no block is rewritten. The generated image never merges.
+    ``"references"`` can be combined with ``ratio``, ``selector`` and ``temperature`` only. It works
+    with FLUX.1 Kontext, FLUX.2 and Qwen-Image-Edit; the model's output for references is then 0. A
+    call without a reference runs untouched."""
     components: tuple[Component, ...] = get_args(Component)
-    """The parts of a block that run on merged tokens. The paper merges all three (section 4);
-    self-attention alone is only about 15 % of SDXL's transformer arithmetic.
-    ``placement="block"`` merges the whole block and ``"keys"`` self-attention alone; both leave no
-    choice. Flux has no cross-attention;
-    its joint attention counts as self-attention here."""
+    """Parts of a block that run on merged tokens. The paper merges all three (section 4);
+    self-attention alone is only about 15 % of SDXL's transformer arithmetic. Other placements fix
+    this choice: ``placement="block"`` merges the whole block and ``"keys"`` self-attention alone.
+    Flux has no cross-attention; its joint attention counts as self-attention here."""
     placement: Placement = "block"
-    """``"component"`` merges and unmerges around each component (ToMA). ``"block"`` does so once
-    around the block (ToMA_once in Tables 1 and 8), which is faster, and with the residual kept
-    also closer to the untouched image (own measurement). ``"keys"`` merges only the keys and values
-    of self-attention: all queries stay, and so does every other layer. A merged key's logit is
-    raised by the logarithm of its cluster's size, so that tokens that are equal merge without any
-    change. It saves ``ratio`` of the attention products and nothing else, so it pays where they
-    are most of the arithmetic: videos, and images of 2048 x 2048 and more."""
+    """Where a block merges. ``"component"`` merges and unmerges around each component (ToMA).
+    ``"block"`` does so once around the block (ToMA_once in Tables 1 and 8), which is faster; with
+    the residual kept, it is also closer to the untouched image (own measurement). ``"keys"`` merges
+    only the keys and values of self-attention: all queries and all other layers stay as they are. A
+    merged key's logit is raised by the logarithm of its cluster's size, so that merging equal
+    tokens changes nothing. ``"keys"`` saves ``ratio`` of the attention products and nothing else,
+    so it pays where they dominate: videos, and images of 2048 x 2048 pixels and more."""
     residual: Residual = "keep"
-    """The residual stream with ``placement="block"``. ``"keep"`` adds only the block's update to
-    it, ``h + unmerge(block(merge(h)) - merge(h))``; ``"replace"`` returns
-    ``unmerge(block(merge(h)))``, as the paper's ToMA_once does. PSNR, higher is closer: 32.4 dB
-    with ``"keep"``, 30.7 with ``"replace"`` (own measurement)."""
+    """How ``placement="block"`` treats the residual stream. ``"keep"`` adds only the block's update
+    to it, ``h + unmerge(block(merge(h)) - merge(h))``; ``"replace"`` returns
+    ``unmerge(block(merge(h)))``, as the paper's ToMA_once does. PSNR (higher is closer): 32.4 dB
+    with ``"keep"``, 30.7 dB with ``"replace"`` (own measurement)."""
     region: Region = "tile"
-    """The tokens that form a group (section 4.3.1). ``"tile"`` groups neighbours in both
-    directions, ``"stripe"`` a run in raster order. ``"image"`` groups all tokens at once, at a
-    cost that grows with the square of the token count. Tiles stay closest to the untouched image
-    (Table 8)."""
+    """Shape of the regions in which tokens merge (section 4.3.1). ``"tile"`` groups neighbours in
+    both directions, ``"stripe"`` a run in raster order. ``"image"`` makes one region of all tokens,
+    at a cost that grows with the square of the token count. Tiles stay closest to the untouched
+    image (Table 8)."""
     region_tokens: int = 64
-    """Tokens of a region. Where they do not divide the tokens of a grid, some regions of a large
-    grid have one token less, and a small grid is cut into regions of nearly this length. 16 is the
-    paper's default (4x4 tiles). 64 has its best DINO and MSE (Table 3) and the best PSNR of our own
-    measurement. ``region="image"`` does not use it."""
+    """Number of tokens per region. If it does not divide the tokens of a grid, some regions of a
+    large grid have one token less, and a small grid is cut into regions of nearly this length. 16
+    is the paper's default (4x4 tiles). 64 has the best DINO and MSE in its Table 3 and the best
+    PSNR in our own measurement. ``region="image"`` ignores it."""
     region_frames: int = 4
-    """Latent frames of a video that a tile reaches through: a region of 64 tokens is then 4 frames
-    of 4 x 4 tokens. The first latent frame is apart, as in the models' VAEs."""
+    """Number of latent video frames that a tile spans: a region of 64 tokens is then 4 frames of
+    4 x 4 tokens. The first latent frame has tiles of its own, as in the models' VAEs."""
     merge_over: MergeOver = "region"
-    """The destinations that a token's weight is spread over: those of its own ``"region"``, or
-    those of the whole ``"image"`` (the paper's plain ToMA, section 5.1)."""
+    """Destinations among which a token's weight is spread: those of its own ``"region"``, or those
+    of the whole ``"image"`` (the paper's plain ToMA, section 5.1)."""
     selector: Selector = "facility_location"
-    """The choice of destinations. ``"facility_location"`` maximises Eq. 5 greedily (Alg. 2).
-    ``"random"`` takes a fixed pseudo-random choice and ``"grid"`` evenly spaced tokens; both are
-    plain choices to compare with (Table 2). ``"fixed"`` takes the grid's destinations and random
-    weights that never look at a token. It is the lower bound of time (LTB in Table 8), and its
-    images are noise."""
+    """Method that chooses the destinations. ``"facility_location"`` maximises Eq. 5 greedily
+    (Alg. 2). ``"random"`` (a fixed pseudo-random choice) and ``"grid"`` (evenly spaced tokens) are
+    baselines for comparison (Table 2). ``"fixed"`` takes the destinations of ``"grid"`` and random
+    weights that do not depend on the tokens. It is the lower bound of time (LTB in Table 8), and
+    its images are noise."""
     unmerge: Unmerge = "transpose"
-    """``"transpose"`` spreads by ``A^T``; ``"pinv"`` by the pseudo-inverse of the merge (Eq. 7).
-    Both are equal in quality in Table 6 and in our own measurement; ``"pinv"`` takes twice the
-    time."""
+    """Method that unmerges tokens: ``"transpose"`` uses ``A^T``, ``"pinv"`` the pseudo-inverse of
+    the merge (Eq. 7). Their quality is equal in Table 6 and in our own measurement; ``"pinv"``
+    takes twice the time."""
     temperature: float = 0.001
     """Temperature tau of the weights (Eq. 6), applied to cosine similarities. The authors' code
-    uses 1/tau = 1000. PSNR, higher is closer: 32.1 dB at 0.001, 31.6 at 0.01, 23.4 at 0.1 (own
-    measurement)."""
+    uses 1/tau = 1000. PSNR (higher is closer): 32.1 dB at 0.001, 31.6 dB at 0.01, 23.4 dB at 0.1
+    (own measurement)."""
     share: Share = "group"
-    """The blocks that use one plan. ``"group"`` shares it among all consecutive blocks of a stage
-    (section 4.3.2). With ``"block"`` each block makes its own, which costs more and gained nothing
-    when measured."""
+    """Blocks that share one plan. ``"group"`` shares it among all consecutive blocks of a stage
+    (section 4.3.2). With ``"block"`` each block makes its own plan, which costs more and gained
+    nothing when measured."""
     schedule: Schedule = field(default=Schedule())
-    """The steps at which a plan is computed again: every step by default. The paper uses
+    """Steps at which a new plan is computed: every step by default. The paper uses
     ``Schedule(select_every=10, weigh_every=5)``."""
     memory: Memory | None = None
-    """What steps use of a full step before them: see `Memory`. ``Memory(every=2)`` runs every
-    second step in full. With ``merge_below``, all steps above the level are full."""
+    """How steps reuse the results of an earlier full step; see `Memory`. ``Memory(every=2)`` runs
+    every second step in full. With ``merge_below``, all steps above that level are full."""
     merge_below: float = 1.0
-    """Noise level below which a denoising run merges tokens: 1 is pure noise, 0 the finished
-    image. Each model family reads the level of a call from its timestep, by its scheduler.
-    Early steps decide what the image shows, and merging disturbs them most. 0.6 raises the PSNR by
-    10 dB at the same ratio, and by 5 dB at the same arithmetic (own measurement). 1 merges at every
-    step. No level keeps state between calls."""
+    """Noise level below which tokens merge: 1 is pure noise, 0 the finished image. Each model
+    family derives the level of a call from its timestep and its scheduler. Early steps decide what
+    the image shows, and merging disturbs them most. 0.6 raises the PSNR by 10 dB at the same ratio,
+    and by 5 dB at the same arithmetic (own measurement, higher is closer). 1 merges at every step.
+    No state is kept between calls, whatever the level."""
     skip: tuple[str, ...] | None = None
     """Blocks to leave unmerged, as `fnmatch` patterns on their module paths, such as
-    ``("mid_block.*", "transformer_blocks.0")``. ``None`` takes the model family's own list: none
-    on the UNet, the paper's first 5 double-stream and first 5 single-stream blocks on Flux."""
+    ``("mid_block.*", "transformer_blocks.0")``. ``None`` takes the list of the model family: none
+    for the UNet, the paper's first 5 double-stream and first 5 single-stream blocks for Flux."""
 
     def __post_init__(self) -> None:
         checked: dict[str, Any] = {
@@ -183,7 +182,7 @@ class MergeConfig:
         check_combinations(self)
 
     def __repr__(self) -> str:
-        """The ratio, and the fields that differ from their defaults; evaluates to the config."""
+        """Return an expression of the config with the ratio and all fields that are not default."""
         shown = (
             f"{field.name}={getattr(self, field.name)!r}"
             for field in fields(self)
@@ -193,14 +192,14 @@ class MergeConfig:
 
     @property
     def merges(self) -> bool:
-        """Whether any block may merge."""
+        """True if any block may merge."""
         if self.memory is not None and self.memory.every == 1:
             return False
         return self.ratio > 0 or any(ratio > 0 for _, ratio in self.block_ratios)
 
     @property
     def choosing(self) -> str:
-        """The option that makes the policy choose between variants; empty where all calls merge."""
+        """Option that makes the policy choose between variants; empty if every call merges."""
         if self.memory is not None:
             return str(self.memory)
         if self.merge_below < 1:
@@ -208,17 +207,17 @@ class MergeConfig:
         return "" if self.schedule.stateless else str(self.schedule)
 
     def ratio_of(self, path: str) -> float:
-        """The ratio of a block, by its module path."""
+        """Return the ratio of the block at a module path."""
         pattern = self.pattern_of(path)
         return self.ratio if pattern is None else dict(self.block_ratios)[pattern]
 
     def pattern_of(self, path: str) -> str | None:
-        """The pattern of ``block_ratios`` that names a block; the first that fits."""
+        """Return the first pattern of ``block_ratios`` that matches a block, or None."""
         return next((each for each, _ in self.block_ratios if matches(path, each)), None)
 
     def _checked_block_ratios(self) -> tuple[tuple[str, float], ...]:
         given: object = self.block_ratios
-        # A set has no first pattern that could count.
+        # A set has no order, so it has no first pattern that could count.
         members = None if isinstance(given, set | frozenset) else listed(given)
         pairs = tuple(given.items()) if isinstance(given, Mapping) else members
         if pairs is None or not all(isinstance(p, tuple | list) and len(p) == 2 for p in pairs):
@@ -249,7 +248,7 @@ class MergeConfig:
                 f"{', '.join(map(repr, get_args(Component)))}, and with all of them where "
                 "placement='block'"
             )
-        # A list or a set reads naturally at the call; the stored form is hashable and ordered.
+        # Accept a list or a set, which callers write naturally; store a hashable, ordered form.
         named = [choice("components", each, get_args(Component)) for each in given]
         return tuple(each for each in get_args(Component) if each in named)
 
@@ -268,19 +267,20 @@ class MergeConfig:
                 f"skip={given!r} must be a tuple of patterns, such as skip={example!r}"
             )
         plain = map(str, patterns)
-        # The order of a set differs from one process to the next.
+        # The order of a set differs from process to process.
         return tuple(sorted(plain) if isinstance(given, set | frozenset) else plain)
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Self:
-        """A named configuration, with changes.
+        """Return a named configuration, with changes.
 
         Args:
-            name: ``"default"``, the best we know; or a variant of the paper: ``"toma"`` (tiles for
-                selection, weights over the image), ``"toma_tile"``, ``"toma_stripe"`` (selection
-                and weights in tiles or stripes of 16 tokens), ``"toma_once"`` (tiles, once per
-                block, residual replaced), all four with its 10/5 schedule; ``"lower_bound"``
-                (random weights, once per block, nothing else).
+            name: ``"default"``, the best configuration we know; or a variant of the paper:
+                ``"toma"`` (selection in tiles, weights over the image), ``"toma_tile"`` and
+                ``"toma_stripe"`` (selection and weights in tiles or stripes of 16 tokens),
+                ``"toma_once"`` (tiles, once per block, residual replaced), all four with the
+                paper's 10/5 schedule; or ``"lower_bound"`` (random weights, once per block,
+                nothing else).
             **changes: fields that differ from the preset, such as ``ratio``.
 
         Raises:
@@ -292,7 +292,7 @@ class MergeConfig:
 
 
 def build_config(cls: type[MergeConfig] = MergeConfig, **options: Any) -> Any:
-    """`MergeConfig` from keyword options, with a readable error for an unknown one.
+    """Build a `MergeConfig` from keyword options.
 
     Raises:
         ConfigError: when an option is not a field of `MergeConfig`.
@@ -329,6 +329,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "toma_tile": _PAPER,
     "toma_stripe": {**_PAPER, "region": "stripe"},
     "toma_once": {**_PAPER, "placement": "block", "residual": "replace"},
-    # Stripes, as weights that look at no token have no use for another order.
+    # Its weights do not depend on the tokens, so it needs no other token order than stripes.
     "lower_bound": {"selector": "fixed", "residual": "replace", "region": "stripe"},
 }

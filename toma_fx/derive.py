@@ -1,9 +1,9 @@
-"""What a family's file would say of a model that nobody listed, read off a call of it.
+"""Inference of a family, for a model that toma_fx does not know, from an example call.
 
-If all sizes in a call differ, shapes say which argument of a block has a row for each token, and in
-which dimension; a second call with another image says which rows are the image's. What was derived
-is checked before it is used: every kind of block against itself on merged tokens, and the places
-where tokens change their order against the model's own output.
+If all sizes in a call differ, shapes tell which arguments of a block have a row for each token, and
+in which dimension. A second call with another image tells which rows belong to the image. The
+result is checked before use: each kind of block against itself on merged tokens, and the places
+where tokens are reordered against the model's own output.
 """
 
 from collections.abc import Iterator, Mapping
@@ -30,24 +30,24 @@ from toma_fx.probes import BlockCall, call_with_probes
 
 
 def derive(model: nn.Module, example: Mapping[str, Any], *, image: str | None = None) -> Family:
-    """The family of a model of a class that toma_fx does not know, for `toma_fx.transform`.
+    """Derive a family for `toma_fx.transform` from a model of a class that toma_fx does not know.
 
-    The call is made three times or more, so let it be small; a small model of the same class will
-    do as well. ``print`` the family to see what was derived.
+    The model is called three times or more, so use a small example; a small model of the same class
+    works too. ``print`` the family to see the result.
 
     Args:
-        model: of diffusers' kind: transformer blocks in lists, tokens ``(B, N, D)``.
-        example: keyword arguments of a call of it, with data, in which the numbers of image tokens,
-            of text tokens and of both differ from all other sizes.
-        image: the argument that holds the image; the first with a tensor when left out.
+        model: a model like those of diffusers: transformer blocks in lists, tokens ``(B, N, D)``.
+        example: keyword arguments of a call, with data. The numbers of image tokens, of text tokens
+            and of both together must differ from all other sizes.
+        image: name of the argument that holds the image; the first with a tensor if omitted.
 
     Returns:
-        A family, for ``toma_fx.transform(model, family=family)``. It knows no noise levels, and
-        draws no examples: give `toma_fx.report` the ``inputs`` of a call.
+        A family for ``toma_fx.transform(model, family=family)``. It knows no noise levels and makes
+        no example calls: give `toma_fx.report` the ``inputs`` of a call.
 
     Raises:
-        ModelError: when no block takes the image's tokens, sizes do not tell them apart, or a block
-            on merged tokens does not compute what it would by itself.
+        ModelError: when no block takes the image's tokens, when sizes do not identify the tokens,
+            or when a block on merged tokens does not compute the same as by itself.
     """
     name = _image_argument(example) if image is None else image
     if name not in example:
@@ -56,11 +56,11 @@ def derive(model: nn.Module, example: Mapping[str, Any], *, image: str | None = 
     try:
         passed = call_with_probes(model, example, ran.blocks)
         moved = call_with_probes(model, {**example, name: _other(example[name])}, ran.blocks)
-    except Exception as error:  # whatever a forward raises on what its blocks do not return
+    except Exception as error:  # a forward may raise anything if its blocks return other values
         raise ModelError(
             f"a {type(model).__name__} cannot be called with blocks that pass their tokens through "
-            f"({type(error).__name__}: {error!s:.200}), so which tokens are the image's is not "
-            "told; state its family by hand, as the files in toma_fx/families do"
+            f"({type(error).__name__}: {error!s:.200}), so its image tokens cannot be recognised; "
+            "state its family by hand, as the files in toma_fx/families do"
         ) from error
     tokens = {
         path: found
@@ -104,13 +104,13 @@ def derive(model: nn.Module, example: Mapping[str, Any], *, image: str | None = 
 
 @dataclass(frozen=True)
 class _ImageRows:
-    """Image tokens among those of a block.
+    """Image tokens among the tokens of a block.
 
     Attributes:
-        argument: with the tokens.
-        first: the first image token.
-        count: image tokens.
-        total: all tokens.
+        argument: name of the argument that holds the tokens.
+        first: index of the first image token.
+        count: number of image tokens.
+        total: number of all tokens.
     """
 
     argument: str
@@ -127,7 +127,7 @@ def _image_argument(example: Mapping[str, Any]) -> str:
 
 
 def _other(image: Any) -> Any:
-    """Another image of the same size."""
+    """Return another image of the same size."""
     generator = torch.Generator().manual_seed(0)
 
     def other(tensor: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ def _image_rows(call: BlockCall, moved: BlockCall) -> _ImageRows | None:
 
 
 def _row_of_class(calls: list[tuple[BlockCall, _ImageRows]]) -> Block:
-    """The row of a class of blocks, whose lists may be called in several ways."""
+    """Return the row of a block class, whose lists may be called in several ways."""
 
     def given(each: tuple[BlockCall, _ImageRows]) -> tuple[bool, int]:
         call, found = each
@@ -179,9 +179,9 @@ def _row_of_class(calls: list[tuple[BlockCall, _ImageRows]]) -> Block:
         raise ModelError(
             f"the output of {fullest.path} does not follow its image tokens when they change their "
             f"order together with {', '.join(each.argument for each in flow.rows) or 'nothing'}: "
-            f"other arguments of {row.cls} have a row for each token, or it mixes neighbours, as a "
-            "convolution over the grid does. Sizes of the example that are equal by chance mislead "
-            "too; give one of other sizes, or state the row of its class by hand"
+            f"other arguments of {row.cls} have a row for each token, the block mixes neighbours "
+            "(as a convolution over the grid does), or sizes of the example are equal by chance. "
+            "Give an example of other sizes, or state the row of its class by hand"
         )
     row = replace(row, flow=right[0])
     kinds = {
@@ -257,21 +257,21 @@ def _rows(call: BlockCall, name: str, sizes: Mapping[int, bool]) -> Iterator[Row
 
 
 def _output(call: BlockCall, found: _ImageRows) -> int | None:
-    """Which output is the image tokens; None where there is one."""
+    """Return the index of the output that holds the image tokens; None for a single output."""
     if isinstance(call.output, Tensor):
         return None
     shape = call.arguments[found.argument].shape
     alike = [i for i, o in enumerate(call.output) if isinstance(o, Tensor) and o.shape == shape]
     if len(alike) != 1:
         raise ModelError(
-            f"{call.path} returns {len(alike)} outputs of shape {tuple(shape)}, of which one must "
-            "be the image tokens; state the row of its class by hand"
+            f"{call.path} returns {len(alike)} outputs of shape {tuple(shape)}, but exactly one "
+            "must be the image tokens; state the row of its class by hand"
         )
     return alike[0]
 
 
 def _sites(call: BlockCall) -> Iterator[Site]:
-    """Attention and MLP, where their names say what they are."""
+    """Yield the attention and MLP sites that can be recognised by their names."""
     kinds = (("attn1", "self_attention"), ("attn", "self_attention"), ("attn2", "cross_attention"))
     children = dict(call.block.named_children())
     seen = set()
@@ -282,12 +282,12 @@ def _sites(call: BlockCall) -> Iterator[Site]:
 
 
 def _is_joint(module: nn.Module) -> bool:
-    """Whether attention returns text tokens too, so that its outputs must be stated."""
+    """Return whether attention also returns text tokens, so that its outputs must be stated."""
     return getattr(module, "add_k_proj", None) is not None
 
 
 def _without_data(arguments: Mapping[str, Any], kwargs: list[str]) -> dict[str, Any]:
-    """The arguments without data, in float16: a forward may do more for it than for other types."""
+    """Return arguments without data, in float16, for which some forwards do extra work."""
 
     def empty(tensor: Tensor) -> Tensor:
         return tensor.to("meta", torch.float16 if tensor.is_floating_point() else None)
@@ -299,7 +299,7 @@ def _without_data(arguments: Mapping[str, Any], kwargs: list[str]) -> dict[str, 
 
 @dataclass(frozen=True, eq=False)
 class _Examples:
-    """Example arguments of a block: those of the call that it was derived from."""
+    """Example arguments of a block, taken from the call that it was derived from."""
 
     arguments: Mapping[str, Any]
 
@@ -309,7 +309,7 @@ class _Examples:
 
 @dataclass(frozen=True)
 class _Argument:
-    """The first argument of a call with one of some names."""
+    """Callable that returns the first argument of a call that has one of the given names."""
 
     names: tuple[str, ...]
 
@@ -322,22 +322,22 @@ class _Argument:
 
 
 def _unknown_lengths(call: Mapping[str, Any]) -> set[int]:
-    return set()  # no mask in the attention kwargs is taken for one over all tokens
+    return set()  # no mask in the attention kwargs is assumed to cover all tokens
 
 
 def _unknown_level(timestep: float, scheduler: Any) -> float:
     raise InputError(
-        f"what timestep {timestep:g} means to a model of a derived family is not known; merge at "
-        "every step, merge_below=1, or say it: dataclasses.replace(family, noise_level=...)"
+        f"a derived family does not know the noise level of timestep {timestep:g}; merge at every "
+        "step, merge_below=1, or define it: dataclasses.replace(family, noise_level=...)"
     )
 
 
 def _unknown_levels(scheduler: Any, steps: int, call: Mapping[str, Any]) -> list[float]:
-    return [1 - step / steps for step in range(steps)]  # of which a derived family uses none
+    return [1 - step / steps for step in range(steps)]  # a derived family uses none of these
 
 
 def _no_example(model: nn.Module, like: Tensor, **size: Any) -> dict[str, Any]:
     raise ModelError(
-        f"a derived family draws no examples of a call of {type(model).__name__}; give those of a "
-        "call of yours: inputs={...}, a dictionary of its keyword arguments"
+        f"a derived family cannot make up a call of {type(model).__name__}; give the keyword "
+        "arguments of a call of yours as a dictionary: inputs={...}"
     )

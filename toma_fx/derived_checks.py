@@ -1,4 +1,4 @@
-"""Whether what was derived of a model holds: of its blocks, and of the order of its tokens."""
+"""Checks of a derived family: of its blocks, and of the order of its tokens."""
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,23 +29,23 @@ toma = torch.ops.toma
 
 OPTIONS = PlanOptions(region_tokens=16, ratio=0.5)
 TOLERANCE = 1e-3
-"""Of the largest value: what rounding makes of another order of sums, in float32."""
+"""Allowed error, relative to the largest value: rounding in float32 for another order of sums."""
 
 
 def check_block(call: BlockCall, row: Block, count: int) -> None:
-    """Check a derived row: the rewritten block against the block itself, sample by sample.
+    """Check a derived row: compare the rewritten block with the block itself, sample by sample.
 
     Args:
-        call: of a block of the row's class.
-        row: of the class.
-        count: image tokens in the call.
+        call: a call of a block of the row's class.
+        row: the row of the class.
+        count: number of image tokens in the call.
 
     Raises:
-        ModelError: when they differ, or the block cannot run on merged tokens.
+        ModelError: when they differ, or when the block cannot run on merged tokens.
     """
     try:
         pairs = zip(_rewritten(call, row, count), _by_sample(call, row.flow, count), strict=True)
-    except Exception as error:  # whatever a forward raises on other sizes than it expects
+    except Exception as error:  # a forward may raise anything on unexpected sizes
         raise ModelError(
             f"what was derived of {row.cls} does not hold: {call.path} cannot run on merged tokens "
             f"({type(error).__name__}: {error!s:.300}). Sizes of the example that are equal by "
@@ -64,19 +64,19 @@ def check_block(call: BlockCall, row: Block, count: int) -> None:
 
 @torch.no_grad()
 def moves_with_tokens(call: BlockCall, flow: TokenFlow, count: int) -> bool:
-    """Whether rows belong to the tokens that a row says: all moved alike, only the order changes.
+    """Return whether moving all stated rows together changes only the order of the output.
 
     Args:
-        call: of a block.
-        flow: what is said of its arguments.
-        count: image tokens in the call.
+        call: a call of a block.
+        flow: the statement about its arguments.
+        count: number of image tokens in the call.
     """
     generator = torch.Generator().manual_seed(0)
     rows = {(row.argument, item): row.dim for row in flow.rows for item in row.items or (None,)}
     order = torch.randperm(count, generator=generator)
 
     def told_apart(value: Any, key: tuple[str, int | None]) -> Any:
-        # A mask in which all is alike would tell nothing.
+        # A constant mask would tell nothing, so replace it by a random one.
         if not isinstance(value, Tensor) or key not in rows:
             return value
         if bool((value != value.flatten()[0]).any()):
@@ -102,7 +102,7 @@ def moves_with_tokens(call: BlockCall, flow: TokenFlow, count: int) -> bool:
         shuffled = each(moved, arguments)
         shuffled[flow.tokens] = _picked(arguments[flow.tokens], 1, order, count, flow.image_first)
         expected, found = forward(arguments), forward(shuffled)
-    except Exception:  # whatever a forward raises on rows that are not what they were taken for
+    except Exception:  # a forward may raise anything on wrongly identified rows
         return False
     expected, found = (
         each if isinstance(each, Tensor) else each[flow.output or 0] for each in (expected, found)
@@ -112,7 +112,7 @@ def moves_with_tokens(call: BlockCall, flow: TokenFlow, count: int) -> bool:
 
 
 def _rewritten(call: BlockCall, row: Block, count: int) -> list[Tensor]:
-    """What the block's graph computes on merged tokens."""
+    """Return the result of the block's graph on merged tokens."""
     flow = row.flow
     gm = capture_block(
         call.block, row.examples(call.block), flow.attention_kwargs, run_on_examples,
@@ -134,7 +134,7 @@ def _rewritten(call: BlockCall, row: Block, count: int) -> list[Tensor]:
 
 @torch.no_grad()
 def _by_sample(call: BlockCall, flow: TokenFlow, count: int) -> list[Tensor]:
-    """What the block computes of each sample's merged tokens, all together again."""
+    """Return the result of the block on the merged tokens of each sample, concatenated."""
     tokens = call.arguments[flow.tokens]
     others = tokens.shape[1] - count
     before = 0 if flow.image_first else others
@@ -169,7 +169,7 @@ def _by_sample(call: BlockCall, flow: TokenFlow, count: int) -> list[Tensor]:
 def _sample(
     call: BlockCall, flow: TokenFlow, count: int, number: int, kept: Tensor
 ) -> dict[str, Any]:
-    """The arguments of one sample, each with the rows of the tokens that are kept."""
+    """Return the arguments of one sample, each with the rows of the kept tokens."""
     batch = call.arguments[flow.tokens].shape[0]
     rows = {(row.argument, item): row.dim for row in flow.rows for item in row.items or (None,)}
 
@@ -204,17 +204,17 @@ def _tensors(output: Any) -> list[Tensor]:
 def derived_border(
     model: nn.Module, call: Mapping[str, Any], image: str, count: int, probes: Sequence[Probe]
 ) -> TokenGrids | TokenSequence | None:
-    """Where the image tokens of a model are, and where they can change their order.
+    """Find the image tokens of a model, and places where their order can change.
 
-    None where their grid is not known; and without places where no order but theirs was right.
+    Returns None if the grid is unknown. The result has no places if only the original order works.
 
     Args:
-        model: is not changed.
+        model: the model; it is not changed.
         call: its keyword arguments.
-        image: the argument with the image.
-        count: image tokens.
-        probes: of a call in which blocks ran; of one in which they did not; and of another one of
-            those with another image.
+        image: name of the argument with the image.
+        count: number of image tokens.
+        probes: probes of three calls: with running blocks, with blocks that pass tokens through,
+            and the latter with another image.
     """
     ran, passed, moved = probes
     given = call[image]
@@ -247,7 +247,7 @@ def derived_border(
 
 
 def _patch(model: Any, image: Any, count: int) -> tuple[int, ...] | None:
-    """The size of a token, if the image is a grid of them."""
+    """Return the size of a token, if the image is a grid of tokens."""
     if not isinstance(image, Tensor) or image.ndim not in (4, 5):
         return None
     size = getattr(model.config, "patch_size", 1)
@@ -262,7 +262,7 @@ def _patch(model: Any, image: Any, count: int) -> tuple[int, ...] | None:
 
 
 def _places(path: str, value: Any, count: int) -> Iterator[Place]:
-    """The outputs of a module that have a row for each image token."""
+    """Yield the outputs of a module that have a row for each image token."""
     parts = enumerate(value) if isinstance(value, tuple | list) else [(None, value)]
     for index, tensor in parts:
         shape = tensor.shape if isinstance(tensor, Tensor) else ()
@@ -286,7 +286,7 @@ def _leaves(value: Any) -> list[Tensor]:
 def _keeps_output(
     model: nn.Module, call: Mapping[str, Any], border: TokenGrids, count: int, expected: Tensor
 ) -> bool:
-    """Whether the model gives the same with its image tokens in any order."""
+    """Return whether the model gives the same output with its image tokens in another order."""
     copied: Any = copied_without_hooks(model, {id(p): p for p in model.parameters()})
     for path in {place.module for place in border.enter if place.module}:
         module = copied.get_submodule(path)
@@ -297,7 +297,7 @@ def _keeps_output(
     try:
         with torch.no_grad():
             output = run_in_order(copied, dict(call), border, order, copied.config)
-    except Exception:  # whatever a forward raises on tokens in another order
+    except Exception:  # a forward may raise anything on tokens in another order
         return False
     finally:
         plan.enter(before)
@@ -327,7 +327,7 @@ def _derived_sequence(
 
 @dataclass(frozen=True)
 class _GridsOf:
-    """The grid of an image, or a video, of which each patch is a token."""
+    """Callable for the grid of an image or video, in which each patch is a token."""
 
     image: str
     patch: tuple[int, ...]

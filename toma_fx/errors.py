@@ -1,25 +1,25 @@
-"""One class per kind of mistake; every message names the value, the expectation and the fix."""
+"""One class per kind of mistake; each message names the value, the expectation and the fix."""
 
 
 class TomaError(ValueError):
-    """Any mistake that toma_fx can explain."""
+    """Base class of all errors that toma_fx raises on purpose."""
 
 
 class ConfigError(TomaError):
-    """An option holds a value that it cannot take."""
+    """An option has an invalid value."""
 
 
 class ModelError(TomaError):
-    """The model or pipeline cannot be transformed: unknown, compiled, or transformed already."""
+    """The model or pipeline cannot be transformed: unknown, compiled, or already transformed."""
 
 
 class CaptureError(TomaError):
-    """A block's forward does something that one graph cannot hold."""
+    """A block's forward contains an operation that one graph cannot represent."""
 
 
 class InputError(TomaError):
-    """A transformed model was called with something that merged tokens cannot carry."""
+    """A transformed model was called with an argument that merged tokens cannot support."""
 
 
 class TomaWarning(UserWarning):
-    """Something in a model may take merged tokens for what they are not."""
+    """Code in a model may misinterpret merged tokens."""

@@ -1,4 +1,4 @@
-"""A transformed model as files that need neither toma_fx nor diffusers to run."""
+"""Export of a transformed model to files that run without toma_fx and diffusers."""
 
 import contextlib
 import inspect
@@ -21,8 +21,8 @@ from toma_fx.runtime.plan import BRING_PLANS, MERGED, RECALL, REUSE
 from toma_fx.transform import model_of
 
 Plan = dict[str, list[Tensor]]
-"""What a program hands to later steps: the tensors of each plan, by the path of the list of blocks
-that share it, such as ``"transformer_blocks"``."""
+"""Tensors of each plan, keyed by the path of the list of blocks that share it, such as
+``"transformer_blocks"``. A program returns it for use in later steps."""
 
 
 def export(
@@ -34,38 +34,38 @@ def export(
 ) -> Any:
     """Export a model with `torch.export`; nodes are named ``torch.ops.toma`` until decomposed.
 
-    A model that does the same in every call becomes one program, which takes the model's keyword
-    arguments and returns a tuple with the output tensor, of LTX-2 with the sound too. A model whose
-    policy chooses between variants becomes a program for each, and the caller chooses:
+    A model that does the same in every call becomes one program. It takes the model's keyword
+    arguments and returns a tuple with the output tensor (for LTX-2 also the sound). A model whose
+    policy chooses between variants becomes one program per variant, and the caller chooses:
 
-    * ``merge_below``: ``"merged"`` below the noise level, ``"untouched"`` above it;
-    * a memory: ``"remember"``, a full step, returns ``(output, plan, memory)``; ``"recall"`` takes
-      ``plan`` and ``memory``, and where updates are extrapolated ``memory_before`` of the full step
-      before (or the same again) and ``ahead``, 0-dimensional: how far the step is past the last
-      full one, in units of what lies between the two; it returns ``(output,)``. A dictionary
-      ``memory`` has a list of tensors for each block, by its path;
-    * a schedule: ``"merged"`` makes a plan and returns ``(output, plan)``; ``"weigh"`` takes
-      ``plan`` as one more argument, keeps its destinations and returns ``(output, plan)``;
-      ``"reuse"`` takes it and returns ``(output,)``; there is none where each token has a timestep,
-      which a plan would hold. A request keeps its own plan, so that requests can take turns.
+    * ``merge_below``: run ``"merged"`` below the noise level and ``"untouched"`` above it.
+    * A memory: ``"remember"``, a full step, returns ``(output, plan, memory)``. ``"recall"`` takes
+      ``plan`` and ``memory`` and returns ``(output,)``. If updates are extrapolated, it also takes
+      ``memory_before``, the memory of the full step before (or the same again), and ``ahead``, a
+      0-dimensional tensor: the distance from the last full step, in units of the distance between
+      the last two full steps. A ``memory`` is a dictionary from block paths to lists of tensors.
+    * A schedule: ``"merged"`` makes a plan and returns ``(output, plan)``. ``"weigh"`` takes
+      ``plan`` as an extra argument, keeps its destinations and returns ``(output, plan)``.
+      ``"reuse"`` takes it and returns ``(output,)``; it is missing if each token has a timestep,
+      which a plan would hold. Each request keeps its own plan, so that requests can take turns.
 
     Args:
         model: a diffusers model, transformed or not, or a pipeline that holds one.
-        inputs: keyword arguments of a call of it; those of the native image size when left out.
-        path: where to save the program, with only ATen operators and control flow in it. With
-            several, the name of the variant goes before the suffix: ``unet.pt2`` becomes
+        inputs: keyword arguments of an example call; one at the native image size if omitted.
+        path: file to save the program to, with only ATen operators and control flow in it. For
+            several programs, the name of the variant goes before the suffix: ``unet.pt2`` becomes
             ``unet.merged.pt2``.
-        dynamic_shapes: as `torch.export.export` takes it, for the names in ``inputs``. Batch and
-            image size can be dynamic. A program serves token counts of the kind that ``inputs``
-            have: multiples of ``region_tokens``, as ``64 * Dim("regions", min=2)``; or, from 17
-            times ``region_tokens`` on, those that are none, as ``Dim.AUTO``.
+        dynamic_shapes: passed to `torch.export.export`, for the names in ``inputs``. Batch and
+            image size can be dynamic. A program accepts token counts of the same kind as in
+            ``inputs``: multiples of ``region_tokens``, written ``64 * Dim("regions", min=2)``; or
+            other counts from 17 times ``region_tokens`` on, written ``Dim.AUTO``.
 
     Returns:
         The program, before decomposition; or a dictionary of programs by the names of the variants.
 
     Raises:
-        ModelError: when ``model`` is neither a module nor a known pipeline, or no call that fits it
-            can be made up; then it asks for ``inputs``.
+        ModelError: when ``model`` is neither a module nor a known pipeline, or when no fitting call
+            can be made up; the message then asks for ``inputs``.
     """
     model = model_of(model)
     inputs = dict(random_inputs(model) if inputs is None else inputs)
@@ -129,9 +129,9 @@ def _export(
 
 @contextlib.contextmanager
 def _parts_unchanged(model: nn.Module) -> Iterator[None]:
-    """Within it, nothing is kept of what the parts of a model that are no modules remember.
+    """Undo on exit the changes that tracing makes to diffusers objects that are not modules.
 
-    Z-Image makes its table of positions at its first call. While that is traced, the table has no
+    Z-Image makes its table of positions in its first call. If that call is traced, the table has no
     values, and all later calls would use it.
     """
     parts = {
@@ -162,7 +162,7 @@ def _save(program: ExportedProgram, path: str | Path | None, variant: str = "") 
 
 
 def _example_kept(model: nn.Module, inputs: Mapping[str, Any]) -> Kept:
-    """What a call of the model leaves, by its shapes."""
+    """Return tensors shaped like the plans and memories that a call of the model keeps."""
     skeleton: Any = weightless(model)
     first = policy_of(skeleton.toma_recipe.config).variants[0]
     grids, frames = grids_in(model, inputs), given_in(model, inputs)
@@ -177,7 +177,7 @@ def _example_kept(model: nn.Module, inputs: Mapping[str, Any]) -> Kept:
 
 
 def _as_arguments(kept: Kept, recipe: Recipe) -> dict[str, Any]:
-    """What a program returns of its state, and takes, by the names of its arguments."""
+    """Return the state that a program returns and takes, by the names of its arguments."""
     plan: Plan = {
         _path(group): list(kept.plans[group.stage][group.name])
         for group in _groups(recipe)
@@ -206,7 +206,7 @@ def _as_kept(state: Mapping[str, Any], recipe: Recipe) -> Kept:
 
 
 def _halves(tensors: list[Tensor], recipe: Recipe) -> tuple[Updates, Updates]:
-    """The updates of all tokens, and those of merged ones."""
+    """Split a block's memory into the updates of all tokens and those of merged tokens."""
     whole = len(tensors) // 2 if recipe.controls else len(tensors)
     return tuple(tensors[:whole]), tuple(tensors[whole:])
 
@@ -220,7 +220,7 @@ def _path(group: Group) -> str:
 
 
 class _Program(nn.Module):
-    """What is exported: a call of the model with keyword arguments of these names."""
+    """The module that is exported: a call of the model with keyword arguments of these names."""
 
     def __init__(self, model: nn.Module, call: Callable[..., Any], names: list[str]) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""Models that are graphs already: what `torch.export`, Dynamo or `toma_fx.trace` captured.
+"""Transformation of models captured as graphs by `torch.export`, Dynamo or `toma_fx.trace`.
 
-Their blocks are found by the module paths and classes in the metadata of the nodes. The recipe is
-that of a model, and so are the passes; they run on the one flat graph, block by block.
+The module paths and classes in the nodes' metadata identify the blocks. The recipe and the passes
+are the same as for a model; the passes run on the one flat graph, block by block.
 """
 
 import copy
@@ -29,25 +29,25 @@ Flat = fx.GraphModule | ExportedProgram
 
 
 def transform_flat(flat: Flat, config: MergeConfig) -> Any:
-    """A captured model with merged tokens, of the same kind; the given one stays as it was.
+    """Return a captured model of the same kind with merged tokens; the given one is not changed.
 
     Args:
         flat: a program of `torch.export.export`, before ``run_decompositions``; or a graph with
-            ``nn_module_stack`` and example values on its nodes. Its sizes are those of its
-            examples, and so are those of the result. Its image tokens are one grid.
-        config: what to do; it must merge at every step, each by a plan of its own.
+            ``nn_module_stack`` and example values on its nodes. Sizes are fixed to those of the
+            examples. Its image tokens must be one grid.
+        config: the options; it must merge at every step, with a new plan each time.
 
     Raises:
-        ModelError: when there is nothing to merge, or merging is in it already.
-        CaptureError: when the graph holds something that merged tokens cannot go through.
+        ModelError: when there is nothing to merge, or when the graph merges already.
+        CaptureError: when the graph contains an operation that merged tokens do not support.
     """
     program = flat if isinstance(flat, ExportedProgram) else None
     gm: Any = flat if program is None else program.graph_module
     _check_config(config)
     if program is not None and program.dialect != "TRAINING":
         raise ModelError(
-            f"the layers of this program of dialect {program.dialect} were taken apart; transform "
-            "what torch.export.export returns, and run_decompositions() after that"
+            f"the layers of this program of dialect {program.dialect} were decomposed; transform "
+            "the result of torch.export.export, and call run_decompositions() after that"
         )
     passes = _passes(gm, config)
     gm = copy.deepcopy(gm, {id(t): t for t in [*gm.parameters(), *gm.buffers()]})
@@ -95,7 +95,7 @@ def _program(program: ExportedProgram, gm: fx.GraphModule) -> ExportedProgram:
 
 
 def _passes(gm: fx.GraphModule, config: MergeConfig) -> tuple[Pass, ...]:
-    """The passes that merge in a flat graph."""
+    """Return the passes that merge in a flat graph."""
     if any(getattr(node.target, "namespace", None) == "toma" for node in gm.graph.nodes):
         raise ModelError("this graph merges tokens already; transform the graph it was made from")
     stacks = [module_stack(n) for n in gm.graph.nodes if n.op.startswith("call_")]
@@ -110,7 +110,7 @@ def _passes(gm: fx.GraphModule, config: MergeConfig) -> tuple[Pass, ...]:
 
 
 def _family(classes: Mapping[str, str]) -> Family:
-    """The family of the model whose blocks are in the graph."""
+    """Return the family of the model whose blocks are in the graph."""
     family = find_family(classes.values())
     if family is not None:
         return family
@@ -136,7 +136,7 @@ def _recipe(classes: Mapping[str, str], family: Family, config: MergeConfig, roo
     ]
     names = {border.cls for border in family.borders if isinstance(border, Stage)}
     stages = [_inside(path, root) for path, cls in classes.items() if cls in names]
-    if not stages and names:  # stages are the parents of lists of blocks
+    if not stages and names:  # then the stages are the parents of lists of blocks
         stages = sorted({block.module.rsplit(".", 2)[0] for block in found})
     return make_recipe(family, found, stages, config, "graph")
 
@@ -150,7 +150,7 @@ def _merge(recipe: Recipe, block: BlockRecipe, root: str) -> Pass:
 
 
 def _orders(recipe: Recipe, classes: Mapping[str, str], root: str) -> tuple[Pass, ...]:
-    """As `toma_fx.install_borders` brings tokens into token order."""
+    """Return the passes that do the same as `toma_fx.install_borders` does for a model."""
     if recipe.config.region != "tile":
         return ()
     passes: list[Pass] = []

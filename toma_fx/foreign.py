@@ -1,13 +1,13 @@
-"""What others put into a model, and merging may mislead: refused by name, or warned of.
+"""Checks of foreign code in a model that merging may mislead: it is refused or warned about.
 
-Merged tokens are fewer than the image's and stand in token order, so code that takes them for the
-image grid goes wrong: attention processors and forwards of other libraries, hooks that read
-features, masks over all tokens. Such code can say that it works on any tokens::
+Merged tokens are fewer than the image's and in token order. So code that takes them for the image
+grid goes wrong: attention processors and forwards of other libraries, hooks that read features,
+masks over all tokens. Such code can declare that it works on any tokens::
 
     processor.any_tokens = True          # an attention processor, or its class
-    forward.any_tokens = True            # a function that stands in for a module's forward
+    forward.any_tokens = True            # a function that replaces a module's forward
 
-A hook can ask for the order: `toma_fx.token_order`.
+A hook can get the order from `toma_fx.token_order`.
 """
 
 import warnings
@@ -26,21 +26,21 @@ from toma_fx.runtime import plan
 
 
 def check_copy(model: nn.Module, recipe: Recipe) -> None:
-    """Look at what others put into a model before it was copied.
+    """Check foreign code that was put into a model before it was copied.
 
-    A function that others put on a module of the original holds the original, so the copy would run
-    the original's layers: nothing would be merged below it, nor would adapters reach it. A subclass
-    of a block may have a forward of its own, which a graph would not follow. And attention
-    processors of other libraries may take tokens for the grid, of which they are warned.
+    A function put on a module of the original refers to the original. So the copy would run the
+    original's layers: nothing below it would merge, and adapters would not reach it. A subclass of
+    a block may have its own forward, which a graph would not follow. Attention processors of other
+    libraries may take tokens for the grid; they cause a warning.
 
     Raises:
-        ModelError: when such a function or subclass is there.
+        ModelError: when there is such a function or subclass.
     """
     for path, module in model.named_modules():
         if (forward := _foreign_forward(module)) is not None:
             raise ModelError(
-                f"{path or 'the model'} has a forward of its own, {forward!r:.80}, which holds the "
-                "module that it was made for, and a copy would run that one; take it off, "
+                f"{path or 'the model'} has a forward of its own, {forward!r:.80}, which refers to "
+                "its original module, so a copy would run that one; take it off, "
                 "del module.forward, transform, and put it on the transformed model"
             )
     for block in recipe.merged:
@@ -54,30 +54,30 @@ def _check_block_class(recipe: BlockRecipe, block: nn.Module) -> None:
     if given.forward is not known.forward or given.__call__ is not nn.Module.__call__:
         raise ModelError(
             f"{recipe.path} is a {qualified_name(given)}, whose forward is not the one of "
-            f"diffusers' {known.__name__}: what it does would be lost in a merged block; give the "
-            f"block its class back, or leave it out: skip=({recipe.path!r},)"
+            f"diffusers' {known.__name__} and would be lost in a merged block; restore the "
+            f"block's class, or leave it out: skip=({recipe.path!r},)"
         )
 
 
 def check_free(modules: Iterable[tuple[str, nn.Module]]) -> None:
-    """Refuse to give modules their classes back under a forward that others put on them since.
+    """Refuse to restore the classes of modules whose forward other code replaced since.
 
     Raises:
-        ModelError: when there is one.
+        ModelError: when there is such a forward.
     """
     for path, module in modules:
         if (forward := _foreign_forward(module)) is not None:
             raise ModelError(
-                f"{path or 'the model'} was given a forward of its own after it was transformed, "
-                f"{forward!r:.80}, which may hold the merged one; take it off, del module.forward, "
-                "restore, and put it on again"
+                f"{path or 'the model'} got a forward of its own after it was transformed, "
+                f"{forward!r:.80}, which may refer to the merged one; take it off, "
+                "del module.forward, restore, and put it on again"
             )
 
 
 def _foreign_forward(module: nn.Module) -> Any:
-    """The forward that is neither of a known hook nor of the module's class, if there is one.
+    """Return a forward that belongs neither to a known hook nor to the module's class, if any.
 
-    What hooks leave when they are removed, the forward of the class, is taken off.
+    A leftover of removed hooks, the forward of the class itself, is deleted.
     """
     forward = vars(module).get("forward")
     if forward is None or any(mark in vars(module) for mark in HOOK_MARKS):
@@ -89,24 +89,25 @@ def _foreign_forward(module: nn.Module) -> Any:
 
 
 def _is_own(forward: Any, module: nn.Module) -> bool:
-    """Whether a forward on a module is the one of its class, as hooks that were removed leave."""
+    """Return whether a module's forward is the one of its class, as removed hooks leave it."""
     bound = isinstance(forward, MethodType) and forward.__self__ is module
     return bound and forward.__func__ is getattr(type(module), "forward", None)
 
 
 class Watched:
-    """The modules of a transformed model that others may put something on, listed once.
+    """List of the modules of a transformed model on which other code may put something.
 
-    A call of a large model comes by in milliseconds, and walking its tree would take as long.
+    It is made once, because a large model may be called every few milliseconds, and walking its
+    modules would take as long.
 
     Args:
-        model: transformed.
-        recipe: of the model.
+        model: the transformed model.
+        recipe: the model's recipe.
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe) -> None:
         self._recipe = recipe
-        # By weak references, since who exchanges a layer, as for a quantised one, wants it freed.
+        # Weak references, so that a layer that is exchanged (e.g. quantised) can be freed.
         self._model = ref(model)
         self._list()
 
@@ -125,18 +126,19 @@ class Watched:
         self._blocks = [(path, ref(block)) for path, block in blocks]
 
     def check_call(self, call: Mapping[str, Any]) -> None:
-        """Look for what merging would mislead in a call, whoever put it there since `transform`.
+        """Refuse a call that merging would mislead, because of code added since `transform`.
 
         Raises:
-            InputError: when a forward of others runs on merged tokens, an attention kwarg is a mask
-                over all tokens, or a hook is on an attention that is part of its block's graph.
+            InputError: when a foreign forward runs on merged tokens, when an attention kwarg is a
+                mask over all tokens, or when a hook is on an attention that is part of its block's
+                graph.
         """
         for path, reference in self._opened:
             _check_opened(path, reference())
         _check_kwargs(self._recipe, call)
         _check_masks(self._recipe, call)
         inside = [module() for _, module, _ in self._inside]
-        if None in inside:  # layers were exchanged since
+        if None in inside:  # layers were exchanged since the list was made
             self._list()
             inside = [module() for _, module, _ in self._inside]
         for (path, _, block), module in zip(self._inside, inside, strict=True):
@@ -169,7 +171,7 @@ def _named_modules(model: nn.Module, block: BlockRecipe) -> Iterator[tuple[str, 
 
 
 def _opened(model: nn.Module, recipe: Recipe) -> Iterator[tuple[str, nn.Module]]:
-    """The attentions whose keys and values merge: no calls of modules, but layers in a graph."""
+    """Yield the attentions whose keys and values merge; a graph contains their layers instead."""
     for block in recipe.merged:
         for name in block.attentions:
             yield f"{block.path}.{name}", model.get_submodule(f"{block.module}.{name}")
@@ -188,25 +190,25 @@ def _check_opened(path: str, attention: nn.Module | None) -> None:
 
 
 def _check_kwargs(recipe: Recipe, call: Mapping[str, Any]) -> None:
-    """Refuse what a block that merges refuses, in calls that do not merge too.
+    """Refuse arguments that merged blocks refuse, also in calls that do not merge.
 
-    Or a run would be refused in its middle, where the noise is low enough to merge.
+    Otherwise a run would fail midway, when the noise is low enough to merge.
 
     Raises:
-        InputError: when there is something.
+        InputError: when there is such an argument.
     """
     if not recipe.merged:
         return
     for guard in {recipe.guard(block) for block in recipe.merged}:
         plan.pass_on(_kwargs(recipe, call), *guard.refused_kwargs)
         for name, component in guard.masks:
-            # Its rows are those of the image row by row, which is not the order of tiles.
+            # The mask's rows are in raster order, which is not the order of tiles.
             if component in guard.components or recipe.config.region == "tile":
                 plan.pass_on_mask(call.get(name), name, component == "self_attention")
 
 
 def _kwargs(recipe: Recipe, call: Mapping[str, Any]) -> Any:
-    """The attention kwargs of a call of the model, if it takes any."""
+    """Return the attention kwargs of a call of the model, if it takes any."""
     name = recipe.family.attention_kwargs
     return None if name is None else call.get(name)
 
@@ -215,7 +217,7 @@ def _check_masks(recipe: Recipe, call: Mapping[str, Any]) -> None:
     """Refuse attention kwargs that are masks over all tokens.
 
     Raises:
-        InputError: when there is one.
+        InputError: when there is such a mask.
     """
     merged, in_order = set(recipe.config.components), recipe.config.region != "tile"
     if in_order and merged == {"mlp"}:
@@ -249,14 +251,14 @@ def _check_forward(path: str, module: nn.Module, block: str) -> None:
         return
     raise InputError(
         f"{path} has a forward of its own, {forward!r:.80}, and runs on merged tokens, which are "
-        f"no grid of the image; take it off, leave its block out with skip=({block!r},) and "
-        "region='stripe', or, if it works on tokens in any number and order, say so: "
+        f"not the image grid; take it off, leave its block out with skip=({block!r},) and "
+        "region='stripe', or, if it works on tokens in any number and order, set "
         "forward.any_tokens = True"
     )
 
 
 def _check_processors(modules: Iterable[tuple[str, nn.Module]]) -> None:
-    """Warn of attention processors of other libraries, once for each class of them."""
+    """Warn about attention processors of other libraries, once per class."""
     seen = set()
     for path, module in modules:
         processor = getattr(module, "processor", None)
@@ -276,12 +278,12 @@ def _check_processors(modules: Iterable[tuple[str, nn.Module]]) -> None:
 
 
 def check_caches(model: nn.Module, recipe: Recipe) -> None:
-    """Refuse a cache of what merged tokens are inside a block, where the next step's are others.
+    """Refuse a cache of values inside a merged block, because the next step merges other tokens.
 
     Raises:
         ModelError: when a module within a merged block keeps its output for later steps, while
-            every step chooses its own destinations or full steps have all tokens, or a hook is on
-            an attention of which only the layers run.
+            every step chooses its own destinations or full steps have all tokens; or when a hook is
+            on an attention of which only the layers run.
     """
     for path, attention in _opened(model, recipe):
         if any(hooks_of(attention)):

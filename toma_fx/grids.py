@@ -1,8 +1,8 @@
-"""Models whose token grids follow from the shapes of a call: their segments, their order, places.
+"""Models whose token grids follow from the shapes of a call: segments, order and places.
 
-Before a model's first block and behind its last, every tensor with a row for each image token
-stands at a `toma_fx.families.rows.Place`. Where regions are tiles, all of them are put in token
-order: those of the model's own call here, those inside it where a class stands in for a module's.
+Before a model's first block and after its last, every tensor with a row for each image token is at
+a `toma_fx.families.rows.Place`. If regions are tiles, all these tensors are put in token order:
+those of the model's own call here, those inside the model by classes that replace its modules'.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,19 +27,19 @@ class ImageSequence(NamedTuple):
 
     grids: tuple[Grid, ...]
     first: int
-    """Frames, from the first, before chunks of frames begin."""
+    """Number of frames before the first chunk of frames."""
     chunk: int
-    """Frames of a chunk."""
+    """Number of frames per chunk."""
     given_frames: tuple[int, ...]
-    """Frames of the first grid that stay as they are, which come before its others."""
+    """Indices of the first grid's frames that stay unmerged; they come before its other frames."""
     given_tokens: int
-    """Tokens of no grid, which come first of all, and stay as they are."""
+    """Number of tokens outside all grids; they come first of all, and stay unmerged."""
     segments: tuple[int, ...]
-    """Tokens of each segment behind those; no region holds tokens of two segments."""
+    """Tokens of each segment after those; no region holds tokens of two segments."""
 
     @property
     def unmerged(self) -> int:
-        """Tokens, from the first in token order, that stay as they are."""
+        """Number of tokens at the start of the token order that stay unmerged."""
         return self.given_tokens + self.grids[0].area * len(self.given_frames)
 
 
@@ -50,17 +50,17 @@ def image_sequence(
     call: Mapping[str, Any],
     given: Sequence[bool] | None = None,
 ) -> ImageSequence:
-    """The image tokens of a call, from the shapes of its arguments.
+    """Return the image tokens of a call, according to the shapes of its arguments.
 
-    A grid of one frame is a segment. Of a video, the first frame is one, and so is each chunk of
-    ``region_frames`` frames behind it; frames that are given, and not drawn, stay unmerged.
+    A grid of one frame is a segment. In a video, the first frame is a segment, and so is each later
+    chunk of ``region_frames`` frames; given (not generated) frames stay unmerged.
 
     Args:
-        border: where tokens are.
-        config: of the model.
-        model: that is called.
+        border: grids and places of the model.
+        config: the model's options.
+        model: the called model.
         call: its arguments by name.
-        given: whether each frame is given, as the values of the call told.
+        given: whether each frame is given, according to the values of the call.
     """
     grids = border.grids(model, call)
     video, *others = grids
@@ -84,7 +84,7 @@ def image_sequence(
 def _given_frames(
     shaped: tuple[int, ...], read: Sequence[bool] | None, frames: int
 ) -> tuple[int, ...]:
-    """The frames that are given, in their order, as shapes and as values tell."""
+    """Return the indices of given frames, in order, according to shapes and values."""
     if not shaped and read is None:
         return ()
     every = [False] * frames if read is None else list(read)
@@ -96,7 +96,7 @@ def _given_frames(
 def sequence_in(
     model: Any, call: Mapping[str, Any], given: Sequence[bool] | None = None
 ) -> ImageSequence | None:
-    """The image tokens of a call of a transformed model; None where shapes do not tell."""
+    """Return the image tokens of a transformed model's call; None if shapes do not tell."""
     border = model.toma_key.grids if isinstance(model, Border) else None
     if border is None:
         return None
@@ -106,13 +106,13 @@ def sequence_in(
 def token_order(
     sequence: ImageSequence, like: Tensor, config: MergeConfig, given_last: bool = False
 ) -> Tensor | None:
-    """The order of the image tokens, ``(N,)`` int64; None where they stay as they are.
+    """Return the order of the image tokens, ``(N,)`` int64; None if they stay in their order.
 
     Args:
-        sequence: of the call.
+        sequence: image tokens of the call.
         like: any tensor on the device of the result.
-        config: whose region says which order.
-        given_last: whether the tokens of no grid come last in the call.
+        config: options; the region determines the order.
+        given_last: whether the tokens outside all grids come last in the call.
     """
     in_tiles, frames = config.region == "tile", sequence.given_frames
     moved = given_last and sequence.given_tokens > 0
@@ -138,7 +138,7 @@ def token_order(
 
 
 def _given_first(grid: Grid, frames: tuple[int, ...], like: Tensor) -> Tensor:
-    """The tokens of a grid as they are, but for those of some frames, which come before."""
+    """Return the raster order of a grid, with the tokens of given frames moved to the front."""
     tokens = torch.arange(grid.tokens, device=like.device)
     edges = [-1, *frames, grid.frames]
     spans = [(each, each + 1) for each in frames] + [(a + 1, b) for a, b in pairwise(edges)]
@@ -152,14 +152,14 @@ def run_in_order(
     order: Tensor,
     config: Any,
 ) -> Any:
-    """Call a model whose image tokens are in an order; what comes out is in the caller's.
+    """Call a model on image tokens in a given order; its output is in the caller's order.
 
     Args:
-        forward: of the model.
+        forward: forward of the model.
         call: its arguments, by name.
-        border: where its tokens are.
+        border: grids and places of the model.
         order: ``(N,)`` int64.
-        config: of the model, for the size of a token.
+        config: config of the model, for the size of a token.
     """
     patch = border.patch(config)
     output = forward(**rows_in_order(call, border, order, patch=patch))
@@ -177,14 +177,14 @@ def rows_in_order(
     rows: int | None = None,
     patch: tuple[int, ...] = (),
 ) -> Arguments:
-    """A call whose arguments have their rows for tokens in an order.
+    """Return a call whose arguments have their token rows in a given order.
 
     Args:
-        call: of the model, by name.
-        border: where its tokens are.
-        order: ``(n,)`` int64: rows that are left, in their order.
-        rows: how many there are; as many as ``order`` has when left out.
-        patch: the size of a token, for an argument that is the image itself.
+        call: arguments of the model, by name.
+        border: grids and places of the model.
+        order: ``(n,)`` int64: indices of the rows that are left, in order.
+        rows: number of rows in the arguments; the length of ``order`` if omitted.
+        patch: size of a token, for an argument that is the image itself.
     """
     call = dict(call)
     for place in border.enter:
@@ -208,7 +208,7 @@ def _output_in_order(output: Any, place: Place, order: Tensor, patch: tuple[int,
 def _in_order(
     value: Any, place: Place, order: Tensor, patch: tuple[int, ...], rows: int | None = None
 ) -> Any:
-    """What stands at a place, in another order; None, or what has no rows there, as it is."""
+    """Reorder the value at a place; return None, or a value without token rows, unchanged."""
     if place.listed and isinstance(value, dict):
         return {key: _in_order(each, place, order, patch, rows) for key, each in value.items()}
     if place.listed and isinstance(value, list | tuple):
@@ -240,7 +240,7 @@ def _in_order(
 def _patches_in_order(image: Tensor, order: Tensor, patch: tuple[int, ...]) -> Tensor:
     lead = image.ndim - len(patch)
     for dim, step in enumerate(patch, lead):
-        if image.shape[dim] % step != 0:  # what is left over makes no token
+        if image.shape[dim] % step != 0:  # the remainder makes no token
             image = image.narrow(dim, 0, image.shape[dim] // step * step)
     sizes: list[Any] = [*image.shape[:lead]]
     for size, step in zip(image.shape[lead:], patch, strict=True):
@@ -258,12 +258,12 @@ def _patches_in_order(image: Tensor, order: Tensor, patch: tuple[int, ...]) -> T
 def method_in_order(
     method: Callable[..., Any], enter: Sequence[Place], leave: Sequence[Place]
 ) -> Callable[..., Any]:
-    """A method of a model or of a module in it, whose rows are those of tokens in order.
+    """Wrap a method of a model or a submodule so that it runs on rows in token order.
 
     Args:
-        method: of diffusers.
-        enter: places among its arguments or outputs where tokens come into order.
-        leave: those where they leave it.
+        method: the method of diffusers.
+        enter: places among its arguments or outputs where tokens enter token order.
+        leave: places where they leave it.
     """
     named = named_arguments(method)
 

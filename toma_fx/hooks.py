@@ -1,8 +1,8 @@
-"""Hooks that others put on a model: followed to the copy, or refused where merging breaks them.
+"""Hooks that other code put on a model: moved to the copy, or refused if merging breaks them.
 
 A hook of diffusers replaces ``module.forward`` by a closure over the module and the next hook. In a
-copied model such a closure still runs the original's forward: nothing would be merged, and nothing
-would say so. Hooks are therefore taken off the copy and put on again when its blocks are rewritten.
+copied model such a closure would still run the original's forward: nothing would merge, without any
+message. So hooks are taken off the copy and put on again after its blocks are rewritten.
 """
 
 import copy
@@ -19,20 +19,20 @@ _HELD = {
     "diffusers.hooks.group_offloading": "group offload",
     "diffusers.hooks.context_parallel": "context parallelism",
 }
-"""Modules whose hooks hold devices, streams or process groups, which no copy can share."""
+"""Modules whose hooks hold devices, streams or process groups, which a copy cannot share."""
 
 HOOK_MARKS = ("_diffusers_hook", "_hf_hook")
-"""Attributes under which a module holds the hooks of diffusers and of accelerate."""
+"""Attributes in which a module stores the hooks of diffusers and of accelerate."""
 
 Attached = tuple[nn.Module, str, Any]
-"""A module, and the name and the hook that it had."""
+"""A module, and the name and object of a hook on it."""
 
 
 def check_hooks(model: nn.Module) -> None:
-    """Refuse a model with hooks that cannot follow it to its copy.
+    """Refuse a model with hooks that cannot move to its copy.
 
     Raises:
-        ModelError: when it is offloaded or parallel already.
+        ModelError: when the model is already offloaded or parallel.
     """
     for path, module in model.named_modules():
         where = f"{type(model).__name__}{'.' if path else ''}{path}"
@@ -52,13 +52,13 @@ def check_hooks(model: nn.Module) -> None:
 
 
 def copied_with_hooks(model: nn.Module) -> tuple[nn.Module, list[Attached]]:
-    """A copy that shares every tensor with the model and has none of its hooks, and those hooks.
+    """Copy a model, sharing every tensor, and separate the copy from its hooks.
 
     Returns:
-        the copy; and copies of the hooks, for `attach_hooks`, in the order of attachment.
+        the copy without hooks; and copies of the hooks, for `attach_hooks`, in their order.
     """
     shared: list[Any] = [*model.parameters(), *model.buffers(), *_shared(model)]
-    # A cache asks its pipeline for the timestep; the pipeline must not be copied along.
+    # A cache config refers to its pipeline for the timestep; the pipeline must not be copied.
     cache = getattr(model, "_cache_config", None)
     shared += [] if cache is None else [cache, *filter(callable, vars(cache).values())]
     copied = copy.deepcopy(model, {id(each): each for each in shared})
@@ -71,11 +71,11 @@ def copied_with_hooks(model: nn.Module) -> tuple[nn.Module, list[Attached]]:
 
 
 def _shared(model: nn.Module) -> Iterator[Any]:
-    """What modules hold that a copy must not copy.
+    """Yield objects in modules that a copy must share.
 
-    Hooks of users, since the copy of a bound method would write into a copy of the user's object;
-    but those that are bound to a module of the model follow it. And tensors that are no parameters,
-    as pruning leaves them, since torch refuses to copy them.
+    These are users' hooks, because the copy of a bound method would write into a copy of the user's
+    object (hooks bound to a module of the model are copied with it). They are also tensors that
+    are no parameters, such as pruning leaves, because torch refuses to copy them.
     """
     inside = set(map(id, model.modules()))
     for module in model.modules():
@@ -87,7 +87,7 @@ def _shared(model: nn.Module) -> Iterator[Any]:
 
 
 def _bound_to(hook: Any, modules: set[int]) -> bool:
-    """Whether a hook is a method of one of these modules, or is given one of them to begin with."""
+    """Return whether a hook is a method of one of these modules, or a partial with one."""
     if isinstance(hook, functools.partial):
         parts = (hook.func, *hook.args, *hook.keywords.values())
         return any(id(part) in modules or _bound_to(part, modules) for part in parts)
@@ -95,9 +95,10 @@ def _bound_to(hook: Any, modules: set[int]) -> bool:
 
 
 def follow_class(module: nn.Module, before: type[nn.Module]) -> None:
-    """Let hooks on a module run the forward of its class, which was another before.
+    """Make hooks on a module run the forward of its class, which has been replaced.
 
-    Hooks of diffusers and accelerate hold the bound method that was the forward when they came.
+    Hooks of diffusers and accelerate store the bound method that was the forward when they were
+    added.
     """
     new = MethodType(type(module).forward, module)
 
@@ -115,11 +116,11 @@ def follow_class(module: nn.Module, before: type[nn.Module]) -> None:
 
 
 def copied_without_hooks(model: nn.Module, memo: Mapping[int, Any]) -> nn.Module:
-    """A deep copy without hooks of any kind, whatever those hold.
+    """Return a deep copy without hooks of any kind.
 
     Args:
-        model: may be offloaded or parallel.
-        memo: as `copy.deepcopy` takes it.
+        model: the model; it may be offloaded or parallel.
+        memo: same as for `copy.deepcopy`.
     """
     hooks = [vars(m)[mark] for m in model.modules() for mark in HOOK_MARKS if mark in vars(m)]
     none: dict[int, Any] = dict.fromkeys(map(id, hooks))
@@ -134,27 +135,27 @@ def copied_without_hooks(model: nn.Module, memo: Mapping[int, Any]) -> nn.Module
 
 def _take_off(module: nn.Module) -> None:
     if any(mark in vars(module) for mark in HOOK_MARKS):
-        # The closure, or what the last hook left when it was taken off: the original's method.
+        # Remove the closure, or the original's method if the last hook left it when removed.
         for name in (*HOOK_MARKS, "forward", "_old_forward"):
             vars(module).pop(name, None)
 
 
 def attach_hooks(attached: list[Attached]) -> None:
     """Put hooks on modules again."""
-    from diffusers.hooks import HookRegistry  # no user of toma_fx without such a hook needs it
+    from diffusers.hooks import HookRegistry  # needed only by users of such hooks
 
     for module, name, hook in attached:
         HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, name)
 
 
 def is_cast(model: nn.Module) -> bool:
-    """Whether a layer stores its weights in another dtype than it computes in."""
+    """Return whether a layer stores its weights in another dtype than it computes in."""
     hooks = (hook for module in model.modules() for _, hook in hooks_of(module))
     return any(type(hook).__name__ == "LayerwiseCastingHook" for hook in hooks)
 
 
 def hooks_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The hooks of diffusers on a module, with their names."""
+    """Yield the names and objects of diffusers' hooks on a module."""
     registry = vars(module).get("_diffusers_hook")
     if registry is not None:
         yield from ((name, registry.hooks[name]) for name in registry._hook_order)

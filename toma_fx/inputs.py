@@ -1,6 +1,6 @@
-"""Calls of a whole model, for reports, traces, exports and benchmarks: made up, or had before.
+"""Example calls of a whole model for reports, traces, exports and benchmarks.
 
-The values of made-up arguments mean nothing; their shapes are those that diffusers' pipelines pass
+The values of made-up arguments are arbitrary; their shapes are those that diffusers' pipelines pass
 to the model.
 """
 
@@ -23,20 +23,20 @@ def random_inputs(
     frames: int | None = None,
     batch: int = 1,
 ) -> dict[str, Any]:
-    """Keyword arguments for a call of ``model``, on its device and in its dtype.
+    """Make up keyword arguments for a call of ``model``, on its device and in its dtype.
 
     Args:
-        model: of a known family.
-        height: of the image, in pixels; the model's native size when left out.
-        width: of the image, in pixels; like ``height`` when left out.
-        frames: of a video; the model's native number when left out.
-        batch: images, or videos.
+        model: a model of a known family.
+        height: image height in pixels; the model's native size if omitted.
+        width: image width in pixels; ``height`` if omitted.
+        frames: number of video frames; the model's native number if omitted.
+        batch: number of images or videos.
 
     Raises:
-        ModelError: when the size is no multiple of what a token covers, frames are asked of a model
-            that draws images, or no call can be made up.
+        ModelError: when the size is not a multiple of a token's size, when frames are requested
+            from an image model, or when no call can be made up.
     """
-    # What a model computes in, which is not the dtype of weights that are cast or quantised.
+    # The dtype of the computation, which is not that of cast or quantised weights.
     from diffusers.models.modeling_utils import get_parameter_dtype
 
     device = next(model.parameters()).device
@@ -55,12 +55,12 @@ def random_inputs(
 
 
 def draws_videos(model: nn.Module) -> bool:
-    """Whether a model of a known family draws videos."""
+    """Return whether a model of a known family generates videos."""
     return "frames" in inspect.signature(family_of(model).example_call).parameters
 
 
 def unfit(model: nn.Module, error: Exception) -> ModelError:
-    """Says that a made-up call does not fit a model."""
+    """Make an error that tells that a made-up call does not fit a model."""
     return ModelError(
         f"the arguments that toma_fx makes up do not fit this {type(model).__name__} "
         f"({type(error).__name__}: {error}); give those of a call of yours: inputs={{...}}, a "
@@ -69,9 +69,9 @@ def unfit(model: nn.Module, error: Exception) -> ModelError:
 
 
 def weightless(model: nn.Module) -> nn.Module:
-    """A copy with shapes but no data, and no hooks, to count or trace a call that is not run.
+    """Return a copy with shapes but no data and no hooks, for counting or tracing a call.
 
-    Weights under layerwise casting have the dtype that they are computed in.
+    Weights under layerwise casting have the dtype in which they are computed.
     """
     computed = None
     if is_cast(model):

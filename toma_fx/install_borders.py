@@ -1,7 +1,7 @@
-"""Classes that stand in for diffusers' at the borders of a model: made, installed, taken off.
+"""Classes that replace diffusers' classes at the borders of a model: made, installed, removed.
 
-One stands in for the model (`toma_fx.model_border`), and one for each stage whose blocks are groups
-of their own. They are made for classes that this file is handed; it names none.
+One replaces the class of the model (`toma_fx.model_border`), and one that of each stage whose
+blocks form groups of their own. This file makes them for classes that it is given; it names none.
 """
 
 import inspect
@@ -37,10 +37,10 @@ class StageBorder(Border):
     """The border of a stage whose blocks are groups of their own."""
 
     toma_stage: str
-    """Its path in the model."""
+    """Path of the stage in the model."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As diffusers' ``forward``; the blocks of a stage share plans of their own."""
+        """Same as diffusers' ``forward``, but the blocks of the stage share plans of their own."""
         call = self.toma_named(args, kwargs)
         name = self.toma_key.family.attention_kwargs
         if SCOPE in (call.get(name) or {}):
@@ -57,7 +57,7 @@ _LOCK = threading.Lock()
 
 
 def _class_of(key: BorderKey) -> Any:
-    """The class that a key makes; the same one while anything is of it."""
+    """Return the class for a key; the same one as long as any object is of it."""
     with _LOCK:
         cls = _CLASSES.get(key)
         if cls is None:
@@ -95,20 +95,20 @@ _MIXINS = {
     (True, False): CachedModelBorder,
     (True, True): CachedParallelModelBorder,
 }
-"""By whether diffusers' caches know a model, and whether it can be split among ranks."""
+"""Border classes, by whether diffusers' caches know a model and whether ranks can split it."""
 
 
 def _new_model_class(key: BorderKey) -> Any:
     mixin = _MIXINS[hasattr(key.base, "enable_cache"), hasattr(key.base, "enable_parallelism")]
     attributes = {
-        # Dynamo counts the graphs of a code object, and each configuration has graphs of its own.
+        # Dynamo counts graphs per code object, and each configuration has graphs of its own.
         "_run": _own_code(ModelBorder._run),
         "__call__": _own_code(ModelBorder.__call__),
         "_before": torch.compiler.disable(_own_code(ModelBorder._before)),
         "_after": torch.compiler.disable(_own_code(ModelBorder._after)),
     }
     attributes |= _methods_in_order(key, "")
-    # What compile_repeated_blocks compiles; diffusers leaves some blocks out, or all.
+    # Names that compile_repeated_blocks compiles; diffusers leaves out some or all of them.
     blocks = [row.cls.rpartition(".")[2] for row in key.family.blocks]
     repeated = getattr(key.base, "_repeated_blocks", None) or ()
     attributes["_repeated_blocks"] = list(dict.fromkeys([*repeated, *blocks]))
@@ -136,7 +136,7 @@ def _new_place_class(key: BorderKey) -> Any:
 
 
 def _methods_in_order(key: BorderKey, module: str) -> Arguments:
-    """The methods of a module that take or return tokens, in order; the model's forward apart."""
+    """Return a module's methods with reordered tokens, except the model's own forward."""
     if key.grids is None or not key.grids.is_ordered(key.config.region):
         return {}
     enter = [place for place in key.grids.enter if place.module == module]
@@ -154,7 +154,7 @@ def _methods_in_order(key: BorderKey, module: str) -> Arguments:
 
 
 def _own_code(function: Any) -> Any:
-    """The same function with a code object of its own."""
+    """Return a copy of a function with its own code object."""
     own = types.FunctionType(
         function.__code__.replace(),
         function.__globals__,
@@ -168,11 +168,11 @@ def _own_code(function: Any) -> Any:
 
 
 def _decided_outside(frame: Any) -> None:
-    """Let Dynamo run a frame as it is, and compile what it calls.
+    """Make Dynamo run a frame uncompiled, and compile the functions that it calls.
 
-    Where something bigger is compiled, such a frame is traced with it all the same.
+    If something larger is compiled, such a frame is traced with it nevertheless.
     """
-    # Private, and the one way to do so: torch.compiler.disable forbids the tracing too.
+    # Private API, but the only way: torch.compiler.disable forbids tracing too.
     from torch._dynamo.eval_frame import skip_code
 
     skip_code(frame.__code__)
@@ -183,12 +183,12 @@ def _unpickled(key: BorderKey) -> Any:
 
 
 def install_borders(model: nn.Module, recipe: Recipe, pipeline: Any = None) -> None:
-    """Let classes stand in for those at the borders of a model.
+    """Replace the classes at the borders of a model.
 
     Args:
-        model: whose blocks have their graphs.
-        recipe: of the model.
-        pipeline: that holds the model, if one does; its scheduler is asked for the noise level.
+        model: the model; its blocks already have their graphs.
+        recipe: the model's recipe.
+        pipeline: pipeline that holds the model, if any; its scheduler tells noise levels.
     """
     stages = {each.cls: each for each in recipe.family.borders if isinstance(each, Stage)}
     for path, module in model.named_modules():
@@ -199,7 +199,7 @@ def install_borders(model: nn.Module, recipe: Recipe, pipeline: Any = None) -> N
             module.__class__ = _class_of(key)
             module.toma_stage = plain_path(path)
     border: Any = model
-    # Some configurations leave a module out, as one of learned positions.
+    # Some configurations leave a module out, such as one of learned positions.
     for path in _places(recipe).intersection(path for path, _ in model.named_modules()):
         at: Any = model.get_submodule(path)
         at.__class__ = _class_of(BorderKey(type(at), recipe.family, recipe.config, places=path))
@@ -210,7 +210,7 @@ def install_borders(model: nn.Module, recipe: Recipe, pipeline: Any = None) -> N
 
 
 def _places(recipe: Recipe) -> set[str]:
-    """Paths of the modules in a model where tokens come into order or leave it."""
+    """Return the paths of modules in a model where tokens enter or leave token order."""
     grids = [each for each in recipe.family.borders if isinstance(each, TokenGrids)]
     ordered = [each for each in grids if each.is_ordered(recipe.config.region)]
     places = [place for each in ordered for place in (*each.enter, *each.leave)]
@@ -218,9 +218,9 @@ def _places(recipe: Recipe) -> set[str]:
 
 
 def uninstall_borders(model: nn.Module) -> None:
-    """Give the classes at the borders of a model back, and take off what was added.
+    """Restore the classes at the borders of a model, and remove added attributes.
 
-    What was compiled is the merged code, and goes too.
+    Compiled code contains the merging, so it is removed too.
     """
     if vars(model).get("toma_ordered_by_hook"):
         model._diffusers_hook.remove_hook(TOKEN_ORDER_HOOK, recurse=False)  # type: ignore[operator, union-attr]

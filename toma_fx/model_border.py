@@ -1,9 +1,9 @@
-"""The border of a model: it decides what a call runs, outside every graph, and keeps what it made.
+"""Border of a model: it decides what a call runs, outside every graph, and keeps the results.
 
-Dynamo does not trace the frames that decide (`toma_fx.install_borders` says so to it): with
-``torch.compile(model)`` the graph begins at `ModelBorder._run`. Where a model is a part of
-something bigger that is compiled or exported, they are traced like all else, and a policy that
-needs values says what to do instead.
+Dynamo does not trace the frames that decide (`toma_fx.install_borders` excludes them): with
+``torch.compile(model)`` the graph begins at `ModelBorder._run`. If a model is a part of something
+larger that is compiled or exported, these frames are traced like all other code, and a policy that
+needs values raises an error with the way out.
 """
 
 from collections.abc import Callable, Mapping
@@ -44,24 +44,24 @@ from toma_fx.timesteps import TimestepReader
 
 
 class ModelBorder(Border):
-    """The border of a model."""
+    """Border class of a model."""
 
     toma_recipe: Recipe
     toma_state: State
     toma_reader: TimestepReader
     toma_last_call: LastCall | None = None
     toma_watched: Watched | None = None
-    # Not asked of the registry of hooks, which pipelines add between two calls of a compiled model.
+    # A flag, because pipelines add to the registry of hooks between calls of a compiled model.
     toma_ordered_by_hook = False
     toma_ranks: Ranks | None = None
-    """Those that share the model, where its tokens follow from shapes."""
+    """Ranks that share the model, if its token grids follow from shapes."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As `torch.nn.Module`; a frame of its own, which Dynamo does not trace."""
+        """Same as `torch.nn.Module.__call__`, but in a frame that Dynamo does not trace."""
         return nn.Module.__call__(self, *args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As diffusers' ``forward``."""
+        """Same as diffusers' ``forward``."""
         if torch.compiler.is_dynamo_compiling():
             call, decision = self.toma_named(args, kwargs), self._decide_traced()
         else:
@@ -90,21 +90,21 @@ class ModelBorder(Border):
         ahead: Tensor | None,
         keep: bool,
     ) -> tuple[Any, Kept | None]:
-        """What is compiled: a call of the model in a scope of its own.
+        """Call the model in a new scope; this is the part that is compiled.
 
         Args:
-            call: the arguments of diffusers' ``forward``.
-            variant: of the blocks that runs.
-            grids: token counts of the grids in the image sequence, when there are several.
-            given: whether each frame of a video is given, where values of the call tell.
-            kept: what an earlier call left.
-            ahead: how far this call is past it, 0-dimensional.
-            keep: whether what this call makes is returned too.
+            call: arguments of diffusers' ``forward``.
+            variant: variant of the blocks that runs.
+            grids: token counts of the grids in the image sequence, if there are several.
+            given: whether each frame of a video is given, if the values of the call tell.
+            kept: data that an earlier call left.
+            ahead: distance from that call, 0-dimensional.
+            keep: whether to return the data that this call makes.
         """
         border, config = self.toma_key.grids, self.toma_key.config
         if config.tokens == "references":
             return run_on_references(self.toma_base_forward, call, self, grids, kept, keep)
-        # A block that needs nothing of a call may be run, or exported, on its own.
+        # A block that needs no data from the model's call may be run, or exported, on its own.
         alone = config.share == "block" and (variant, grids) == (MERGED, None) and border is None
         unmerged, order = 0, None
         if border is not None:
@@ -141,7 +141,7 @@ class ModelBorder(Border):
         return output, Kept(scope.made(), {} if memories is None else memories.made)
 
     def _run_in_order(self, call: Arguments, order: Tensor | None) -> Any:
-        """Diffusers' forward, on tokens in the order that regions need."""
+        """Run diffusers' forward on tokens in the order that regions need."""
         forward: Callable[..., Any] = self.toma_base_forward
         border, sequence = self.toma_key.grids, self.toma_key.sequence
         if self.toma_ranks is not None:
@@ -154,7 +154,7 @@ class ModelBorder(Border):
         return in_token_order(forward, call, sequence)
 
     def _before(self, args: tuple[Any, ...], kwargs: Arguments) -> tuple[Arguments, Decision]:
-        """The call with names, and what it runs."""
+        """Return the call with named arguments, and the decision for it."""
         call = self.toma_named(args, kwargs)
         before = forced_now()
         if before is not None:
@@ -168,7 +168,7 @@ class ModelBorder(Border):
         if is_traced(call):
             return call, self._decide_traced()
         if any(is_empty(t) for t in pytree.tree_leaves(call) if isinstance(t, Tensor)):
-            # Without data there is no deciding.
+            # Without data there is nothing to decide by.
             return call, Decision(policy_of(self.toma_recipe.config).variants[0])
         call = self._read(call)
         self._check_checkpointing()
@@ -180,7 +180,7 @@ class ModelBorder(Border):
         return call, decision
 
     def _read(self, call: Arguments) -> Arguments:
-        """The call with what it leaves to the values of a tensor."""
+        """Add arguments that the call leaves out and that follow from a tensor's values."""
         border = self.toma_key.grids
         reading = None if border is None else border.reading
         tensor = None if reading is None else call.get(reading.argument)
@@ -190,7 +190,7 @@ class ModelBorder(Border):
         return {**call, **{name: v for name, v in made.items() if call.get(name) is None}}
 
     def _decide_traced(self) -> Decision:
-        """What a call runs where no value is known.
+        """Return the decision for a call whose values are unknown.
 
         Raises:
             ModelError: when the policy needs values.
@@ -218,14 +218,14 @@ class ModelBorder(Border):
         if not isinstance(policy, Always):
             decision = policy.decide(self._facts(call, given), self.toma_state)
         if decision.variant == REUSE and self.toma_recipe.needs_new_rows(call):
-            decision = replace(decision, variant=WEIGH)  # with which all rows are taken again
+            decision = replace(decision, variant=WEIGH)  # this variant takes all rows again
         return replace(decision, grids=grids_in(model, call), given=given)
 
     def _given(self, call: Arguments) -> tuple[bool, ...] | None:
-        """Whether each frame of a video is given, as the values of a call tell.
+        """Return whether each frame of a video is given, according to the values of a call.
 
-        They are in tensors that are new at every step. So where the pipeline is known, they are
-        read at the first call of a run with a prompt, and hold for it.
+        The values are in tensors that are new at every step. So if the pipeline is known, they are
+        read at the first call of a run with a prompt, and used for the whole run.
         """
         border, planned = self.toma_key.grids, self.toma_reader.planned
         if border is None or border.reads_given is None:
@@ -238,14 +238,14 @@ class ModelBorder(Border):
         return self.toma_state.read(once, lambda: given_in(model, call), shape)  # type: ignore[no-any-return]
 
     def _prompt(self, call: Arguments) -> Tensor:
-        """The prompt's embeddings, an empty tensor where there are none."""
+        """Return the prompt's embeddings; an empty tensor if there are none."""
         family = self.toma_recipe.family
         given = pytree.tree_leaves([call.get(name) for name in family.prompt])
         prompt = next((each for each in given if isinstance(each, Tensor)), None)
         return family.image(call).new_empty(0) if prompt is None else prompt
 
     def _facts(self, call: Arguments, given: tuple[bool, ...] | None) -> ModelCall:
-        """What a policy may ask of a call."""
+        """Return the properties of a call that a policy may use."""
         family, reader = self.toma_recipe.family, self.toma_reader
         timestep, image, prompt = family.timestep(call), family.image(call), self._prompt(call)
         return ModelCall(
@@ -268,7 +268,7 @@ class ModelBorder(Border):
             self.toma_state.keep(decision.run, made, earlier=earlier)
 
     def _check_checkpointing(self) -> None:
-        """Say what Dynamo would say at length: a checkpointed block may not hand on a plan."""
+        """Refuse checkpointed blocks that share plans in a compiled model, before Dynamo does."""
         model: Any = self
         compiled = "_run" in vars(self) and torch.is_grad_enabled()
         if (
@@ -284,7 +284,7 @@ class ModelBorder(Border):
 
     @property
     def _gradient_checkpointing_func(self) -> Any:
-        """Diffusers' attribute: what runs a block under gradient checkpointing."""
+        """Diffusers' attribute: the function that runs a block under gradient checkpointing."""
         checkpoint = vars(self).get("_gradient_checkpointing_func")
         scope = current()
         if checkpoint is None or scope is None:
@@ -296,18 +296,18 @@ class ModelBorder(Border):
         vars(self)["_gradient_checkpointing_func"] = checkpoint
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the model for its own calls; arguments as `torch.compile` takes them."""
+        """Compile the model for its own calls; takes the arguments of `torch.compile`."""
         vars(self).pop("_run", None)
         self._run = torch.compile(self._run, *args, **kwargs)  # type: ignore[method-assign]
 
     def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
-        """As diffusers' method."""
-        vars(self).pop("_run", None)  # blocks in place of the model
+        """Same as diffusers' method."""
+        vars(self).pop("_run", None)  # compile blocks instead of the model
         model: Any = super()
         model.compile_repeated_blocks(*args, **kwargs)
 
     def _reset_stateful_cache(self, *args: Any, **kwargs: Any) -> None:
-        """Called by every diffusers pipeline when an image is done."""
+        """End the run; every diffusers pipeline calls this when an image is done."""
         reset = getattr(super(), "_reset_stateful_cache", None)
         if reset is not None:
             reset(*args, **kwargs)
@@ -316,7 +316,7 @@ class ModelBorder(Border):
 
 
 def _ahead(decision: Decision, call: Arguments) -> Tensor | None:
-    """How far a call is past an earlier one, as a tensor, so that no graph is made for a number."""
+    """Return the distance from an earlier call as a tensor: a number would be fixed in a graph."""
     if decision.variant != RECALL:
         return None
     if isinstance(decision.ahead, Tensor):  # an argument of a program that is being exported
@@ -326,15 +326,15 @@ def _ahead(decision: Decision, call: Arguments) -> Tensor | None:
 
 
 def _of_rank(forward: Callable[..., Any], ranks: Ranks) -> Callable[..., Any]:
-    """Diffusers' forward on the rows of a rank."""
+    """Wrap diffusers' forward so that it runs on the rows of a rank."""
     return lambda **call: forward(**ranks.split(call))
 
 
 def grids_in(model: nn.Module, call: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """Token counts of the grids in the image sequence of a call; None when it is one grid.
+    """Return the token counts of the grids in a call's image sequence; None if it is one grid.
 
     Args:
-        model: transformed or not.
+        model: a model, transformed or not.
         call: keyword arguments, with data.
     """
     if not isinstance(model, ModelBorder):
@@ -356,10 +356,10 @@ def grids_in(model: nn.Module, call: Mapping[str, Any]) -> tuple[int, ...] | Non
 
 
 def given_in(model: nn.Module, call: Mapping[str, Any]) -> tuple[bool, ...] | None:
-    """Whether each frame of a video is given; None where the values of the call do not tell.
+    """Return whether each frame of a video is given; None if the values of the call do not tell.
 
     Args:
-        model: transformed or not.
+        model: a model, transformed or not.
         call: keyword arguments.
     """
     border = model.toma_key.grids if isinstance(model, ModelBorder) else None

@@ -1,4 +1,4 @@
-"""The borders of models that diffusers' caches know, or whose tokens are split among ranks."""
+"""Borders of models that diffusers' caches know, or whose tokens ranks can split."""
 
 from typing import Any, cast
 
@@ -13,10 +13,10 @@ from toma_fx.ranks import Ranks, check_family, part_of
 
 
 class CachedModelBorder(ModelBorder):
-    """The border of a model that diffusers' caches know."""
+    """Border class of a model that diffusers' caches know."""
 
     def enable_cache(self, config: Any) -> None:
-        """As diffusers' method, but not for caches that merging would mislead: `check_caches`."""
+        """Same as diffusers' method, but refuse caches that merging would mislead."""
         model: Any = super()
         model.enable_cache(config)
         try:
@@ -27,13 +27,13 @@ class CachedModelBorder(ModelBorder):
 
 
 class ParallelModelBorder(ModelBorder):
-    """The border of a model whose tokens can be split among ranks."""
+    """Border class of a model whose tokens can be split among ranks."""
 
     def enable_parallelism(self, *, config: Any, cp_plan: Any = None) -> None:
-        """As diffusers' method; the ranks of context parallelism get neighbouring tiles.
+        """Same as diffusers' method, but ranks of context parallelism get neighbouring tiles.
 
-        Tokens are put in tile order before they are split, so that each rank holds a compact part
-        of the image, whose regions are those of the whole image where they divide its tokens.
+        Tokens are put in tile order before they are split. So each rank holds a compact part of the
+        image; its regions are those of the whole image if the regions divide its tokens.
         """
         from diffusers.hooks import HookRegistry
 
@@ -61,7 +61,7 @@ class ParallelModelBorder(ModelBorder):
             self.toma_ranks = Ranks(parallel.context_parallel_config, {})
 
     def toma_check_ranks(self, call: Arguments) -> None:
-        """Refuse a call before it is split, when ranks would be left with unlike parts of it.
+        """Refuse a call before it is split, if ranks would get unequal parts of it.
 
         Raises:
             InputError: when they would.
@@ -73,7 +73,7 @@ class ParallelModelBorder(ModelBorder):
         part_of(0, grids or (call[sequence.tokens].shape[1],), self.toma_ranks, self.toma_recipe)
 
     def _split_by_shapes(self, config: Any, cp_plan: Any) -> None:
-        """Split a model whose tokens follow from shapes, and which is called with whole images."""
+        """Split a model whose tokens follow from shapes and which is called with whole images."""
         check_family(self.toma_key.family)
         model: Any = super()
         plan = dict((model._cp_plan if cp_plan is None else cp_plan) or {})
@@ -84,7 +84,7 @@ class ParallelModelBorder(ModelBorder):
 
 
 class CachedParallelModelBorder(CachedModelBorder, ParallelModelBorder):
-    """The border of a model of which both hold."""
+    """Border class of a model with both properties."""
 
 
 def _is_context_parallel(config: Any) -> bool:

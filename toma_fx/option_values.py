@@ -1,7 +1,7 @@
-"""The values of options: plain Python's whatever they were, or refused.
+"""Checks that turn the values of options into plain Python values, or refuse them.
 
-An option's value is pasted into generated code by its repr, and compared and hashed, so a number of
-numpy or torch becomes Python's.
+The repr of an option's value is pasted into generated code, and options are compared and hashed.
+So numbers of numpy and torch are converted to Python numbers.
 """
 
 import math
@@ -15,10 +15,10 @@ from toma_fx.errors import ConfigError
 
 
 def choice(name: str, value: object, choices: tuple[Any, ...]) -> Any:
-    """One of the choices, as a plain string.
+    """Return one of the choices as a plain string.
 
     Raises:
-        ConfigError: when it is none of them.
+        ConfigError: when the value is not one of the choices.
     """
     if not isinstance(value, str) or value not in choices:
         raise ConfigError(
@@ -28,15 +28,15 @@ def choice(name: str, value: object, choices: tuple[Any, ...]) -> Any:
 
 
 def _item(value: Any) -> Any:
-    """The Python number of a number from numpy or torch; any other value as it is."""
+    """Return a number of numpy or torch as a Python number; return other values unchanged."""
     return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
 def number(value: Any) -> float:
-    """A plain float, whose repr can become code; NaN in place of anything that is no number.
+    """Return a plain float, whose repr can become code; NaN for values that are not numbers.
 
-    A float of 16 or 32 bits becomes the shortest decimal that rounds to it: a float32 of 0.1 is
-    0.1, not 0.10000000149.
+    A float of 16 or 32 bits becomes the shortest decimal that rounds to it: a float32 of 0.1
+    becomes 0.1, not 0.10000000149.
     """
     found = _item(value)
     if isinstance(found, bool) or not isinstance(found, numbers.Real):
@@ -54,10 +54,10 @@ def number(value: Any) -> float:
 
 
 def plain_ratio(given: str, value: object) -> float:
-    """A ratio as a plain float.
+    """Return a ratio as a plain float.
 
     Raises:
-        ConfigError: when it is no number in [0, 1).
+        ConfigError: when the value is not a number in [0, 1).
     """
     ratio = number(value)
     if not 0 <= ratio < 1:
@@ -68,10 +68,10 @@ def plain_ratio(given: str, value: object) -> float:
 
 
 def count(name: str, value: object, example: int) -> int:
-    """A count as a plain int.
+    """Return a count as a plain int.
 
     Raises:
-        ConfigError: when it is no whole number of at least 1.
+        ConfigError: when the value is not a whole number of at least 1.
     """
     found = _item(value)
     if isinstance(found, bool) or not isinstance(found, numbers.Integral) or found < 1:
@@ -82,7 +82,7 @@ def count(name: str, value: object, example: int) -> int:
 
 
 def listed(given: object) -> tuple[Any, ...] | None:
-    """The members of a list or another iterable; None for a string and for a single value."""
+    """Return the members of an iterable; None for a string or a single value."""
     try:
         return None if isinstance(given, str) else tuple(given)  # type: ignore[arg-type]
     except TypeError:
@@ -90,20 +90,20 @@ def listed(given: object) -> tuple[Any, ...] | None:
 
 
 def check_merging(given: str, ratio: float, region_tokens: int) -> None:
-    """Refuse a ratio above 0 at which every token of a region is kept.
+    """Refuse a ratio above 0 that merges no token of a region.
 
     Raises:
-        ConfigError: when it is such a ratio.
+        ConfigError: when the ratio is that small.
     """
-    # As `toma_fx.runtime.regions.kept_tokens`, which lies beside operators and so loads torch.
+    # Same as `toma_fx.runtime.regions.kept_tokens`, whose import would load torch.
     kept = max(1, int(region_tokens * (1 - ratio) + 0.5))
     if ratio == 0 or kept < region_tokens:
         return
     ways = ["a ratio of 0"]
-    if ratio > 1e-6:  # where region_tokens stays a number that an image may have
+    if ratio > 1e-6:  # so that the suggested region_tokens is a count that an image may have
         ways.insert(0, f"region_tokens={1 << math.ceil(-math.log2(ratio))}")
     if region_tokens > 1:
-        # The next number of three digits above the ratio at which half a token would be merged.
+        # The next number of three digits above the ratio that merges half a token.
         three = Context(prec=3, rounding=ROUND_FLOOR)
         least = float(three.next_plus(three.divide(Decimal(1), Decimal(2 * region_tokens))))
         ways.insert(0, f"a ratio of at least {least}")
@@ -114,10 +114,10 @@ def check_merging(given: str, ratio: float, region_tokens: int) -> None:
 
 
 def options_of(cls: type[Any], name: str, given: object, example: str) -> Any:
-    """An option that is a dataclass of options, or what JSON makes of one.
+    """Return an option that is a dataclass of options, built from its JSON form if necessary.
 
     Raises:
-        ConfigError: when it is neither, or holds a field that there is not.
+        ConfigError: when the value is neither form, or has an unknown field.
     """
     if isinstance(given, cls):
         return given

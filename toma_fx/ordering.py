@@ -1,7 +1,7 @@
-"""Bring the tokens of a live model into token order where they enter, and back where they leave.
+"""Reordering of the tokens of a live model into token order on entry, and back on exit.
 
-As `toma_fx.passes.order_tokens` does in a graph that others captured; both read the borders of the
-model's family.
+`toma_fx.passes.order_tokens` does the same in a graph that other code captured; both read the
+borders of the model's family.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ toma = torch.ops.toma
 
 
 def in_token_order(forward: Callable[..., Any], call: Arguments, sequence: TokenSequence) -> Any:
-    """A model on tokens in tile order; what comes out is in the caller's order."""
+    """Call a model on tokens in tile order; its output is in the caller's order."""
     order = _order_of(call, sequence, sequence.tokens, sequence.ids)
     call = rows_in_order(call, sequence, order)
     if sequence.references is not None and call.get(sequence.references[0]) is not None:
@@ -37,12 +37,12 @@ def in_token_order(forward: Callable[..., Any], call: Arguments, sequence: Token
 
 
 def rows_in_order(call: Arguments, sequence: TokenSequence, order: Tensor) -> Arguments:
-    """A call in which what has a row for each token has those of an order.
+    """Return a call in which all values with a row per token have their rows in an order.
 
     Args:
-        call: of the model, by name.
-        sequence: where its tokens are.
-        order: ``(n,)`` int64: tokens that are left, in their order.
+        call: arguments of the model, by name.
+        sequence: description of the model's tokens.
+        order: ``(n,)`` int64: indices of the tokens that are left, in order.
     """
     call = dict(call)
     tokens = call[sequence.tokens].shape[1]
@@ -64,24 +64,24 @@ def _order_of(call: Arguments, sequence: TokenSequence, tokens: str, ids: str) -
 
 
 def _place(call: Arguments, sequence: TokenSequence, tokens: str, ids: str, order: Tensor) -> None:
-    """Put tokens, and their ids, in an order."""
+    """Put tokens and their ids in an order."""
     mine = image_ids(call, sequence, tokens, ids)
     given = call[ids] if call[ids].ndim == 2 else call[ids][0]
     call[tokens] = toma.reorder(call[tokens], order)
     text = given[: given.shape[0] - mine.shape[0]]
     placed = torch.cat([text, mine[order]]) if sequence.text_first else mine[order]
-    # With a dimension for samples where it had one, since hooks may split it.
+    # Keep the batch dimension if there was one, because hooks may split along it.
     call[ids] = placed if call[ids].ndim == 2 else placed.expand(call[ids].shape[0], -1, -1)
 
 
 def image_ids(call: Mapping[str, Any], sequence: TokenSequence, tokens: str, ids: str) -> Tensor:
-    """The ids of image tokens, ``(N, 3)`` or more, without those of the text.
+    """Return the ids of image tokens, ``(N, 3)`` or wider, without those of the text.
 
     Args:
         call: arguments of the model.
-        sequence: where they are.
-        tokens: the argument with the tokens.
-        ids: the argument with their ids.
+        sequence: description of the model's tokens.
+        tokens: name of the argument with the tokens.
+        ids: name of the argument with their ids.
     """
     given: Tensor = call[ids] if call[ids].ndim == 2 else call[ids][0]
     if not sequence.text_first:
@@ -90,13 +90,13 @@ def image_ids(call: Mapping[str, Any], sequence: TokenSequence, tokens: str, ids
 
 
 def known_order(order: Callable[[], Tensor]) -> Any:
-    """Within it, code of others may ask for the order of the tokens, in eager mode."""
+    """Let foreign code ask for the order of the tokens within the context, in eager mode."""
     compiling = torch.compiler.is_dynamo_compiling()
     return contextlib.nullcontext() if compiling else tokens_in(order)
 
 
 def enter_in_order(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method that makes tokens of a grid, its first argument; the tokens come in tile order."""
+    """Wrap a method that makes tokens from a grid, its first argument: tokens get tile order."""
     named, (grid_name, *_) = named_arguments(method), _argument_names(method)
 
     @wraps(method)
@@ -112,7 +112,7 @@ def enter_in_order(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def leave_in_order(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method that makes a grid of tokens in tile order, its first argument; then a like grid."""
+    """Wrap a method that makes a grid from tokens in tile order; takes tokens and a like grid."""
     named, (tokens_name, grid_name, *_) = named_arguments(method), _argument_names(method)
 
     @wraps(method)
@@ -133,11 +133,11 @@ TOKEN_ORDER_HOOK = "toma_token_order"
 
 
 def token_order_hook(sequence: TokenSequence) -> Any:
-    """A hook of diffusers that brings a model's tokens into order before other hooks see them."""
+    """Return a diffusers hook that reorders a model's tokens before other hooks see them."""
     from diffusers.hooks import ModelHook
 
     class TokenOrderHook(ModelHook):  # type: ignore[misc]
-        """Token order around the hook that splits tokens among ranks, so among all of them."""
+        """Reorders tokens outside the hook that splits them among ranks: all tokens at once."""
 
         def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
             call = module.toma_named(args, kwargs)

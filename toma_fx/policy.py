@@ -1,4 +1,4 @@
-"""Which variant of its blocks a model runs in a call: decided outside every graph.
+"""Policies: choice of the variant of the blocks that a call runs, outside every graph.
 
 A policy sees the timestep and the prompt of a call, and the plans that a run kept. Graphs never
 decide: each variant is a graph of its own, compiled once.
@@ -20,35 +20,35 @@ from toma_fx.state import Run, State
 
 @dataclass(frozen=True)
 class ModelCall:
-    """What a policy may ask of a call of a model."""
+    """Properties of a model's call that a policy may use."""
 
     timesteps: Callable[[], list[float]]
-    """The timestep of each row of the batch, or one for all."""
+    """Returns the timestep of each sample, or one for all."""
     levels: Callable[[], list[float]]
-    """Their noise levels: 1 for pure noise, 0 for the image."""
+    """Returns their noise levels: 1 for pure noise, 0 for the image."""
     prompt: Tensor
-    """Its embeddings."""
+    """Embeddings of the prompt."""
     shape: tuple[object, ...]
-    """What else tells the plans of two calls apart: sizes, type and device."""
+    """Further properties that distinguish the plans of two calls: sizes, dtype and device."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What a call of a model runs."""
+    """Decision about a call of a model."""
 
     variant: str = MERGED
     kept: Kept | None = None
-    """What an earlier call of the run left."""
+    """Data that an earlier call of the run left."""
     ahead: float | Tensor = 1.0
-    """How far the call is past that one, in units of what lies between it and the one before."""
+    """Distance from that call, in units of the distance between it and the one before."""
     run: Run | None = None
-    """Where what this call makes is kept."""
+    """Run that keeps the data of this call; None if no run does."""
     grids: tuple[int, ...] | None = None
-    """Token counts of the grids in the image sequence, when there are several."""
+    """Token counts of the grids in the image sequence, if there are several."""
     given: tuple[bool, ...] | None = None
-    """Whether each frame of a video is given, where values of the call tell."""
+    """Whether each frame of a video is given, if values of the call tell."""
     keeps: bool = False
-    """Whether what the call makes is wanted afterwards."""
+    """True if the data of this call is needed afterwards."""
 
 
 class Policy(Protocol):
@@ -56,18 +56,18 @@ class Policy(Protocol):
 
     @property
     def variants(self) -> tuple[str, ...]:
-        """Those that it chooses from."""
+        """Variants to choose from."""
 
     def decide(self, call: ModelCall, state: State) -> Decision:
-        """What a call runs."""
+        """Decide about a call."""
 
     def shares(self, levels: Sequence[float]) -> Mapping[str, float]:
-        """How often each variant runs in a denoising run with these noise levels."""
+        """Return the share of each variant in a denoising run with these noise levels."""
 
 
 @dataclass(frozen=True)
 class Always:
-    """Merge at every step, each by a plan of its own. It keeps no state and needs no value."""
+    """Merge at every step with a new plan. It keeps no state and needs no values."""
 
     variants: ClassVar[tuple[str, ...]] = (MERGED,)
 
@@ -80,7 +80,7 @@ class Always:
 
 @dataclass(frozen=True)
 class OncePerImage(Always):
-    """Merge references alone, by one plan for all steps of a run; it is told by their values."""
+    """Merge references only, with one plan for all steps of a run, found by their values."""
 
     def shares(self, levels: Sequence[float]) -> Mapping[str, float]:
         return {MERGED: 1 / len(levels), REUSE: 1 - 1 / len(levels)}
@@ -88,13 +88,13 @@ class OncePerImage(Always):
 
 @dataclass(frozen=True)
 class BelowNoiseLevel:
-    """Merge where the noise is low."""
+    """Merge if the noise level is low."""
 
     level: float
     variants: ClassVar[tuple[str, ...]] = (MERGED, UNTOUCHED)
 
     def decide(self, call: ModelCall, state: State) -> Decision:
-        """As `Policy`.
+        """Same as `Policy.decide`.
 
         Raises:
             InputError: when rows of the batch lie on both sides of the level.
@@ -104,8 +104,8 @@ class BelowNoiseLevel:
         if len(merging) > 1:
             raise InputError(
                 f"this batch holds noise levels from {min(levels):g} to {max(levels):g}, on both "
-                f"sides of merge_below={self.level:g}, and one call runs one of two graphs; call "
-                "the model once for the rows of each side, or transform with merge_below=1"
+                f"sides of merge_below={self.level:g}, but a call runs only one of two graphs; "
+                "call the model once for the rows of each side, or transform with merge_below=1"
             )
         return Decision(MERGED if merging.pop() else UNTOUCHED)
 
@@ -116,19 +116,19 @@ class BelowNoiseLevel:
 
 @dataclass(frozen=True)
 class WithMemory:
-    """Run every so many steps in full, and those between with what they left."""
+    """Run every n-th step in full, and the steps in between with its results."""
 
     memory: Memory
     level: float = 1.0
-    """The noise level above which every step is full, and leaves nothing."""
+    """Noise level above which every step is full and leaves nothing."""
 
     @property
     def variants(self) -> tuple[str, ...]:
-        """As `Policy`."""
+        """Same as `Policy.variants`."""
         return (REMEMBER, RECALL) if self.level == 1 else (REMEMBER, RECALL, UNTOUCHED)
 
     def decide(self, call: ModelCall, state: State) -> Decision:
-        """As `Policy`.
+        """Same as `Policy.decide`.
 
         Raises:
             InputError: when rows of the batch are at different timesteps.
@@ -143,7 +143,7 @@ class WithMemory:
         return Decision(RECALL, run.kept, (run.step - last) / max(last - first, 1))
 
     def shares(self, levels: Sequence[float]) -> Mapping[str, float]:
-        """As `Policy`."""
+        """Same as `Policy.shares`."""
         below = sum(level <= self.level for level in levels)
         full = -(-below // self.memory.every)
         counts = {REMEMBER: full, RECALL: below - full, UNTOUCHED: len(levels) - below}
@@ -152,13 +152,13 @@ class WithMemory:
 
 @dataclass(frozen=True)
 class OnSchedule:
-    """Plan again at some steps only (section 4.3.2), and keep the plans of a run in between."""
+    """Make new plans at some steps only (section 4.3.2), and reuse them in between."""
 
     schedule: Schedule
     variants: ClassVar[tuple[str, ...]] = (MERGED, WEIGH, REUSE)
 
     def decide(self, call: ModelCall, state: State) -> Decision:
-        """As `Policy`.
+        """Same as `Policy.decide`.
 
         Raises:
             InputError: when rows of the batch are at different timesteps.
@@ -182,15 +182,15 @@ class OnSchedule:
 
 
 def _one_timestep(call: ModelCall, counting: str, instead: str) -> float:
-    """The timestep of all rows of a batch.
+    """Return the timestep of all rows of a batch.
 
     Raises:
-        InputError: when it is not one.
+        InputError: when rows have different timesteps.
     """
     timesteps = call.timesteps()
     if len(set(timesteps)) > 1:
         raise InputError(
-            f"this batch holds timesteps from {min(timesteps):g} to {max(timesteps):g}, and "
+            f"this batch holds timesteps from {min(timesteps):g} to {max(timesteps):g}, but "
             f"{counting} counts the steps of one; call the model once for each, or transform with "
             f"{instead}"
         )
@@ -198,7 +198,7 @@ def _one_timestep(call: ModelCall, counting: str, instead: str) -> float:
 
 
 def policy_of(config: MergeConfig) -> Policy:
-    """The policy of a configuration."""
+    """Return the policy of a configuration."""
     if config.tokens == "references":
         return OncePerImage()
     if config.memory is not None:

@@ -1,7 +1,7 @@
-"""How a model calls its blocks: seen by calling it, and again with blocks that pass tokens through.
+"""Probes of a model's calls of its blocks: as usual, and with blocks that pass tokens through.
 
-In such a call nothing mixes image and text, so a row of a block's argument that changes with the
-image belongs to an image token, wherever in the model the block is.
+In the latter call, nothing mixes image and text. So a row of a block's argument that changes with
+the image belongs to an image token, wherever in the model the block is.
 """
 
 import copy
@@ -23,10 +23,10 @@ class BlockCall:
     """A call of a block.
 
     Attributes:
-        path: of the block.
-        block: that was called.
-        arguments: by name; those that were left out have their defaults.
-        output: what it returned.
+        path: path of the block.
+        block: the block.
+        arguments: arguments by name, with defaults for omitted ones.
+        output: output of the block.
     """
 
     path: str
@@ -35,11 +35,11 @@ class BlockCall:
     output: Any
 
     def run(self, forward: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
-        """Call something with the signature of the block's forward.
+        """Call a function that has the signature of the block's forward.
 
         Args:
-            forward: that.
-            arguments: by name; those of ``*args`` and ``**kwargs`` under their own names.
+            forward: the function.
+            arguments: arguments by name; ``*args`` and ``**kwargs`` under their own names.
         """
         kinds = {name: each.kind for name, each in _parameters(self.block).items()}
         stars = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
@@ -62,17 +62,17 @@ class BlockCall:
 
 @dataclass(frozen=True)
 class Probe:
-    """A call of a model, and the calls of its blocks in it."""
+    """A call of a model, with the calls of its blocks."""
 
     blocks: Mapping[str, BlockCall]
-    """By path, in the order of the calls."""
+    """Calls of blocks by path, in order."""
     others: Mapping[str, Any]
-    """What the modules outside of blocks returned, by path."""
+    """Outputs of the modules outside of blocks, by path."""
     output: Tensor
 
 
 def lists_of_blocks(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
-    """The outermost lists of modules of one class that have submodules of their own."""
+    """Yield the outermost lists whose modules have one class and submodules of their own."""
     found: list[str] = []
     for path, module in model.named_modules():
         if any(path.startswith(f"{each}.") for each in found):
@@ -86,13 +86,13 @@ def lists_of_blocks(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
 def call_with_probes(
     model: nn.Module, call: Mapping[str, Any], passing: Mapping[str, BlockCall] | None = None
 ) -> Probe:
-    """Call a model and see how it calls its blocks.
+    """Call a model and record how it calls its blocks.
 
     Args:
-        model: is not changed.
+        model: the model; it is not changed.
         call: its keyword arguments.
-        passing: calls of its blocks in which they ran. Given, blocks do not run: they return, in
-            the place of each output, the argument that looks like it.
+        passing: recorded calls of its blocks. If given, blocks do not run: for each output, they
+            return the argument that looks like it.
     """
     tensors = {id(each): each for each in (*model.parameters(), *model.buffers())}
     model = copied_without_hooks(model, tensors)
@@ -116,7 +116,7 @@ def call_with_probes(
 
 
 def first_tensor(output: Any) -> Tensor:
-    """What a model drew: the first tensor that it returned."""
+    """Return the first tensor in a model's output: the image or video."""
     parts = output if isinstance(output, tuple | list) else getattr(output, "sample", output)
     tensors = [part for part in pytree.tree_leaves(parts) if isinstance(part, Tensor)]
     return tensors[0]
@@ -146,14 +146,14 @@ def _parameters(block: nn.Module) -> dict[str, inspect.Parameter]:
 
 
 def _named(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call of a block by name, with their defaults."""
+    """Return the arguments of a block's call by name, with defaults."""
     bound = inspect.signature(type(block).forward).bind(block, *args, **kwargs)
     bound.apply_defaults()
     return {name: bound.arguments[name] for name in _parameters(block)}
 
 
 def _pass_through(seen: BlockCall | None) -> Callable[..., Any]:
-    if seen is None:  # a block that did not run, and will not
+    if seen is None:  # the block did not run before and must not run now
         return _not_run
     outputs = seen.output if isinstance(seen.output, tuple) else (seen.output,)
     sources = [_alike(output, seen.arguments) for output in outputs]
@@ -168,13 +168,13 @@ def _pass_through(seen: BlockCall | None) -> Callable[..., Any]:
 
 def _not_run(*args: Any, **kwargs: Any) -> Any:
     raise ModelError(
-        "a block ran in one call of the model and not in another; what blocks run must not depend "
-        "on the image"
+        "a block ran in one call of the model and not in another; the blocks that run must not "
+        "depend on the image"
     )
 
 
 def _alike(output: Any, arguments: Mapping[str, Any]) -> str | None:
-    """The name of the argument that an output looks like."""
+    """Return the name of the argument that has the shape of an output."""
     for name, value in arguments.items():
         if isinstance(value, Tensor) and isinstance(output, Tensor) and value.shape == output.shape:
             return name

@@ -1,10 +1,10 @@
-"""Less of what the libraries print."""
+"""Suppression of messages from the libraries."""
 
 from typing import Any
 
 
 def hush_libraries() -> None:
-    """Leave out the progress of loading, and what transformers says of packages it does without."""
+    """Turn off progress bars of loading, and transformers' notes on packages that are missing."""
     import diffusers
     import transformers
 

@@ -1,9 +1,9 @@
-"""One image among the ranks of context parallelism: which of its tokens a rank holds.
+"""Ranks of context parallelism that share an image: the tokens that each rank holds.
 
-Diffusers splits the image tokens into runs of nearly equal length, in whatever order they are.
-They are in token order by then, so each rank holds a compact part of the image, and merges among
-its own tokens. What a model takes with a row for each token, diffusers may split before the model
-sees it; here that waits until the rows are in token order.
+Diffusers splits the image tokens, in any order, into runs of nearly equal length. By then they are
+in token order, so each rank holds a compact part of the image and merges its own tokens. Diffusers
+may split arguments that have a row per token before the model sees them; here the split waits until
+the rows are in token order.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,11 +20,11 @@ RANKS_HOOK = "cp_input---"
 
 
 class Ranks:
-    """The ranks that share a model, and the one of this process.
+    """The ranks that share a model, including the rank of this process.
 
     Args:
-        config: of diffusers' context parallelism, set up.
-        arguments: of the model that have a row for each token, with the way to split them.
+        config: config of diffusers' context parallelism, already set up.
+        arguments: arguments of the model with a row per token, and how to split each.
     """
 
     def __init__(self, config: Any, arguments: Mapping[str, Any]) -> None:
@@ -35,13 +35,13 @@ class Ranks:
         self._config = config
 
     def hook(self) -> Any:
-        """Diffusers' hook that splits those arguments, for a model that has them split outside."""
+        """Return diffusers' hook that splits those arguments before the model's forward."""
         from diffusers.hooks.context_parallel import ContextParallelSplitHook
 
         return ContextParallelSplitHook(self.arguments, self._config)
 
     def split(self, call: Arguments) -> Arguments:
-        """A call with this rank's rows of what has one for each token."""
+        """Return a call with this rank's rows of the arguments that have a row per token."""
         given = [name for name in self.arguments if call.get(name) is not None]
         if not given:
             return call
@@ -51,25 +51,25 @@ class Ranks:
 
 
 class Part(NamedTuple):
-    """The image tokens of a rank."""
+    """Image tokens of a rank."""
 
     unmerged: int
-    """Tokens, from the first, that stay as they are."""
+    """Number of tokens at the start that stay unmerged."""
     segments: tuple[int, ...]
-    """Tokens of each segment behind those."""
+    """Tokens of each segment after those."""
 
     def kept(self, region_tokens: int, ratio: float) -> int:
-        """Tokens after merging."""
+        """Return the number of tokens after merging."""
         return self.unmerged + regions.kept(regions.layout(self.segments, region_tokens, ratio))
 
 
 def parts(unmerged: int, segments: Sequence[int], count: int) -> list[Part]:
-    """What each rank holds of an image.
+    """Return the part of an image that each rank holds.
 
     Args:
-        unmerged: image tokens, from the first, that stay as they are.
-        segments: tokens of each segment behind those.
-        count: of the ranks.
+        unmerged: number of image tokens at the start that stay unmerged.
+        segments: tokens of each segment after those.
+        count: number of ranks.
 
     >>> parts(0, [4, 8], 2), parts(4, [8], 2)
     ([Part(unmerged=0, segments=(4, 2)), Part(unmerged=0, segments=(6,))], \
@@ -93,11 +93,11 @@ def _part(unmerged: int, segments: Sequence[int], start: int, end: int) -> Part:
 
 
 def part_of(unmerged: int, segments: Sequence[int], ranks: Ranks, recipe: Recipe) -> Part:
-    """What this rank holds of an image.
+    """Return the part of an image that this rank holds.
 
     Raises:
-        InputError: when ranks would be left with unlike numbers of tokens, and their attention
-            takes only equal ones.
+        InputError: when ranks would hold different numbers of tokens, while their attention takes
+            only equal numbers.
     """
     each = parts(unmerged, segments, ranks.count)
     if ranks.uneven:
@@ -106,23 +106,23 @@ def part_of(unmerged: int, segments: Sequence[int], ranks: Ranks, recipe: Recipe
         kept = [part.kept(recipe.config.region_tokens, ratio) for part in each]
         if len(set(kept)) > 1:
             raise InputError(
-                f"merged, the ranks hold {', '.join(map(str, kept))} tokens of this image, and "
-                "their attention takes equal numbers; let it take any: "
+                f"after merging, the ranks hold {', '.join(map(str, kept))} tokens of this image, "
+                "but their attention takes equal numbers; allow any number: "
                 f"ContextParallelConfig(ulysses_degree={ranks.count}, ulysses_anything=True)"
             )
     return each[ranks.rank]
 
 
 def check_family(family: Family) -> None:
-    """Refuse ranks for a model of which a rank does not know how many words it holds.
+    """Refuse ranks for a model if a rank cannot know how many text tokens it holds.
 
     Raises:
-        ModelError: when image and text are one sequence in its blocks.
+        ModelError: when image and text are one sequence in the model's blocks.
     """
     if any(block.flow.joint for block in family.blocks):
         raise ModelError(
-            f"blocks of {family.title} hold image and text in one sequence, and how many of each a "
-            "rank of context parallelism has is not known; use tensor parallelism "
+            f"blocks of {family.title} hold image and text in one sequence, and how many tokens of "
+            "each a rank of context parallelism has is not known; use tensor parallelism "
             "(TensorParallelConfig), or let the ranks share the model without merging: "
             "toma_fx.restore(model)"
         )

@@ -1,7 +1,7 @@
-"""What `toma_fx.transform` will do to a model, as data: made from a family and the options.
+"""Recipes: what `toma_fx.transform` will do to a model, as data made from a family and the options.
 
-A recipe names every block, what of it merges, and its variants, each a tuple of passes. Live
-models, captured graphs, reports, speed-ups, calibration and export all read it. It can be printed.
+A recipe lists every block, its merging parts and its variants, each a tuple of passes. Live models,
+captured graphs, reports, speed-ups, calibration and export all use it. It can be printed.
 """
 
 import re
@@ -31,7 +31,7 @@ from toma_fx.runtime.regions import WHOLE_IMAGE
 from toma_fx.schedule import Memory
 
 Role = Literal["alone", "lead", "follow"]
-"""A block makes a plan for itself, or for its group, or uses its group's."""
+"""A block makes a plan for itself ("alone") or for its group ("lead"), or uses its group's."""
 
 RATIO_IS_ZERO = "ratio is 0"
 ALL_STEPS_FULL = "memory.every is 1"
@@ -45,33 +45,33 @@ class Group:
     stage: str
     """Path of the stage whose scope carries the plan; ``""`` is the model."""
     name: str
-    """Path of the list in its stage, and the ratio where blocks of it differ."""
+    """Path of the list in its stage, with the ratio if ratios of its blocks differ."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockRecipe:
-    """What happens to a block."""
+    """Changes to one block."""
 
     path: str
-    """In the model, without the names that wrappers add."""
+    """Path in the model, without the names that wrappers add."""
     module: str
-    """In the model, as it is."""
+    """Path in the model, with those names."""
     row: Block = field(repr=False)
     ratio: float
-    """Share of the tokens of a region that is merged away."""
+    """Share of each region's tokens that is merged away."""
     group: Group
     role: Role | None
-    """None when the block stays unmerged."""
+    """None if the block stays unmerged."""
     unmerged_because: str = ""
-    """Why, then."""
+    """Reason why the block stays unmerged; empty if it merges."""
     sites: tuple[Site, ...] = ()
-    """What of it runs on merged tokens."""
+    """Parts of the block that run on merged tokens."""
 
     @property
     def components(self) -> tuple[str, ...]:
-        """What of the block runs on merged tokens: ``("block",)``, or some components.
+        """Parts of the block that run on merged tokens: ``("block",)``, or some components.
 
-        ``("keys and values",)`` where only those are merged.
+        ``("keys and values",)`` if only those merge.
         """
         if self.sites == (WHOLE_BLOCK,):
             return ("block",)
@@ -81,45 +81,45 @@ class BlockRecipe:
 
     @property
     def attentions(self) -> tuple[str, ...]:
-        """Paths in the block of the attentions whose keys and values merge."""
+        """Paths, in the block, of the attentions whose keys and values merge."""
         return tuple(site.leave for site in self.sites if isinstance(site, KeysSite))
 
     @property
     def form(self) -> Form | None:
-        """What decides the branches of its graph when the block runs."""
+        """Arguments that select the branches of the block's graph at run time; None if none do."""
         optional = self.row.key_mask if self.attentions else None
         return self.row.form if optional is None else optional.form
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What happens to a model."""
+    """Changes to a model."""
 
     family: Family
     config: MergeConfig
     blocks: tuple[BlockRecipe, ...]
     speedup: float | None = None
-    """What the ratio was chosen for, when it was not given."""
+    """The speed-up for which the ratio was chosen, if any."""
 
     @property
     def merges_references(self) -> bool:
-        """Whether references merge, at the model's border, and nothing else does."""
+        """True if only references merge, at the model's border."""
         return self.config.tokens == "references" and self.config.ratio > 0
 
     @property
     def merged(self) -> tuple[BlockRecipe, ...]:
-        """Those of the blocks that merge."""
+        """Blocks that merge."""
         return tuple(block for block in self.blocks if block.role is not None)
 
     @property
     def unmerged(self) -> tuple[BlockRecipe, ...]:
-        """Those of the blocks that stay unmerged."""
+        """Blocks that stay unmerged."""
         return tuple(block for block in self.blocks if block.role is None)
 
     def variants(self, block: BlockRecipe) -> dict[str, tuple[Pass, ...] | None]:
-        """The passes of each variant of a block; None where it runs its own forward.
+        """Return the passes of each variant of a block; None for the block's own forward.
 
-        The first variant is the one that runs where no call of the model says otherwise.
+        The first variant runs if no call of the model selects another.
         """
         if block.role is None:
             return {UNTOUCHED: None}
@@ -138,19 +138,19 @@ class Recipe:
 
     @property
     def theta(self) -> float:
-        """The share of the correction by merged tokens that a step between full ones adds."""
+        """Share of the correction by merged tokens that a step between full steps adds."""
         memory = self.config.memory
         given = None if memory is None else memory.theta
         return self.family.theta if given is None else given
 
     @property
     def makes_plans(self) -> bool:
-        """Whether anything runs on merged tokens: not where updates are only extrapolated."""
+        """False if nothing runs on merged tokens, because updates are only extrapolated."""
         return self.config.memory is None or self.theta > 0
 
     @property
     def controls(self) -> bool:
-        """Whether full steps also run on merged tokens."""
+        """True if full steps also run on merged tokens."""
         memory = self.config.memory
         return memory is not None and memory.control and self.theta > 0
 
@@ -169,11 +169,11 @@ class Recipe:
         return {REMEMBER: (remember, Cleanup()), RECALL: (*between, recall, Cleanup())}
 
     def needs_new_rows(self, call: Mapping[str, Any]) -> bool:
-        """Whether a plan holds rows of tokens that are another call's at the next step."""
+        """Return whether a plan would hold rows that differ at the next step."""
         return self.config.placement == "block" and self.family.rows_change(call)
 
     def followers(self, block: BlockRecipe) -> dict[str, tuple[Pass, ...] | None]:
-        """The variants of the blocks that use the plan of this one."""
+        """Return the variants of the blocks that use this block's plan."""
         return self.variants(replace(block, role="follow"))
 
     def _passes(self, block: BlockRecipe, *, kept_destinations: bool = False) -> tuple[Pass, ...]:
@@ -197,7 +197,7 @@ class Recipe:
         return tuple(passes)
 
     def merge(self, block: BlockRecipe) -> Merge | MergeKeys:
-        """The pass that merges in a block, in its own graph."""
+        """Return the pass that merges in a block, for the block's own graph."""
         if block.attentions:
             return MergeKeys(
                 flow=block.row.flow,
@@ -212,7 +212,7 @@ class Recipe:
         )
 
     def guard(self, block: BlockRecipe) -> GuardInputs:
-        """The pass that refuses what merged tokens of a block cannot carry."""
+        """Return the pass that refuses arguments that a block's merged tokens do not support."""
         row = block.row
         return GuardInputs(
             components=("self_attention",) if block.attentions else self.config.components,
@@ -240,7 +240,7 @@ class Recipe:
 
 
 def plan_options(config: MergeConfig, ratio: float) -> PlanOptions:
-    """How plans for blocks of a ratio are made under a configuration."""
+    """Return the options of plans for blocks with a ratio."""
     return PlanOptions(
         region_tokens=WHOLE_IMAGE if config.region == "image" else config.region_tokens,
         ratio=ratio,
@@ -256,10 +256,10 @@ class FoundBlock:
     """A block in a model or in a captured graph."""
 
     module: str
-    """Its path."""
+    """Path of the block."""
     row: Block
     submodules: frozenset[str]
-    """Paths of its submodules in it."""
+    """Paths of its submodules, relative to it."""
 
 
 def make_recipe(
@@ -270,19 +270,19 @@ def make_recipe(
     model: str,
     speedup: float | None = None,
 ) -> Recipe:
-    """What the options do to a model.
+    """Make the recipe of a model.
 
     Args:
-        family: of the model.
-        found: its blocks; those of a list in the order in which they run.
-        stages: paths of the modules whose blocks are groups of their own.
+        family: family of the model.
+        found: blocks of the model; those of a list in the order in which they run.
+        stages: paths of the modules whose blocks form groups of their own.
         config: the options.
-        model: what errors call the model.
-        speedup: what the ratio was chosen for, if it was.
+        model: name of the model in errors.
+        speedup: the speed-up for which the ratio was chosen, if any.
 
     Raises:
-        ModelError: when a pattern names no block, or when none merges, unless all were asked not to
-            by a ratio of 0; or when only references are to merge, and the family has none.
+        ModelError: when a pattern matches no block; when no block merges, unless a ratio of 0 asked
+            for that; or when only references are to merge and the family has none.
     """
     if config.tokens == "references":
         _check_references(family)
@@ -325,14 +325,14 @@ def make_recipe(
 
 
 def _check_references(family: Family) -> None:
-    """Refuse ``tokens="references"`` for a family without them.
+    """Refuse ``tokens="references"`` for a family without references.
 
     Raises:
-        ModelError: when it has none.
+        ModelError: when the family has none.
     """
     if family.references is not None:
         return
-    from toma_fx.families import all_families  # imported on an error only
+    from toma_fx.families import all_families  # imported only for the error
 
     known = ", ".join(each.title for each in all_families() if each.references is not None)
     raise ModelError(
@@ -345,7 +345,7 @@ _WRAPPERS = re.compile(r"\.?_(checkpoint_wrapped_module|fsdp_wrapped_module|orig
 
 
 def plain_path(module: str) -> str:
-    """A module's path without the names that wrappers around modules add to it."""
+    """Return a module's path without the names that wrappers around modules add."""
     return _WRAPPERS.sub("", module)
 
 
@@ -377,8 +377,8 @@ def _check_patterns(paths: Sequence[str], config: MergeConfig) -> None:
     hidden = [pattern for pattern in ratios if pattern not in named]
     if hidden:
         raise ModelError(
-            f"block_ratios={hidden!r} names only blocks that patterns before it name, and the "
-            "first that fits counts; put it before them"
+            f"block_ratios={hidden!r} match only blocks that earlier patterns match, and the first "
+            "match counts; put them before those patterns"
         )
 
 
@@ -392,7 +392,7 @@ def _never_merged(paths: Sequence[str], family: Family) -> Mapping[str, str]:
 
 
 def _unmerged(paths: Sequence[str], config: MergeConfig, family: Family) -> Mapping[str, str]:
-    """The blocks that the options or the family leave unmerged, each with the reason."""
+    """Return the blocks that the options or the family leave unmerged, with the reasons."""
     if config.tokens == "references":
         return dict.fromkeys(paths, ONLY_REFERENCES)
     if config.skip is not None:

@@ -1,13 +1,13 @@
 """References of edit models, merged once at the model's border and never unmerged.
 
-The tokens of the images to edit carry no noise: they are the same at every step of a run. And what
-the model returns for them is thrown away. So they are merged before diffusers' forward, which then
-runs as it is on a shorter sequence, and nothing has to be spread back.
+The tokens of reference images carry no noise: they are the same at every step of a run, and the
+model's output for them is discarded. So they are merged before diffusers' forward, which then runs
+unchanged on a shorter sequence, and no result has to be spread back.
 
-Each reference is one region, so that flat parts give up most of their tokens and detail keeps its
-own. A token that is left has the position of the one that it was. Models hold positions once for
-all rows of a batch, so all rows keep the tokens at the same places, chosen by their similarities in
-the mean over rows; each row's weights are its own.
+Each reference is one region, so that flat parts lose most of their tokens and detail keeps its own.
+A kept token has its original position. Models hold one set of positions for all samples of a batch,
+so all samples keep the tokens at the same places, chosen by similarities averaged over samples;
+each sample has its own weights.
 """
 
 from collections.abc import Callable, Mapping
@@ -33,19 +33,21 @@ from toma_fx.runtime.selector import unit_tokens
 toma = torch.ops.toma
 
 REFERENCES = "references"
-"""The name of their plan among those of a call: the merged tokens of all references,
-``(B, n, C)``, and the tokens of the sequence that are left, ``(N,)``."""
+"""Name of the references' plan among the plans of a call. The plan holds the merged tokens of all
+references, ``(B, n, C)``, and the indices of the tokens that are left, ``(N,)``."""
 
 
 def reference_grids(model: Any, call: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """Tokens of the image that is drawn, and of each reference; None in a call without any.
+    """Return the token counts of the generated image and of each reference.
+
+    Returns None in a call without references.
 
     Args:
-        model: transformed, of a family with references.
-        call: its arguments, by name.
+        model: a transformed model of a family with references.
+        call: arguments of the call, by name.
 
     Raises:
-        InputError: when tokens of the image that is drawn stand behind a reference.
+        InputError: when tokens of the generated image follow those of a reference.
     """
     key: BorderKey = model.toma_key
     if key.grids is not None:
@@ -64,11 +66,11 @@ def reference_grids(model: Any, call: Mapping[str, Any]) -> tuple[int, ...] | No
 
 
 def _runs(numbers: Tensor) -> tuple[int, ...]:
-    """Tokens of each image, of which the first is drawn, by the image number of each token."""
+    """Return the token count of each image, given the image number of each token."""
     runs = [(number, len(list(run))) for number, run in groupby(numbers.round().tolist())]
     if any(number == runs[0][0] for number, _ in runs[1:]):
         raise InputError(
-            "tokens of the image that is drawn stand behind those of a reference; "
+            "some tokens of the generated image come after those of a reference; "
             "tokens='references' needs all of them first"
         )
     return tuple(tokens for _, tokens in runs)
@@ -80,30 +82,30 @@ def _references(key: BorderKey) -> References:
 
 
 def refuse_traced(key: BorderKey) -> None:
-    """Refuse a call of which a graph is made that has no values.
+    """Refuse to trace a call whose references are identified by tensor values.
 
     Raises:
-        ModelError: when values tell which tokens are those of references.
+        ModelError: when the values of ids tell which tokens belong to references.
     """
     if key.positions is not None:
         raise ModelError(
-            f"which tokens are those of references is told by the values of {key.positions.ids}, "
-            "which no graph knows. Compile the model itself, by torch.compile(model), "
+            f"the values of {key.positions.ids} tell which tokens belong to references, and a "
+            "traced graph does not know them. Compile the model itself, by torch.compile(model), "
             "model.compile() or model.compile_repeated_blocks(); export it with toma_fx.export"
         )
 
 
 def _check_call(key: BorderKey, call: Mapping[str, Any]) -> None:
-    """Refuse arguments that speak of single tokens.
+    """Refuse arguments that refer to single tokens.
 
     Raises:
-        InputError: when a call has one.
+        InputError: when the call has such an argument.
     """
     family, references = key.family, _references(key)
     for name in references.refused:
         if call.get(name) is not None:
             raise InputError(
-                f"{name}={call[name]!r:.60} speaks of the tokens of references, which "
+                f"{name}={call[name]!r:.60} refers to the tokens of references, which "
                 "tokens='references' merges; leave it out, or call the untransformed model"
             )
     kwargs = None if family.attention_kwargs is None else call.get(family.attention_kwargs)
@@ -112,13 +114,14 @@ def _check_call(key: BorderKey, call: Mapping[str, Any]) -> None:
 
 
 def kept_plan(model: Any, call: Mapping[str, Any], grids: tuple[int, ...]) -> Kept | None:
-    """The plan for the references of a call, made once for all calls with the same ones.
+    """Return the plan for the references of a call, made once for all calls with equal references.
 
-    It is told by their values, since pipelines copy them into a new tensor at every step. On a GPU,
-    asking waits for it. None where gradients of the references are wanted.
+    References are compared by their values, because pipelines copy them into a new tensor at every
+    step; on a GPU, this comparison waits for the device. Returns None if gradients of the
+    references are needed.
 
     Raises:
-        InputError: when an argument speaks of single tokens.
+        InputError: when an argument refers to single tokens.
     """
     key: BorderKey = model.toma_key
     _check_call(key, call)
@@ -138,12 +141,12 @@ def plan_references(tokens: Tensor, grids: tuple[int, ...], config: MergeConfig)
 
     Args:
         tokens: ``(B, N, C)``, all image tokens.
-        grids: of the image that is drawn, and of each reference.
+        grids: token counts of the generated image and of each reference.
         config: the options.
 
     Returns:
-        merged tokens ``(B, n, C)``, one reference behind the other, and the tokens of the sequence
-        that are left, ``(grids[0] + n,)`` int64, in rising order.
+        merged tokens ``(B, n, C)``, one reference after the other, and the indices of the tokens
+        that are left, ``(grids[0] + n,)`` int64, in ascending order.
     """
     drawn, *sizes = grids
     left, merged, start = [torch.arange(drawn, device=tokens.device)], [], drawn
@@ -160,7 +163,7 @@ def _merge(reference: Tensor, config: MergeConfig) -> tuple[Tensor, Tensor]:
     layout = regions.layout([count], regions.WHOLE_IMAGE, config.ratio)
     if layout[0] == count:
         return reference, torch.arange(count, device=reference.device)
-    # Cosines of the rows' unit tokens side by side are the mean of the rows' cosines.
+    # The cosines of the samples' unit tokens side by side are the mean of the samples' cosines.
     side_by_side = unit_tokens(reference).transpose(0, 1).flatten(1).unsqueeze(0)
     chosen = toma.select(side_by_side, layout, config.selector).sort(dim=-1).values
     of_rows = chosen.expand(reference.shape[0], -1, -1)
@@ -170,10 +173,10 @@ def _merge(reference: Tensor, config: MergeConfig) -> tuple[Tensor, Tensor]:
 
 
 def tokens_left(grids: tuple[int, ...], ratio: float) -> tuple[int, ...]:
-    """Tokens of each reference that are left.
+    """Return how many tokens of each reference are left.
 
     Args:
-        grids: of the image that is drawn, and of each reference.
+        grids: token counts of the generated image and of each reference.
         ratio: share of a reference's tokens that is merged away.
     """
     return tuple(regions.kept_tokens(count, ratio) for count in grids[1:])
@@ -187,19 +190,19 @@ def run_on_references(
     kept: Kept | None,
     keep: bool,
 ) -> tuple[Any, Kept | None]:
-    """Call a model on merged references, and on all its other tokens.
+    """Call a model on merged references and on all its other tokens.
 
     Args:
-        forward: diffusers'.
+        forward: diffusers' forward.
         call: its arguments, by name.
-        model: transformed, for what its border knows.
-        grids: of `reference_grids`, where values tell them.
-        kept: the plan of `kept_plan`; one is made where there is none.
-        keep: whether the plan is wanted.
+        model: the transformed model.
+        grids: result of `reference_grids`, if tensor values determine it.
+        kept: the plan of `kept_plan`; if None, a new plan is made.
+        keep: whether to return the plan.
 
     Returns:
-        what ``forward`` does, with zeros for all tokens of references, since those that are left
-        stand for others too, and pipelines use none; and the plan.
+        the output of ``forward`` and the plan. The output for all tokens of references is zero:
+        kept tokens stand for several tokens, and pipelines do not use this output.
     """
     key: BorderKey = model.toma_key
     if key.grids is not None:

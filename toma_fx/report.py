@@ -1,4 +1,4 @@
-"""What was rewritten, what it saves, and what stays unmerged and why."""
+"""A report of the blocks that merge, what they save, and why other blocks do not merge."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,21 +21,21 @@ from toma_fx.runtime.plan import REMEMBER, UNTOUCHED
 from toma_fx.transform import model_of
 
 STEPS = 25
-"""Of the denoising run that a report speaks of, unless it is told otherwise."""
+"""Number of steps of the denoising run that a report assumes by default."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroupReport:
-    """Consecutive blocks of one list that were treated alike."""
+    """Consecutive blocks of one list that were treated in the same way."""
 
     path: str
-    """Path of the list."""
+    """Module path of the list."""
     blocks: tuple[int, int]
-    """First and last index in it."""
+    """Indices of the first and last block in the list."""
     merged: tuple[str, ...]
-    """What runs on merged tokens: ``("block",)``, components, or nothing."""
+    """Parts that run on merged tokens: ``("block",)``, components, or empty."""
     skipped: str
-    """Why nothing does; empty when something does."""
+    """Reason why nothing merges; empty if something does."""
     tokens_before: int
     tokens_after: int
     flops_before: int
@@ -44,44 +44,45 @@ class GroupReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What `transform` did to a model; ``print`` it.
+    """Result of `report`; ``print`` it.
 
-    Arithmetic is counted by running both models on tensors without data: floating-point operations
-    of matrix products, convolutions and attention, merging and planning included. It is that of a
-    call, averaged over a denoising run, in which some calls may not merge or not plan.
+    Arithmetic is the number of floating-point operations of matrix products, convolutions and
+    attention, including merging and planning. It is counted by running both models on tensors
+    without data. It is the average per call over a denoising run, because some calls may not merge
+    or not plan.
     """
 
     model: str
     image: str
     config: MergeConfig
     steps: int
-    """Of the denoising run."""
+    """Number of steps of the denoising run."""
     shares: Mapping[str, float]
-    """How often each variant of the blocks runs in it."""
+    """Share of the run's calls for each variant of the blocks."""
     groups: tuple[GroupReport, ...]
     flops_before: int
     flops_after: int
     frames: int = 1
-    """Latent frames; 1 of an image."""
+    """Number of latent frames; 1 for an image."""
     unmerged_frames: int = 0
-    """How many of them are given, or may be, and stay as they are."""
+    """Number of frames that stay unmerged because they are given, or may be given."""
     references: tuple[tuple[int, int], ...] | None = None
-    """Tokens of each reference before and after, where only references merge."""
+    """Tokens of each reference before and after, if only references merge."""
     kept_bytes: int = 0
-    """Of what a run keeps from step to step, plans and memories."""
+    """Bytes of the plans and memories that a run keeps from step to step."""
     theta: float | None = None
-    """The share of the correction that a step between full ones adds, with memory."""
+    """Share of the correction that a step between full steps adds, with memory."""
     asked: float | None = None
-    """The ``speedup`` that the ratio was chosen for."""
+    """The ``speedup`` for which the ratio was chosen, if any."""
 
     @property
     def speedup(self) -> float:
-        """How many times less the arithmetic of the model is: predicted, not measured time."""
+        """Factor by which the model's arithmetic shrinks: a prediction, not a measured time."""
         return self.flops_before / self.flops_after
 
     @property
     def saved(self) -> float:
-        """Share of the model's arithmetic that is saved, in [0, 1)."""
+        """Share of the model's arithmetic that is saved, in [0, 1); higher is better."""
         return _saved(self.flops_before, self.flops_after)
 
     def __str__(self) -> str:
@@ -175,23 +176,23 @@ def report(
     steps: int = STEPS,
     inputs: Mapping[str, Any] | None = None,
 ) -> Report:
-    """What `transform` did to a model and what it saves.
+    """Report how `transform` changed a model and what that saves.
 
-    The call that it speaks of is the one whose ``inputs`` are given; or one of the given size; or
-    the last one that the model really had; or one at the model's native size.
+    The report is about one call, taken from the first available source: ``inputs``; a made-up call
+    of the given size; the model's last real call; a made-up call at the model's native size.
 
     Args:
-        model: a transformed model, or a pipeline that holds one; compiled or wrapped as may be.
-        height: of the image, in pixels.
-        width: of the image, in pixels; like ``height`` when left out.
-        frames: of a video.
-        batch: images (with guidance, a UNet sees two for each).
-        steps: of the denoising run, over which arithmetic is averaged.
+        model: a transformed model, or a pipeline that holds one; it may be compiled or wrapped.
+        height: image height in pixels.
+        width: image width in pixels; ``height`` if omitted.
+        frames: number of video frames.
+        batch: number of images (with guidance, a UNet runs two samples per image).
+        steps: number of denoising steps over which arithmetic is averaged.
         inputs: keyword arguments of a call.
 
     Raises:
-        ModelError: when the model was not transformed, the size is impossible, or no call that fits
-            the model can be made up; then it asks for ``inputs``.
+        ModelError: when the model was not transformed, when the size is impossible, or when no
+            fitting call can be made up; the message then asks for ``inputs``.
     """
     model = model_of(model)
     recipe = recipe_of_transformed(model)
@@ -218,7 +219,7 @@ def report(
     for parent, members in _alike(recipe):
         block = members[0]
         given = whole if block.row.flow.joint else counted.tokens[block.path]
-        # Some blocks do not run in every call, as those for reference images.
+        # Some blocks do not run in every call, such as those for reference images.
         left = tokens_after(given, recipe.config, block.ratio, grids, unmerged) if given else 0
         groups.append(
             GroupReport(
@@ -251,7 +252,7 @@ def report(
 
 
 def _made_up(model: Any, recipe: Recipe, call: dict[str, Any]) -> LastCall:
-    """A made-up call; with a reference as large as the image where only references merge."""
+    """Return the made-up call, with an image-sized reference if only references merge."""
     family = recipe.family
     if family.references is None or not recipe.merges_references:
         return LastCall(call, None)
@@ -268,14 +269,14 @@ def tokens_after(
     grids: tuple[int, ...] | None = None,
     unmerged: int = 0,
 ) -> int:
-    """Image tokens that are left of ``tokens`` in a block that merges with a ratio.
+    """Return how many of ``tokens`` image tokens are left in a block that merges.
 
     Args:
-        tokens: that go into the block.
-        config: of the model.
-        ratio: of the block.
-        grids: tokens of each grid of the sequence.
-        unmerged: tokens before those of the grids, which stay.
+        tokens: number of tokens that enter the block.
+        config: the model's options.
+        ratio: the block's ratio.
+        grids: tokens of each grid in the sequence.
+        unmerged: number of tokens before the grids, which stay unmerged.
     """
     known = grids if grids is not None and unmerged + sum(grids) == tokens else (tokens,)
     return (
@@ -286,7 +287,7 @@ def tokens_after(
 
 
 def _alike(recipe: Recipe) -> Iterator[tuple[str, list[BlockRecipe]]]:
-    """Consecutive blocks of a list to which the same happens, and the list's path."""
+    """Yield the path of each list with its consecutive blocks that were treated alike."""
 
     def kind(block: BlockRecipe) -> tuple[object, ...]:
         parent = block.path.rpartition(".")[0]
@@ -297,7 +298,7 @@ def _alike(recipe: Recipe) -> Iterator[tuple[str, list[BlockRecipe]]]:
 
 
 def _references(model: Any, recipe: Recipe, call: LastCall) -> tuple[tuple[int, int], ...] | None:
-    """Tokens of each reference before and after; None where all image tokens merge."""
+    """Return the tokens of each reference before and after, or None if all image tokens merge."""
     if not recipe.merges_references:
         return None
     grids = reference_grids(model, call.arguments) or call.grids or ()

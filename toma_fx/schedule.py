@@ -1,4 +1,4 @@
-"""The options that look at more than one step of a denoising run.
+"""Options that concern more than one step of a denoising run.
 
 "Section" and "Table" refer to *Token Merge with Attention for Diffusion Models* (ICML 2025, arXiv
 2509.10918).
@@ -12,24 +12,24 @@ from toma_fx.option_values import count, number
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Schedule:
-    """How many denoising steps pass between two computations of a plan (section 4.3.2, Table 7).
+    """Number of denoising steps between two computations of a plan (section 4.3.2, Table 7).
 
-    ``Schedule()`` makes a new plan at every step and keeps nothing from one call of the model to
-    the next. Any other schedule keeps the plans of a run in a bounded store outside the model's
-    graphs. Calls are told apart by their prompt tensor, so guidance in two calls a step (Flux's
-    ``true_cfg_scale``, modular guiders) has a plan for each of them. Any number of threads may run
-    one model. The plans are dropped when the pipeline ends the image.
+    ``Schedule()`` makes a new plan at every step and keeps no state between calls of the model. Any
+    other schedule keeps the plans of a run in a bounded store outside the model's graphs. The store
+    distinguishes calls by their prompt tensor: if guidance calls the model twice per step (Flux's
+    ``true_cfg_scale``, modular guiders), each call has its own plan. Any number of threads may run
+    one model. The plans are dropped when the pipeline finishes the image.
 
     Raises:
         ConfigError: when a field is not a whole number of at least 1.
     """
 
     select_every: int = 1
-    """Steps between two selections of destinations. The paper uses 10; every step has the better
-    MSE in its Table 7."""
+    """Number of steps between two selections of destinations. The paper uses 10; selecting at every
+    step has the better MSE in its Table 7."""
     weigh_every: int = 1
-    """Steps between two computations of the merge weights. The paper uses 5. A new selection of
-    destinations brings new weights with it."""
+    """Number of steps between two computations of the merge weights. The paper uses 5. A new
+    selection of destinations always computes new weights."""
 
     def __post_init__(self) -> None:
         for name, paper in (("select_every", 10), ("weigh_every", 5)):
@@ -37,44 +37,45 @@ class Schedule:
 
     @property
     def stateless(self) -> bool:
-        """Whether every step makes a new plan, so that no state is kept."""
+        """True if every step makes a new plan, so that no state is kept."""
         return self.select_every == 1 and self.weigh_every == 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Memory:
-    """How the steps of a run use what a full step computed.
+    """How the steps of a run reuse the results of a full step.
 
-    At a full step every block runs on all tokens, and its update ``u`` (what it adds to its tokens)
-    is kept with its plan. At a step between, the block runs on merged tokens and gives
+    A full step runs every block on all tokens. It keeps each block's update ``u`` (the change that
+    the block adds to its tokens) together with its plan. A step in between runs the block on merged
+    tokens and returns
 
     ``x + u + e + theta * unmerge((u_m - u_m0) - merge(e))``
 
-    with ``e`` the change of ``u`` extrapolated from the last two full steps, ``u_m`` the update of
-    merged tokens now, and ``u_m0`` the same at the full step. What merging gets wrong at both steps
-    cancels, so ratios may be higher than without memory. How much the correction gains depends on
-    the model and its scheduler (``docs/memory.md``). Early steps change fastest: leave them
-    untouched, by ``merge_below``.
+    Here ``e`` is the change of ``u``, extrapolated from the last two full steps; ``u_m`` is the
+    update of the merged tokens now, and ``u_m0`` the same at the full step. Errors that merging
+    makes at both steps cancel, so ratios may be higher than without memory. The gain of the
+    correction depends on the model and its scheduler (``docs/memory.md``). Early steps change
+    fastest: leave them untouched with ``merge_below``.
 
-    What is kept lies in the bounded store of plans: for a block, two updates of all tokens and one
-    of merged ones. `toma_fx.report` says how much that is. Runs are told apart as for `Schedule`.
+    The bounded store of plans also holds the updates: per block, two of all tokens and one of
+    merged tokens. `toma_fx.report` shows their size. Runs are told apart as for `Schedule`.
 
     Raises:
-        ConfigError: when a field holds a value that it cannot take.
+        ConfigError: when a field holds an invalid value.
     """
 
     every: int = 2
-    """Steps from one full step to the next. With 1 every step is full, and the model computes what
-    it did untouched."""
+    """Number of steps from one full step to the next. With 1 every step is full, and the model
+    computes the same as untouched."""
     theta: float | None = None
-    """The share of the correction by merged tokens that is added, from 0 to 1.5. With 0 updates are
-    only extrapolated, and nothing runs on merged tokens. ``None`` takes the model family's own.
-    `toma_fx.calibrate_theta` measures the best one on images."""
+    """Share of the correction by merged tokens that is added, from 0 to 1.5. With 0, updates are
+    only extrapolated and nothing runs on merged tokens. ``None`` takes the value of the model
+    family. `toma_fx.calibrate_theta` measures the best value on images."""
     extrapolate: bool = True
-    """Whether ``e`` is extrapolated, or 0. It keeps one more update of each block."""
+    """True extrapolates ``e``, which keeps one more update per block; False takes ``e`` as 0."""
     control: bool = True
-    """Whether each full step also runs merged, for ``u_m0``: errors of merging that last from step
-    to step then cancel. Without it, ``u_m0`` is ``merge(u)``, which takes no time."""
+    """True also runs each full step on merged tokens to compute ``u_m0``, so that lasting errors of
+    merging cancel. False takes ``merge(u)`` for ``u_m0``, which costs no time."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "every", count("memory.every", self.every, 2))

@@ -1,7 +1,7 @@
-"""The ratio that a wanted speed-up needs, from arithmetic alone.
+"""Choice of the ratio for a wanted speed-up, predicted from arithmetic only.
 
-What is predicted is how many times fewer floating-point operations a call of the model takes. Time
-follows it only as far as a machine is bound by arithmetic: see docs/speed.md for what was measured.
+The prediction is the factor by which a model's floating-point operations shrink. Time follows it
+only if the machine is limited by arithmetic: see docs/speed.md for measurements.
 """
 
 import logging
@@ -27,7 +27,7 @@ CLOSE = 0.5
 
 
 STEPS = 25
-"""Of the denoising run over which arithmetic is averaged."""
+"""Number of steps of the denoising run over which arithmetic is averaged."""
 
 
 def for_speedup(
@@ -38,23 +38,24 @@ def for_speedup(
     scheduler: Any = None,
     family: Family | None = None,
 ) -> MergeConfig:
-    """The configuration with the smallest ratio whose predicted arithmetic is small enough.
+    """Return the configuration with the smallest ratio that reaches the predicted speed-up.
 
-    Ratios are tried in steps of one token of a region.
+    Ratios are tried in steps of one token per region.
 
     Args:
-        model: of a family.
-        config: all options but the ratio.
-        speedup: wanted arithmetic of the untouched model over that of the merged one, at least 1,
-            averaged over a run.
-        inputs: keyword arguments of a call; those of the model's native size when left out.
-        scheduler: of the pipeline, which makes the run's timesteps; None for the usual ones.
-        family: of the model, when it is not a known one.
+        model: a model of the family.
+        config: all options except the ratio.
+        speedup: wanted arithmetic of the untouched model divided by that of the merged one, at
+            least 1, averaged over a run.
+        inputs: keyword arguments of a call; one at the model's native size if omitted.
+        scheduler: the pipeline's scheduler, which makes the run's timesteps; None for the usual
+            ones.
+        family: family of the model, if it is not a known one.
 
     Raises:
-        ConfigError: when ``speedup`` is no number of at least 1.
-        ModelError: when no ratio reaches it, or no call that fits the model can be made up; then
-            it asks for ``inputs``.
+        ConfigError: when ``speedup`` is not a number of at least 1.
+        ModelError: when no ratio reaches it, or when no fitting call can be made up; the message
+            then asks for ``inputs``.
     """
     number = isinstance(speedup, int | float) and not isinstance(speedup, bool)
     if not number or not 1 <= speedup < math.inf:

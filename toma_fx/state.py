@@ -1,17 +1,17 @@
-"""The one store of what lasts from call to call: the plans and memories of denoising runs.
+"""The one store of state between calls: the plans and memories of denoising runs.
 
-A run is the calls that denoise one image, or one batch of images. Runs are told apart, so that none
-uses another's plans:
+A run is the calls that denoise one image or one batch of images. Runs are distinguished, so that
+none uses another's plans:
 
 * by thread, so that any number of threads may run a model;
-* by their prompt, so that two calls a step, as of true guidance and modular guiders, are two runs;
-* by the sizes, the type and the device of the call;
-* by order, where several calls of a step agree in all this, as of the views of one large image;
-* a timestep that rises starts a new run.
+* by prompt, so that two calls per step (true guidance, modular guiders) are two runs;
+* by the sizes, dtype and device of the call;
+* by order, if several calls of a step agree in all this, such as the views of one large image;
+* by timestep: a rising timestep starts a new run.
 
-Two images with the same prompt that take turns, step by step, in one thread, can be told apart as
-long as they are at the same timesteps. If they are not, give each its own `toma_fx.transform`; the
-weights are shared, so it costs no memory.
+Two images with the same prompt may take turns, step by step, in one thread only if they are at the
+same timesteps. Otherwise give each its own `toma_fx.transform`; weights are shared, so this costs
+no memory.
 """
 
 import threading
@@ -28,22 +28,22 @@ from toma_fx.runtime.memory import Kept
 from toma_fx.runtime.plan import Plan
 
 MOST_RUNS = 32
-"""Runs that are kept at the same time. The one that was used longest ago goes first; should it go
-on, it makes new plans."""
+"""Maximum number of runs that are kept. The least recently used run is dropped first; if it
+continues, it makes new plans."""
 
 MOST_REFERENCES = 4
-"""References, of one image or of several in one call, whose plans are kept at the same time."""
+"""Maximum number of sets of references (those of one call) whose plans are kept."""
 
 
 class _Held:
-    """A tensor that is held, so that its memory is not given to another."""
+    """Holds a tensor, so that its memory is not reused for another."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor.detach()
         self._version = _version(tensor)
 
     def has(self, tensor: Tensor) -> bool:
-        """Whether this is the same piece of memory, unchanged."""
+        """Return whether a tensor is the same piece of memory, unchanged."""
         mine = self._tensor
         return (
             mine.data_ptr() == tensor.data_ptr()
@@ -52,14 +52,14 @@ class _Held:
         )
 
     def equals(self, tensor: Tensor) -> bool:
-        """Whether the values are equal. On a GPU, asking waits for it."""
+        """Return whether the values are equal. On a GPU, this waits for the device."""
         mine = self._tensor
         alike = (mine.dtype, mine.device) == (tensor.dtype, tensor.device)
         return alike and self._version == _version(mine) and torch.equal(mine, tensor)
 
 
 class _Planned(NamedTuple):
-    """References that have a plan, and the thread that made it."""
+    """References with a plan, and the thread that made it."""
 
     thread: int
     references: _Held
@@ -72,11 +72,11 @@ class Run:
     """One denoising run.
 
     Attributes:
-        thread, shape, prompt: what it is told apart by.
-        timestep: of its last call.
-        step: how many timesteps came before that one.
-        kept: what it keeps; None before its first call is over.
-        kept_at: the last two steps at which it did.
+        thread, shape, prompt: properties that distinguish the run.
+        timestep: timestep of its last call.
+        step: number of timesteps before that one.
+        kept: data that the run keeps; None before its first call has ended.
+        kept_at: the last two steps at which data was kept.
     """
 
     thread: int
@@ -101,15 +101,15 @@ class State:
         return len(self._runs)
 
     def __reduce__(self) -> tuple[type["State"], tuple[()]]:
-        return State, ()  # a copy of a model, or a pickle, has no run under way
+        return State, ()  # a copy or a pickle of a model has no run in progress
 
     def run_of(self, prompt: Tensor, shape: tuple[object, ...], timestep: float) -> Run:
-        """The run that a call belongs to, at its new step."""
+        """Return the run that a call belongs to, advanced to its new step."""
         thread = threading.get_ident()
         with self._lock:
             alike = [run for run in self._runs if (run.thread, run.shape) == (thread, shape)]
         mine = [run for run in alike if run.prompt.has(prompt)]
-        if not mine:  # some pipelines make the embeddings anew for every step
+        if not mine:  # some pipelines recompute the embeddings at every step
             mine = [run for run in alike if run.prompt.equals(prompt)]
         later = [run for run in mine if run.timestep > timestep]
         with self._lock:
@@ -121,7 +121,7 @@ class State:
                 if not any(run.timestep == timestep for run in mine):
                     self._runs = [run for run in self._runs if run not in mine]
                 run = Run(thread, shape, _Held(prompt), timestep)
-            # The order of the list is that of use; of runs at the same step, the order of calls.
+            # The list is in order of use; runs at the same step are in the order of their calls.
             others = [each for each in self._runs if each is not run]
             self._runs = [*others[1 - MOST_RUNS :], run]
         return run
@@ -129,12 +129,12 @@ class State:
     def grids_of(
         self, ids: Tensor, *, sort: bool, places: Callable[[Tensor], Tensor] = lambda ids: ids
     ) -> tuple[int, ...] | None:
-        """Token counts of the grids in a sequence; None when it is one grid.
+        """Return the token counts of the grids in a sequence; None if it is one grid.
 
         Args:
             ids: ``(N, 3)`` or ``(1, N, 3)``: image number, row and column of each token.
-            sort: whether token order brings the tokens of an image together.
-            places: image number, row and column, of other ids.
+            sort: whether token order brings the tokens of each image together.
+            places: converts other ids into image number, row and column.
         """
 
         def grids() -> tuple[int, ...]:
@@ -145,12 +145,12 @@ class State:
         return found if len(found) > 1 else None
 
     def read(self, of: tuple[Tensor, ...], how: Callable[[], Any], sizes: object = None) -> Any:
-        """What the values of an image's tensors say, which is asked once for each image.
+        """Return data read from the values of an image's tensors; it is read once per image.
 
         Args:
-            of: tensors made once an image, as positions of tokens, which tell it from others.
+            of: tensors made once per image, such as token positions; they identify the image.
             how: reads the values.
-            sizes: what else tells it from others.
+            sizes: further properties that identify the image.
         """
         with self._lock:
             for (known, known_sizes), read in self._read:
@@ -166,19 +166,19 @@ class State:
     def plan_for(
         self, references: Tensor, grids: tuple[int, ...], make: Callable[[], Plan]
     ) -> Plan:
-        """The plan for the tokens of references, which is made once for those of equal values.
+        """Return the plan for the tokens of references, made once for references of equal values.
 
         Args:
             references: ``(B, n, C)``.
-            grids: of the call.
-            make: makes the plan, of tensors.
+            grids: grids of the call.
+            make: makes the plan, a tuple of tensors.
         """
         with self._lock:
             known = list(self._references)
         for each in known:
             if each.grids == grids and each.references.equals(references):
                 return each.plan
-        # What a call outside of `torch.inference_mode` can use.
+        # Outside of inference mode, so that later calls outside of it can use the plan.
         with torch.inference_mode(mode=False), torch.no_grad():
             made = _Planned(threading.get_ident(), _Held(references.clone()), grids, make())
         with self._lock:
@@ -186,15 +186,15 @@ class State:
         return made.plan
 
     def keep(self, run: Run, made: Kept, *, earlier: bool = False) -> None:
-        """Keep what a call made for those that follow in its run.
+        """Keep the data of a call for later calls of its run.
 
-        Copies, since a CUDA graph writes its results anew when it is replayed; and copies that a
-        call outside of `torch.inference_mode` can use.
+        The tensors are copied, because a CUDA graph overwrites its results when it is replayed, and
+        so that calls outside of `torch.inference_mode` can use them.
 
         Args:
-            run: to which the call belongs.
-            made: by the call.
-            earlier: whether each memory is to hold the updates of the one before it, too.
+            run: run of the call.
+            made: data of the call.
+            earlier: whether each memory also holds the updates of the memory before it.
         """
         with torch.inference_mode(mode=False), torch.no_grad():
             kept: Kept = pytree.tree_map_only(Tensor, torch.clone, made)
@@ -210,7 +210,7 @@ class State:
             self._references = [each for each in self._references if each.thread != thread]
 
     def nbytes(self) -> int:
-        """Bytes of what is kept."""
+        """Return the bytes of the kept data."""
         tensors = pytree.tree_leaves([run.kept for run in self._runs])
         tensors += [each for planned in self._references for each in planned.plan]
         return sum(each.nbytes for each in tensors if isinstance(each, Tensor))

@@ -1,14 +1,14 @@
 """Timesteps as numbers, without waiting for a GPU at every step.
 
-A policy decides by the timestep, outside every graph. On a CPU, reading one costs nothing. On a GPU
-it waits until all that was queued before is done. So when the pipeline is known, a timestep is
-looked up among those that its scheduler planned for the run, which are read once a run:
+A policy decides by the timestep, outside every graph. On a CPU, reading it costs nothing. On a GPU,
+reading it waits for all queued work. So if the pipeline is known, a timestep is looked up among the
+timesteps that its scheduler planned, which are read once per run:
 
-* a timestep that is an element of ``scheduler.timesteps``, by its place in memory;
-* any other by ``scheduler.step_index``, if the first call of the run agreed with it, and once the
-  scheduler has taken a step.
+* a timestep that is an element of ``scheduler.timesteps`` is found by its place in memory;
+* any other is found by ``scheduler.step_index``, if the first call of the run agreed with it, and
+  once the scheduler has taken a step.
 
-Without a pipeline, or where a call does not agree, the timestep itself is read.
+Without a pipeline, or if a call does not agree, the timestep itself is read.
 """
 
 import math
@@ -23,7 +23,7 @@ class TimestepReader:
     """Reads the timesteps of one model's calls.
 
     Args:
-        pipeline: whose scheduler may be asked; None when it is not known.
+        pipeline: pipeline whose scheduler may be asked; None if unknown.
     """
 
     def __init__(self, pipeline: Any = None) -> None:
@@ -33,20 +33,20 @@ class TimestepReader:
         self._scale: float | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy of a model belongs to no pipeline that is known, but its timesteps mean the same.
+        # The pipeline of a copied model is unknown, but its timesteps mean the same.
         return {"_pipeline": None, "_scheduler": self.scheduler, "_planned": None, "_scale": None}
 
     @property
     def scheduler(self) -> Any:
-        """Of the pipeline, now; of a copied model, the one at the time. None if none is known."""
+        """The pipeline's current scheduler; a copied model keeps its former one, or None."""
         pipeline = None if self._pipeline is None else self._pipeline()
         return getattr(pipeline, "scheduler", self._scheduler)
 
     @property
     def planned(self) -> Tensor | None:
-        """The timesteps of the run that the pipeline's scheduler planned: another tensor each run.
+        """The timesteps that the pipeline's scheduler planned for the run: a new tensor per run.
 
-        None where the pipeline is not known.
+        None if the pipeline is unknown.
         """
         known = self._pipeline is not None and self._pipeline() is not None
         tensor = getattr(self.scheduler, "timesteps", None) if known else None
@@ -57,10 +57,10 @@ class TimestepReader:
         self._planned = self._scale = None
 
     def read(self, timestep: Any) -> list[float]:
-        """The timestep of each row, or one for all.
+        """Return the timestep of each row, or one for all.
 
         Args:
-            timestep: a number, a scalar or ``(B,)``, as the model takes it.
+            timestep: a number, a scalar tensor or ``(B,)``, as the model takes it.
         """
         if not isinstance(timestep, Tensor) or not _waits(timestep) or self._pipeline is None:
             return _values(timestep)
@@ -73,7 +73,7 @@ class TimestepReader:
         return self._by_step(timestep, planned[1])
 
     def _by_step(self, timestep: Tensor, planned: list[float]) -> list[float]:
-        """By the scheduler's own step, once the first call of the run agreed with it."""
+        """Look the timestep up by the scheduler's step, if the first call of the run agreed."""
         if not hasattr(self.scheduler, "step_index"):
             return _values(timestep)
         step = self.scheduler.step_index
@@ -82,8 +82,8 @@ class TimestepReader:
             return _values(timestep)
         if step is not None and self._scale is not None:
             return [planned[index] / self._scale] if self._scale else _values(timestep)
-        # The first call of a run shows what the pipeline divides by. Whether it is this scheduler
-        # that takes the steps shows in the second.
+        # The first call of a run shows the pipeline's divisor. The second call shows whether it is
+        # this scheduler that takes the steps.
         rows = _values(timestep)
         self._scale = _scale(planned[index], rows)
         return [planned[index] / self._scale] if self._scale else rows
@@ -98,21 +98,21 @@ class TimestepReader:
 
 
 def _scale(planned: float, rows: list[float]) -> float:
-    """What a pipeline divides a planned timestep by; 0 when the rows are not that timestep."""
+    """Return the pipeline's divisor for a planned timestep; 0 if the rows are another timestep."""
     for scale in (1.0, 1000.0):
-        # The rows may be rounded, to bfloat16 at the worst, before and after the division.
+        # The rows may be rounded, at worst to bfloat16, before and after the division.
         if planned and all(math.isclose(row * scale, planned, rel_tol=2**-7) for row in rows):
             return scale
     return 0.0
 
 
 def _weak(pipeline: Any) -> Any:
-    """A weak reference, if the pipeline is of a class that can have one."""
+    """Return a weak reference, if the pipeline's class allows one."""
     return weakref.ref(pipeline) if hasattr(pipeline, "__weakref__") else None
 
 
 def _waits(timestep: Tensor) -> bool:
-    """Whether reading a tensor waits for a device."""
+    """Return whether reading a tensor waits for a device."""
     return timestep.device.type not in ("cpu", "meta")
 
 
@@ -122,7 +122,7 @@ def _values(timestep: Any) -> list[float]:
 
 
 def _place_in(timestep: Tensor, planned: Tensor) -> int | None:
-    """Which element of the planned timesteps a scalar is, if it is one of them."""
+    """Return the index of a scalar among the planned timesteps whose memory it shares, or None."""
     same = timestep.untyped_storage().data_ptr() == planned.untyped_storage().data_ptr()
     if not same or timestep.numel() != 1 or timestep.dtype != planned.dtype:
         return None

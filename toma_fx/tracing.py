@@ -1,6 +1,6 @@
-"""The whole model as one graph, for looking at and experimenting on.
+"""Capture of a whole model as one graph, for inspection and experiments.
 
-What users run is the model with its block classes; see `toma_fx.transform`. A trace is one
+Users run the model with its block classes; see `toma_fx.transform`. A trace is a single
 ``torch.fx.GraphModule`` over the same layers, in which plan sharing is a plain def-use edge.
 """
 
@@ -22,18 +22,18 @@ from toma_fx.transform import model_of
 
 
 def trace(model: Any, inputs: Mapping[str, Any] | None = None) -> fx.GraphModule:
-    """A model as one FX graph, with ``torch.ops.toma`` nodes where it merges.
+    """Trace a model into one FX graph, with ``torch.ops.toma`` nodes where it merges.
 
     Args:
         model: a diffusers model, transformed or not, or a pipeline that holds one.
-        inputs: keyword arguments of a call of it. Tensors become arguments of the graph, in the
-            order of the model's signature and under their innermost names (``text_embeds``); all
-            else is fixed. Those of the native image size when left out. The graph also takes other
-            sizes, unless a token count decides how regions are cut.
+        inputs: keyword arguments of an example call; one at the native image size if omitted.
+            Tensors become arguments of the graph, in the order of the model's signature and under
+            their innermost names (``text_embeds``); all other values are fixed. The graph also
+            takes other sizes, unless a token count determines how regions are cut.
 
     Returns:
-        A graph module that shares the model's layers and returns the output tensor. It lints, and
-        every node has an example of its value, on the meta device, in ``meta["val"]``.
+        A graph module that shares the model's layers and returns the output tensor. It passes
+        ``graph.lint()``, and ``meta["val"]`` of every node is an example value on the meta device.
 
     Raises:
         ModelError: when ``model`` is neither a module nor a known pipeline.

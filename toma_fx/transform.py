@@ -1,8 +1,8 @@
-"""``transform`` and ``restore``: the whole story, from a model to a model that merges.
+"""``transform`` and ``restore``: from a model to a model that merges, and back.
 
-A copy of the model shares every tensor with the one that was given. Its family and the options make
-a recipe; the recipe makes graphs, which become the forward of the blocks; and classes stand in at
-the model's borders. ``restore`` takes all that off again.
+``transform`` copies the model; the copy shares every tensor with the original. The family and the
+options make a recipe. The recipe makes graphs, which become the forward of the blocks, and classes
+stand in at the model's borders. ``restore`` undoes all of this.
 """
 
 import contextlib
@@ -39,37 +39,38 @@ def transform(
     inputs: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Model:
-    """Merge tokens in a diffusers model; returns a new model, or the same pipeline with one.
+    """Merge tokens in a diffusers model or pipeline.
 
-    A model is copied, but every tensor is shared with the given one, which stays as it was and may
+    A model is copied: the copy shares every tensor with the original, which stays unchanged and may
     be transformed again. A pipeline is changed in place: it holds the copy afterwards, so that
     everything that refers to the pipeline sees the faster model. `restore` undoes either.
 
     Args:
         model: a diffusers model of a known family, or a pipeline with one. Transform before
-            ``torch.compile``. Or one that was captured already: what `torch.export.export`
-            returned, or a `torch.fx.GraphModule` from `toma_fx.trace`, from Dynamo, or from the
-            ``module()`` of an exported program.
-        config: what to do; `MergeConfig` with its defaults when left out.
-        family: what is known of the model, for one of a class that toma_fx does not know:
-            `toma_fx.derive` reads it off a call.
-        speedup: in place of a ratio: take the smallest whose predicted arithmetic, at the model's
-            native size and averaged over a run, is this many times less than the untouched model's.
-            That is no promise of time; `report` says what was chosen.
-        inputs: with ``speedup``, keyword arguments of a call that counts in place of one at the
+            ``torch.compile``. A captured model also works: the result of `torch.export.export`, or
+            a `torch.fx.GraphModule` from `toma_fx.trace`, from Dynamo, or from the ``module()`` of
+            an exported program.
+        config: the options; ``MergeConfig()`` if omitted.
+        family: description of a model whose class toma_fx does not know. `toma_fx.derive` infers
+            it from an example call.
+        speedup: replaces the ratio. Takes the smallest ratio that divides the model's predicted
+            arithmetic by this factor, at its native size and averaged over a run. This is no
+            promise of time; `report` shows the chosen ratio.
+        inputs: with ``speedup``, keyword arguments of a call to predict with instead of one at the
             model's native size.
         **options: fields of `MergeConfig`, in place of ``config``: ``transform(unet, ratio=0.4)``.
 
     Returns:
-        A model of the same class (a subclass with the same name), or the given pipeline.
+        A new model of the same class (a subclass with the same name), or the given pipeline.
 
     Raises:
-        ConfigError: when an option is unknown or holds a value it cannot take, when it is given
+        ConfigError: when an option is unknown or has an invalid value, when options are given
             beside a config, or when both a ratio and a speed-up are given.
-        ModelError: when the model is unknown, compiled, offloaded or transformed already, when no
-            block would be merged, when something in it holds the very model that was given, when a
-            cache keeps what merging changes at every step, or when no ratio reaches the speed-up.
-        CaptureError: when a captured model holds something that merged tokens cannot go through.
+        ModelError: when the model is unknown, compiled, offloaded or already transformed; when no
+            block would merge; when a part of the model refers to the original model itself; when a
+            cache keeps values that merging changes at every step; or when no ratio reaches the
+            speed-up.
+        CaptureError: when a captured model contains an operation that cannot take merged tokens.
     """
     if config is not None and options:
         raise ConfigError(
@@ -117,22 +118,22 @@ def transform(
 
 
 def restore(model: Model) -> Model:
-    """Undo what `transform` did, to the very model that is given.
+    """Undo `transform` on the given model, in place.
 
-    What was done to the model since stays: adapters that were loaded, fused or unloaded, weights
-    that were quantised, cast, moved or loaded. Only the merging goes, and with it what was compiled
-    of it: compile the model again, or transform it again.
+    Other changes made since stay: adapters that were loaded, fused or unloaded; weights that were
+    quantised, cast, moved or loaded. Only the merging is removed, together with the compiled code
+    that contains it: compile or transform the model again.
 
     Args:
         model: a transformed model, or a pipeline that holds one.
 
     Returns:
-        The same model or pipeline. Where a pipeline holds what `torch.compile` made of a
+        The same model or pipeline. If the pipeline holds the ``torch.compile`` wrapper of a
         transformed model, it holds the model itself afterwards.
 
     Raises:
-        ModelError: when nothing was transformed, or something else put a class or a forward of its
-            own over what `transform` installed.
+        ModelError: when nothing was transformed, or when other code replaced a class or a forward
+            that `transform` installed.
     """
     if isinstance(model, nn.Module):
         return _restore_model(model)  # type: ignore[return-value]
@@ -142,7 +143,7 @@ def restore(model: Model) -> Model:
 
 
 def model_of(model: Any) -> nn.Module:
-    """The denoising model: the given one, or that of the given pipeline, without wrappers.
+    """Return the given denoising model, or the one of a pipeline, without wrappers.
 
     Raises:
         ModelError: when there is none.
@@ -153,7 +154,7 @@ def model_of(model: Any) -> nn.Module:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model of a known family in what torch.compile, peft or a parallel wrapper made of it."""
+    """Return the known model inside a wrapper of torch.compile, peft or a parallel strategy."""
     if knows(model):
         return model
     inside = [module for module in model.modules() if knows(module)]
@@ -161,14 +162,14 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def pipeline_models(pipeline: object, family: Family | None = None) -> dict[str, nn.Module]:
-    """The denoising models of a pipeline, by the names under which it holds them.
+    """Return the denoising models of a pipeline, by their attribute names.
 
     Args:
-        pipeline: of diffusers.
-        family: of the models that are meant; any known one when left out.
+        pipeline: a diffusers pipeline.
+        family: the family to look for; any known one if omitted.
 
     Raises:
-        ModelError: when it holds none of a known family.
+        ModelError: when the pipeline holds no such model.
     """
     held = {name: value for name, value in _parts(pipeline) if isinstance(value, nn.Module)}
     if family is None:
@@ -190,7 +191,7 @@ def _parts(pipeline: object) -> Iterator[tuple[str, object]]:
     names = [*components] if isinstance(components, dict) else []
     of_class = [name for name in dir(type(pipeline)) if not name.startswith("__")]
     for name in dict.fromkeys([*names, *getattr(pipeline, "__dict__", {}), *of_class]):
-        with contextlib.suppress(Exception):  # whatever a property of someone's class raises
+        with contextlib.suppress(Exception):  # a foreign class's property may raise anything
             yield name, getattr(pipeline, name, None)
 
 
@@ -262,7 +263,7 @@ def _log(recipe: Recipe, model: str) -> None:
 
 
 def _possible(config: MergeConfig, family: Family) -> MergeConfig:
-    """The options, as far as a family knows what they need."""
+    """Return the options, without tiles if the family does not know where tokens are reordered."""
     ordered = any(not isinstance(each, TokenGrids) or each.enter for each in family.borders)
     if ordered or config.region != "tile" or not config.merges:
         return config

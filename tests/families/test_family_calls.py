@@ -258,11 +258,11 @@ def test_sizes_that_tokens_do_not_cover_are_refused(name: str) -> None:
 def test_frames_that_latents_do_not_cover_are_refused() -> None:
     assert [check_frames(frames, 4) for frames in (1, 5, 81)] == [1, 2, 21]
     for frames in (0, 2, 80):
-        with pytest.raises(ModelError, match="multiple of 4 more"):
+        with pytest.raises(ModelError, match="1 plus a multiple of 4 frames"):
             check_frames(frames, 4)
 
 
 def test_a_timestep_of_another_model_is_refused() -> None:
     assert noise.level_of_clean_share(0.25, None) == 0.75
-    with pytest.raises(InputError, match="is no share of the image"):
+    with pytest.raises(InputError, match="is not a share of the image"):
         noise.level_of_clean_share(500, None)

@@ -70,7 +70,7 @@ def test_ranks_draw_what_one_process_draws(tmp_path: Path) -> None:
 
 def test_ranks_that_would_hold_unequal_parts_are_refused(tmp_path: Path) -> None:
     for message in on_ranks(split, tmp_path, UNEQUAL):
-        assert message.startswith("InputError: merged, the ranks hold ")
+        assert message.startswith("InputError: after merging, the ranks hold ")
         assert message.endswith("ContextParallelConfig(ulysses_degree=2, ulysses_anything=True)")
 
 

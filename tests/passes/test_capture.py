@@ -422,9 +422,9 @@ def test_arguments_without_names() -> None:
     )
     assert torch.equal(gm(x), module(x))
     assert torch.equal(gm(x, scale=3.0), module(x))
-    with pytest.raises(InputError, match=r"was given args \(1.0,\), and its graph is for \(\)"):
+    with pytest.raises(InputError, match=r"got args \(1.0,\), but its graph was made for \(\)"):
         gm(x, 1.0)
-    with pytest.raises(InputError, match=r"was given kwargs {'gain': 2}, and its graph is for {}"):
+    with pytest.raises(InputError, match=r"got kwargs {'gain': 2}, but its graph was made for {}"):
         gm(x, gain=2)
 
 
@@ -456,7 +456,7 @@ def test_what_decides_branches_is_fixed(fixed: dict[str, Any]) -> None:
     for name in fixed:
         given = "of shape (2, 4)" if name == "mask" else repr(others[name])
         message = (
-            f"a merged block was given {name} {given}, and its graph is for {fixed[name]!r}; leave "
+            f"a merged block got {name} {given}, but its graph was made for {fixed[name]!r}; leave "
             "it out, or leave the block unmerged with skip"
         )
         with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
@@ -473,7 +473,7 @@ def test_a_fixed_argument_is_checked_in_a_compiled_graph() -> None:
     compiled = torch.compile(
         capture_block(module, {"x": x, **fixed}, None, example_of), backend="eager"
     )
-    with pytest.raises(InputError, match="its graph is for True"):
+    with pytest.raises(InputError, match="its graph was made for True"):
         compiled(x, **{**fixed, "flip": False})
 
 

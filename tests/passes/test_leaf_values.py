@@ -177,7 +177,7 @@ class Failing(nn.Module):
 
 def test_a_forward_that_needs_values() -> None:
     message = (
-        r"^a Failing cannot run on tensors without data, which say what it returns "
+        r"^a Failing cannot run on tensors without data, which tell the shape of its output "
         r"\(\w+: .+\); if something was put into it, take it off and transform again$"
     )
     with pytest.raises(CaptureError, match=re.compile(message, re.DOTALL)) as failure:

@@ -250,7 +250,7 @@ def test_a_processor_that_takes_rotary_values_in_another_way() -> None:
     with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
         table.unsqueeze(0)
     message = (
-        "rotary values on merged tokens have no 'ndim', for they are one table for each image; use "
+        "rotary values on merged tokens have no 'ndim', because each image has its own table; use "
         "one of diffusers' own processors, or leave its blocks out with skip"
     )
     with pytest.raises(InputError, match=f"^{re.escape(message)}$"):

@@ -1,7 +1,7 @@
-"""The families of models: a file each, with all that toma_fx knows of them.
+"""Families of models: one file each, with all that toma_fx knows about them.
 
 A family is looked up by the qualified name of a model's class, and its file is imported on a match;
-whoever holds a model has imported diffusers already. A new family is a file, and a line here.
+by then the model's owner has imported diffusers already. A new family needs a file and a line here.
 """
 
 from collections.abc import Iterable
@@ -40,42 +40,42 @@ MODELS = {
     "diffusers.models.transformers.transformer_cosmos.CosmosTransformer3DModel": "cosmos",
     "diffusers.models.transformers.transformer_flux3.Flux3Transformer2DModel": "flux3",
 }
-"""The file of a model's family, by the qualified name of the model's class."""
+"""File of a model's family, by the qualified name of the model's class."""
 
 
 def load_family(name: str) -> "Family":
-    """The family in the file of that name."""
+    """Return the family in the file of that name."""
     family: Family = import_module(f"toma_fx.families.{name}").FAMILY
     return family
 
 
 def all_families() -> "list[Family]":
-    """Every family; whoever asks has a reason to import them all."""
+    """Return every family; this imports them all."""
     return [load_family(file) for file in dict.fromkeys(MODELS.values())]
 
 
 def load_block(family: str, cls: str) -> "Block":
-    """A family's row of the block class with this qualified name, which others may have too."""
+    """Return a family's row for a block class; other families may have the same class."""
     return next(row for row in load_family(family).blocks if row.cls == cls)
 
 
 def find_family(names: Iterable[str]) -> "Family | None":
-    """The family of the first qualified class name that has one, if any."""
+    """Return the family of the first class name that has one; None if none has."""
     files = (MODELS[name] for name in names if name in MODELS)
     file = next(files, None)
     return None if file is None else load_family(file)
 
 
 def knows(model: object) -> bool:
-    """Whether an object is a model of a known family."""
+    """Return whether an object is a model of a known family."""
     return any(_name(cls) in MODELS for cls in type(model).__mro__)
 
 
 def family_of(model: "nn.Module") -> "Family":
-    """The family of a model; of a transformed one, that of its recipe.
+    """Return the family of a model; for a transformed model, that of its recipe.
 
     Raises:
-        ModelError: when the model is of no known family.
+        ModelError: when the model's family is unknown.
     """
     recipe = getattr(model, "toma_recipe", None)
     if recipe is not None:

@@ -1,4 +1,4 @@
-"""The transformer of Chroma, which was made from FLUX.1 schnell."""
+"""The transformer of Chroma, derived from FLUX.1 schnell."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,14 +14,14 @@ from toma_fx.passes.sites import Site
 
 NATIVE_PIXELS = 1024
 PIXELS_PER_TOKEN = 16
-"""Along a side: 8 per latent, and 2 latents per token."""
+"""Pixels per token along a side: 8 per latent times 2 latents per token."""
 TEXT_TOKENS = 512
 
 SCHEDULER: dict[str, Any] = {"shift": 3.0}
 """The configuration of Chroma1-HD's scheduler."""
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {"chroma": {}}
-"""The published transformers, which are diffusers' defaults."""
+"""The published transformers use diffusers' defaults."""
 
 _noise_level = noise.level_of_sigma
 
@@ -40,17 +40,17 @@ def _sequence_lengths(call: Mapping[str, Any]) -> set[int]:
 def example_call(
     model: Any, like: Tensor, *, batch: int, height: int | None, width: int | None
 ) -> dict[str, Any]:
-    """Keyword arguments of one call of a Chroma transformer; their values mean nothing.
+    """Make up the keyword arguments of a call of a Chroma transformer, with arbitrary values.
 
     Args:
-        model: the transformer, which may have no data.
+        model: the transformer; its tensors may be without data.
         like: an empty tensor with the device and dtype in which the transformer computes.
-        batch: images.
-        height: of the image, in pixels; 1024 when left out.
-        width: of the image, in pixels; the height when left out.
+        batch: number of images.
+        height: image height in pixels; 1024 if omitted.
+        width: image width in pixels; the height if omitted.
 
     Raises:
-        ModelError: when the size is no multiple of a token's.
+        ModelError: when the size is not a multiple of a token's size.
     """
     config = model.config
     device, dtype = like.device, like.dtype
@@ -63,7 +63,7 @@ def example_call(
         "encoder_hidden_states": random(batch, TEXT_TOKENS, config.joint_attention_dim),
         "txt_ids": torch.zeros(TEXT_TOKENS, 3, device=device, dtype=dtype),
         "img_ids": image_ids(rows, columns, device).to(dtype),
-        # 1 for a token that is no padding.
+        # 1 marks tokens that are not padding.
         "attention_mask": torch.ones(batch, TEXT_TOKENS + image, device=device, dtype=dtype),
     }
 
@@ -79,7 +79,7 @@ WITHOUT_MASK = " without a mask"
 
 
 def _form(mask: Tensor | None) -> str:
-    """Whether a block makes a mask of queries and keys."""
+    """Return the form of a block: with or without a mask of queries and keys."""
     return WITHOUT_MASK if mask is None else ""
 
 

@@ -13,10 +13,10 @@ from toma_fx.passes.plan_nodes import Rows, TokenFlow
 from toma_fx.passes.sites import Site
 
 NATIVE_SIZE_1_5 = (768, 1360)
-"""Height and width in pixels. The config of CogVideoX 1.5 has what its positions allow instead."""
+"""Height and width in pixels. The config of CogVideoX 1.5 gives the positions' limits instead."""
 PIXELS_PER_LATENT = 8
 LATENTS_PER_TOKEN = 2
-"""Along a side, in all published models."""
+"""Latents per token along a side, in all published models."""
 
 _5B: dict[str, Any] = {
     "num_attention_heads": 48,
@@ -39,14 +39,14 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "cogvideox1.5-5b": _5B_1_5,
     "cogvideox1.5-5b-i2v": {**_5B_1_5, "in_channels": 32, "ofs_embed_dim": 512},
 }
-"""Published transformers, where they differ from diffusers' defaults."""
+"""Configurations of published transformers, where they differ from diffusers' defaults."""
 
 _noise_level = noise.level_of_thousand
 
 
 def _run_levels(scheduler: Any, steps: int, call: Mapping[str, Any]) -> list[float]:
     timesteps = noise.levels_of_run(scheduler, steps, scale=1)
-    if timesteps is None:  # as those of the models' own schedulers, but for one training step
+    if timesteps is None:  # evenly spaced: within one training step of the models' own schedulers
         return noise.even_sigmas(steps)
     return [noise.level_of_thousand(t, scheduler) for t in timesteps]
 
@@ -54,7 +54,7 @@ def _run_levels(scheduler: Any, steps: int, call: Mapping[str, Any]) -> list[flo
 def _sequence_lengths(call: Mapping[str, Any]) -> set[int]:
     text = call["encoder_hidden_states"].shape[1]
     rotary = call.get("image_rotary_emb")
-    if rotary is not None:  # has a row for each token
+    if rotary is not None:  # it has a row for each token
         return {rotary[0].shape[0] + text}
     frames, _, rows, columns = call["hidden_states"].shape[1:]
     return {frames * (rows // LATENTS_PER_TOKEN) * (columns // LATENTS_PER_TOKEN) + text}
@@ -69,19 +69,19 @@ def example_call(
     width: int | None,
     frames: int | None = None,
 ) -> dict[str, Any]:
-    """Keyword arguments of one call of a CogVideoX transformer; their values mean nothing.
+    """Make up the keyword arguments of a call of a CogVideoX transformer, with arbitrary values.
 
     Args:
-        model: the transformer, which may have no data.
+        model: the transformer; its tensors may be without data.
         like: an empty tensor with the device and dtype in which the transformer computes.
-        batch: videos.
-        height: of the video, in pixels; the model's native size when left out.
-        width: of the video, in pixels; the height, or the native size, when left out.
-        frames: of the video; the model's native number when left out.
+        batch: number of videos.
+        height: video height in pixels; the model's native size if omitted.
+        width: video width in pixels; the height if omitted, or the native size if both are.
+        frames: number of video frames; the model's native number if omitted.
 
     Raises:
-        ModelError: when the size is no multiple of a token's, or the frames no multiple of a
-            latent frame's and one more.
+        ModelError: when the size is not a multiple of a token's size, or when the number of
+            frames is not 1 plus a multiple of the frames per latent frame.
     """
     config = model.config
     latent_frames, rows, columns = _latent_size(config, height, width, frames)
@@ -114,7 +114,7 @@ def _latent_size(
     check_size(height, width, PIXELS_PER_LATENT * config.patch_size)
     step = config.temporal_compression_ratio
     latent_frames = check_frames(config.sample_frames if frames is None else frames, step)
-    # The pipelines fill up the latent frames that are less than a token.
+    # The pipelines pad latent frames that do not fill a token.
     per_token = config.patch_size_t or 1
     latent_frames = -(-latent_frames // per_token) * per_token
     return latent_frames, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT
@@ -147,7 +147,7 @@ def _grids(model: Any, call: Mapping[str, Any]) -> tuple[Grid, ...]:
 
 
 def _given_frames(model: Any, call: Mapping[str, Any]) -> tuple[int, ...]:
-    """The first frame, where it may be given: with more channels than are drawn."""
+    """Return the first frame if the input has extra channels: it may be given."""
     return (0,) if model.config.in_channels != model.config.out_channels else ()
 
 
@@ -170,7 +170,7 @@ FAMILY = Family(
             refused_by_attention=("attention_mask",),
             examples=_examples,
             form=Form(argument="image_rotary_emb", of=_form_of, names=("", WITHOUT_ROTARY)),
-            # The feed-forward takes text and image as one, attention takes them apart.
+            # The feed-forward takes text and image together, attention takes them separately.
             sites=(
                 Site(components=("self_attention",), enter=("attn1",), leave="attn1", outputs=(0,)),
             ),

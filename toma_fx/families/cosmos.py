@@ -15,13 +15,13 @@ from toma_fx.passes.plan_nodes import Rows, TokenFlow
 from toma_fx.passes.sites import Site
 
 NATIVE_SIZE = (704, 1280, 93)
-"""Height and width in pixels, and frames."""
+"""Native height and width in pixels, and number of frames."""
 NATIVE_FRAMES_1 = 121
 NATIVE_SIZE_IMAGE = (768, 1360, 1)
 PIXELS_PER_LATENT = 8
 FRAMES_PER_LATENT, FRAMES_PER_LATENT_1 = 4, 8
 LATENTS_PER_TOKEN = (1, 2, 2)
-"""Along frames, rows and columns, in all published models."""
+"""Latents per token along frames, rows and columns, in all published models."""
 TEXT_TOKENS = 512
 FRAME_RATE, FRAME_RATE_1 = 16, 30
 
@@ -52,11 +52,11 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "cosmos-2.5-2b": {**_2B, **_PREDICT_2_5},
     "cosmos-2.5-14b": {**_14B, **_PREDICT_2_5},
 }
-"""Published transformers, where they differ from diffusers' defaults."""
+"""Configurations of published transformers, where they differ from diffusers' defaults."""
 
 
 def _noise_level(timestep: float, scheduler: Any) -> float:
-    """The share of noise, which Cosmos 2 and 2.5 take; Cosmos 1 takes what its scheduler makes.
+    """Return the noise level: Cosmos 2 and 2.5 take it as timestep, Cosmos 1 its scheduler's value.
 
     Raises:
         InputError: when the timestep is neither.
@@ -71,17 +71,17 @@ def _run_levels(scheduler: Any, steps: int, call: Mapping[str, Any]) -> list[flo
     if scheduler is None:
         scheduler = _usual_scheduler(call)
     sigmas = None
-    if not scheduler.config.get("use_flow_sigmas"):  # as Cosmos 1 and 2 make them
+    if not scheduler.config.get("use_flow_sigmas"):  # Cosmos 1 and 2 use these sigmas
         sigmas = torch.linspace(0, 1, steps, dtype=torch.float64)
     planned = noise.planned(scheduler, steps, **({} if sigmas is None else {"sigmas": sigmas}))
     levels = [float(sigma) for sigma in planned.sigmas[:steps]]
-    # Some schedulers count noise against a unit of image, others its share.
+    # Some schedulers give noise relative to a unit of image, others its share of the sum.
     return [each / (each + 1) for each in levels] if max(levels) > 1 else levels
 
 
 def _usual_scheduler(call: Mapping[str, Any]) -> Any:
-    """The scheduler with which the models are published in diffusers' format."""
-    # Here, since tables of families are read before any scheduler is needed.
+    """Return the scheduler with which the models are published in diffusers' format."""
+    # Imported here because families are loaded before any scheduler is needed.
     from diffusers import EDMEulerScheduler, UniPCMultistepScheduler
 
     if "condition_mask" in call and "fps" not in call:  # Cosmos 2.5
@@ -92,7 +92,7 @@ def _usual_scheduler(call: Mapping[str, Any]) -> Any:
             sigma_max=200.0,
             sigma_min=0.01,
         )
-    # Cosmos 2 has another class, which makes the same sigmas.
+    # Cosmos 2 uses another class, which makes the same sigmas.
     return EDMEulerScheduler(sigma_min=0.002, sigma_max=80, sigma_schedule="karras")
 
 
@@ -103,9 +103,9 @@ def _sequence_lengths(call: Mapping[str, Any]) -> set[int]:
 
 
 def _timestep(call: Mapping[str, Any]) -> Tensor:
-    """The timestep of each video in a batch; of those that frames have, the last frame's.
+    """Return the timestep of each video in a batch; if frames have timesteps, the last frame's.
 
-    Frames that are given are held near timestep 0.
+    Given frames are kept near timestep 0.
     """
     timestep: Tensor = call["timestep"]
     return timestep if timestep.ndim < 2 else timestep[:, 0, -1, 0, 0]
@@ -120,23 +120,23 @@ def example_call(
     width: int | None,
     frames: int | None = None,
 ) -> dict[str, Any]:
-    """Keyword arguments of one call of a Cosmos transformer; their values mean nothing.
+    """Make up the keyword arguments of a call of a Cosmos transformer, with arbitrary values.
 
     Args:
-        model: the transformer, which may have no data.
+        model: the transformer; its tensors may be without data.
         like: an empty tensor with the device and dtype in which the transformer computes.
-        batch: videos, or images.
-        height: of the video, in pixels; the model's native size when left out.
-        width: of the video, in pixels; the height, or the native size, when left out.
-        frames: of the video; the model's native number when left out.
+        batch: number of videos or images.
+        height: video height in pixels; the model's native size if omitted.
+        width: video width in pixels; the height if omitted, or the native size if both are.
+        frames: number of video frames; the model's native number if omitted.
 
     Raises:
-        ModelError: when the size is no multiple of a token's, or the frames no multiple of a
-            latent frame's and one more.
+        ModelError: when the size is not a multiple of a token's size, or when the number of
+            frames is not 1 plus a multiple of the frames per latent frame.
     """
     config = model.config
     first, newest = config.extra_pos_embed_type is not None, config.use_crossattn_projection
-    given = config.in_channels > config.out_channels  # frames to go on from
+    given = config.in_channels > config.out_channels  # frames to continue from
     size, pixels = _sizes(config, height, width, frames)
     text = config.crossattn_proj_in_channels if newest else config.text_embed_dim
     random = random_tensors(like)
@@ -150,7 +150,7 @@ def example_call(
         call["condition_mask"] = like.new_zeros(batch, 1, *size)
     if first or (given and not newest):
         call["fps"] = FRAME_RATE_1 if first else FRAME_RATE
-    if given and not first:  # a timestep for each frame
+    if given and not first:  # one timestep per frame
         each = (batch, 1, size[0], 1, 1)
         dtype = torch.float32 if newest else like.dtype
         call["timestep"] = torch.full(each, 0.5, device=like.device, dtype=dtype)
@@ -160,7 +160,7 @@ def example_call(
 def _sizes(
     config: Any, height: int | None, width: int | None, frames: int | None
 ) -> tuple[tuple[int, int, int], tuple[int, int]]:
-    """Of the latents, and in pixels."""
+    """Return the sizes in latents and in pixels."""
     native, per_latent = NATIVE_SIZE, FRAMES_PER_LATENT
     if config.extra_pos_embed_type is not None:
         native, per_latent = (*NATIVE_SIZE[:2], NATIVE_FRAMES_1), FRAMES_PER_LATENT_1
@@ -177,7 +177,7 @@ def _sizes(
 
 PER_TOKEN, POSITIONS = " of each token", " with positions"
 GIVEN_FRAMES = 2
-"""The most latent frames that the pipelines go on from."""
+"""Largest number of latent frames from which the pipelines continue."""
 
 
 def _form_of(embedded_timestep: Tensor, positions: Tensor | None) -> str:
@@ -206,8 +206,8 @@ def _examples(block: Any, form: str = "") -> dict[str, Any]:
 def _grids(model: Any, call: Mapping[str, Any]) -> tuple[Grid, ...]:
     if call.get("block_controlnet_hidden_states") is not None:
         raise InputError(
-            "block_controlnet_hidden_states adds to single tokens between blocks, which are in "
-            "another order and merged; leave it out, or call the untransformed model"
+            "block_controlnet_hidden_states adds to single tokens between blocks, where tokens are "
+            "reordered and merged; leave it out, or call the untransformed model"
         )
     sizes = call["hidden_states"].shape[-3:]
     frames, rows, columns = (
@@ -217,16 +217,16 @@ def _grids(model: Any, call: Mapping[str, Any]) -> tuple[Grid, ...]:
 
 
 def _given_frames(model: Any, call: Mapping[str, Any]) -> tuple[int, ...]:
-    """The frames that may be given: as many as pipelines go on from, of a video."""
+    """Return the frames that may be given: as many as pipelines continue from, for a video."""
     frames: int = call["hidden_states"].shape[-3]
     given = model.config.in_channels > model.config.out_channels
     return tuple(range(min(GIVEN_FRAMES, frames - 1))) if given else ()
 
 
 def _reads_given(model: Any, call: Mapping[str, Any]) -> tuple[bool, ...] | None:
-    """The first frames that the mask of conditions marks.
+    """Return which of the first frames the condition mask marks.
 
-    Others would be moved before them, and the model hands out timesteps of frames by their place.
+    Later frames would be moved before them, but the model assigns timesteps to frames by position.
     """
     mask: Tensor | None = call.get("condition_mask")
     if mask is None:
@@ -236,7 +236,7 @@ def _reads_given(model: Any, call: Mapping[str, Any]) -> tuple[bool, ...] | None
 
 
 def _frames_apart(model: Any, call: Mapping[str, Any]) -> bool:
-    """Whether frames have timesteps, which the model itself gives to each of their tokens."""
+    """Return whether frames have timesteps, which the model itself expands to their tokens."""
     return bool(call["timestep"].ndim == 5)
 
 

@@ -1,4 +1,4 @@
-"""What the example calls of all families have in common."""
+"""Helpers for the example calls of all families."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,12 +10,12 @@ from toma_fx.errors import ModelError
 
 
 def random_tensors(like: Tensor) -> Callable[..., Tensor]:
-    """A function from a shape to random values, the same ones at every call, in the type of one.
+    """Return a function that makes random tensors from shapes, the same values every time.
 
     Args:
         like: a tensor with the device and dtype. On the meta device there are no values.
     """
-    # A generator of its own: the global random state is the user's.
+    # A generator of its own, because the global random state is the user's.
     generator = torch.Generator("cpu").manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -27,16 +27,16 @@ def random_tensors(like: Tensor) -> Callable[..., Tensor]:
 
 
 def token_grid(height: int | None, width: int | None, native: int, step: int) -> tuple[int, int]:
-    """Rows and columns of tokens of an image.
+    """Return the rows and columns of tokens of an image.
 
     Args:
-        height: in pixels; ``native`` when left out.
-        width: in pixels; the height when left out.
-        native: the model's own size along a side.
-        step: pixels of a token along a side.
+        height: image height in pixels; ``native`` if omitted.
+        width: image width in pixels; the height if omitted.
+        native: the model's native size along a side, in pixels.
+        step: pixels per token along a side.
 
     Raises:
-        ModelError: when a side is no multiple of a token's.
+        ModelError: when a side is not a multiple of ``step``.
     """
     height = native if height is None else height
     width = height if width is None else width
@@ -45,23 +45,23 @@ def token_grid(height: int | None, width: int | None, native: int, step: int) ->
 
 
 def image_ids(rows: int, columns: int, device: torch.device) -> Tensor:
-    """Image number, row and column of each token of one image, ``(rows * columns, 3)`` int64."""
+    """Return image number, row and column of each token of an image, ``(rows * columns, 3)``."""
     row = torch.arange(rows, device=device)[:, None].expand(rows, columns)
     column = torch.arange(columns, device=device).expand(rows, columns)
     return torch.stack([torch.zeros_like(row), row, column], dim=-1).flatten(0, 1)
 
 
 def rotary_tables(attention: Any, tokens: int) -> tuple[Tensor, Tensor]:
-    """Example tables of cosines and sines, ``(tokens, head_dim)``, for diffusers' attention."""
+    """Return example tables of cosines and sines, ``(tokens, head_dim)``, for attention."""
     table = torch.empty(tokens, attention.inner_dim // attention.heads, device="meta")
     return table, table
 
 
 def check_size(height: int, width: int, step: int) -> None:
-    """Refuse an image size that tokens do not cover.
+    """Refuse an image size that tokens do not divide.
 
     Raises:
-        ModelError: when a side, in pixels, is no multiple of ``step``.
+        ModelError: when a side, in pixels, is not a multiple of ``step``.
     """
     if height % step or width % step or height < step or width < step:
         raise ModelError(
@@ -71,15 +71,15 @@ def check_size(height: int, width: int, step: int) -> None:
 
 
 def check_frames(frames: int, step: int) -> int:
-    """The number of latent frames of a video: one for its first frame, then one for each ``step``.
+    """Return the number of latent frames: one for the first frame, then one per ``step`` frames.
 
     Raises:
-        ModelError: when there is no such number.
+        ModelError: when ``frames`` is not 1 plus a multiple of ``step``.
     """
     if frames < 1 or (frames - 1) % step:
         nearest = max(0, frames - 1) // step * step + 1
         raise ModelError(
-            f"a video of {frames} frames must have one frame and a multiple of {step} more, such "
-            f"as {nearest} or {nearest + step}"
+            f"a video of {frames} frames must have 1 plus a multiple of {step} frames, such as "
+            f"{nearest} or {nearest + step}"
         )
     return (frames - 1) // step + 1

@@ -14,12 +14,12 @@ from toma_fx.passes.sites import Site
 
 NATIVE_PIXELS = 1024
 PIXELS_PER_TOKEN = 16
-"""Along a side: 8 per latent, and 2 latents per token."""
+"""Pixels per token along a side: 8 per latent times 2 latents per token."""
 TEXT_TOKENS = 512
 
 
 def _modulated_norm(count: int) -> Any:
-    """Of a norm that returns the tokens and ``count`` modulations."""
+    """Return the example output of a norm: its tokens and ``count`` modulations."""
 
     def value(module: Any, hidden_states: Tensor, *, emb: Tensor) -> tuple[Tensor, ...]:
         return (hidden_states, *[emb] * count)
@@ -61,17 +61,17 @@ def _sequence_lengths(call: Mapping[str, Any]) -> set[int]:
 def example_call(
     model: Any, like: Tensor, *, batch: int, height: int | None, width: int | None
 ) -> dict[str, Any]:
-    """Keyword arguments of one call of a Flux transformer; their values mean nothing.
+    """Make up the keyword arguments of a call of a Flux transformer, with arbitrary values.
 
     Args:
-        model: the transformer, which may have no data.
+        model: the transformer; its tensors may be without data.
         like: an empty tensor with the device and dtype in which the transformer computes.
-        batch: images.
-        height: of the image, in pixels; 1024 when left out.
-        width: of the image, in pixels; the height when left out.
+        batch: number of images.
+        height: image height in pixels; 1024 if omitted.
+        width: image width in pixels; the height if omitted.
 
     Raises:
-        ModelError: when the size is no multiple of a token's.
+        ModelError: when the size is not a multiple of a token's size.
     """
     config = model.config
     device, dtype = like.device, like.dtype
@@ -88,7 +88,7 @@ def example_call(
     }
     if config.guidance_embeds:
         call["guidance"] = torch.full((batch,), 3.5, device=device, dtype=torch.float32)
-    # Absent until an IP-Adapter is loaded, and None once it is unloaded.
+    # The attribute is absent until an IP-Adapter is loaded, and None after it is unloaded.
     if (projections := getattr(model, "encoder_hid_proj", None)) is not None:
         layers = [each.image_embeds for each in projections.image_projection_layers]
         embeds = [random(batch, 1, layer.in_features) for layer in layers]
@@ -97,7 +97,7 @@ def example_call(
 
 
 def _edit_call(call: Mapping[str, Any]) -> dict[str, Any]:
-    """A call of Kontext, whose reference has image number 1."""
+    """Make a call of Kontext, whose reference has image number 1."""
     tokens, ids = call["hidden_states"], call["img_ids"]
     number = torch.tensor([1, 0, 0], device=ids.device, dtype=ids.dtype)
     both = torch.cat([tokens, tokens], dim=1)

@@ -15,7 +15,7 @@ from toma_fx.passes.sites import Site
 
 NATIVE_PIXELS = 1024
 PIXELS_PER_TOKEN = 16
-"""Along a side: 8 per latent, and 2 latents per token."""
+"""Pixels per token along a side: 8 per latent times 2 latents per token."""
 TEXT_TOKENS = 512
 
 SCHEDULER: dict[str, Any] = {"use_dynamic_shifting": True}
@@ -38,7 +38,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "guidance_embeds": False,
     },
 }
-"""Published transformers, where they differ from diffusers' defaults."""
+"""Configurations of published transformers, where they differ from diffusers' defaults."""
 
 _noise_level = noise.level_of_sigma
 
@@ -50,7 +50,7 @@ def _run_levels(scheduler: Any, steps: int, call: Mapping[str, Any]) -> list[flo
 
 
 def _shift(tokens: int, steps: int) -> float:
-    """The shift of a run: diffusers' ``compute_empirical_mu``, a fit to the authors' own runs."""
+    """Return the shift of a run: diffusers' ``compute_empirical_mu``, fitted to authors' runs."""
     of_200 = 0.00016927 * tokens + 0.45666666
     if tokens > 4300:
         return of_200
@@ -66,17 +66,17 @@ def _sequence_lengths(call: Mapping[str, Any]) -> set[int]:
 def example_call(
     model: Any, like: Tensor, *, batch: int, height: int | None, width: int | None
 ) -> dict[str, Any]:
-    """Keyword arguments of one call of a FLUX.2 transformer; their values mean nothing.
+    """Make up the keyword arguments of a call of a FLUX.2 transformer, with arbitrary values.
 
     Args:
-        model: the transformer, which may have no data.
+        model: the transformer; its tensors may be without data.
         like: an empty tensor with the device and dtype in which the transformer computes.
-        batch: images.
-        height: of the image, in pixels; 1024 when left out.
-        width: of the image, in pixels; the height when left out.
+        batch: number of images.
+        height: image height in pixels; 1024 if omitted.
+        width: image width in pixels; the height if omitted.
 
     Raises:
-        ModelError: when the size is no multiple of a token's.
+        ModelError: when the size is not a multiple of a token's size.
     """
     config = model.config
     device, dtype = like.device, like.dtype
@@ -95,7 +95,7 @@ def example_call(
 
 
 def _image_ids(rows: int, columns: int, device: torch.device) -> Tensor:
-    """Image number, row, column, and a position in text, which is 0."""
+    """Return image number, row, column, and a position in text, which is 0."""
     return functional.pad(image_ids(rows, columns, device), (0, 1))
 
 
@@ -106,7 +106,7 @@ def _text_ids(device: torch.device) -> Tensor:
 
 
 def _edit_call(call: Mapping[str, Any]) -> dict[str, Any]:
-    """A call with a reference, whose image number is 10."""
+    """Make a call with a reference, whose image number is 10."""
     tokens, ids = call["hidden_states"], call["img_ids"]
     number = torch.tensor([10, 0, 0, 0], device=ids.device, dtype=ids.dtype)
     both = torch.cat([tokens, tokens], dim=1)
@@ -190,7 +190,7 @@ FAMILY = Family(
         ),
     ),
     references=References(
-        # Of a cache of references, which come first then, and have a modulation of their own.
+        # Arguments for a cache of references, which then come first and have their own modulation.
         refused=("kv_cache", "kv_cache_mode"),
         example=_edit_call,
     ),

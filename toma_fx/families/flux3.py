@@ -15,17 +15,17 @@ from toma_fx.passes.sites import Site
 
 NATIVE_PIXELS = 1024
 PIXELS_PER_TOKEN = 16
-"""Along a side: 8 per latent, and 2 latents per token."""
+"""Pixels per token along a side: 8 per latent times 2 latents per token."""
 TEXT_TOKENS = 240
-"""Those of a long prompt. The pipeline brings each prompt to a multiple of 80."""
+"""Number of tokens of a long prompt. The pipeline pads each prompt to a multiple of 80."""
 POSITION_SCALE = 0.5
-"""Of rows and columns, in the positions of image tokens."""
+"""Scale of rows and columns in the positions of image tokens."""
 
 SCHEDULER: dict[str, Any] = {"shift": 6.93}
 """The configuration that the pipeline gives its scheduler."""
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {}
-"""None is known to be published with these numbers."""
+"""Empty: no published model with these numbers is known."""
 
 _noise_level = noise.level_of_sigma
 
@@ -46,17 +46,17 @@ def _sequence_lengths(call: Mapping[str, Any]) -> set[int]:
 def example_call(
     model: Any, like: Tensor, *, batch: int, height: int | None, width: int | None
 ) -> dict[str, Any]:
-    """Keyword arguments of one call of a FLUX.3 transformer; their values mean nothing.
+    """Make up the keyword arguments of a call of a FLUX.3 transformer, with arbitrary values.
 
     Args:
-        model: the transformer, which may have no data.
+        model: the transformer; its tensors may be without data.
         like: an empty tensor with the device and dtype in which the transformer computes.
-        batch: images.
-        height: of the image, in pixels; 1024 when left out.
-        width: of the image, in pixels; the height when left out.
+        batch: number of images.
+        height: image height in pixels; 1024 if omitted.
+        width: image width in pixels; the height if omitted.
 
     Raises:
-        ModelError: when the size is no multiple of a token's.
+        ModelError: when the size is not a multiple of a token's size.
     """
     config = model.config
     device, dtype = like.device, like.dtype
@@ -78,7 +78,7 @@ def example_call(
 
 
 def _image_ids(rows: int, columns: int, device: torch.device) -> Tensor:
-    """Time, row, column, and a position in text, which is 0."""
+    """Return time, row, column, and a position in text, which is 0."""
     ids = functional.pad(image_ids(rows, columns, device), (0, 1))
     return ids.to(torch.float32) * POSITION_SCALE
 
@@ -97,7 +97,7 @@ _SITES = (
 
 
 def _like() -> Tensor:
-    # float32, in which the norms compute; torch warns where their weights are of another type.
+    # float32, in which the norms compute; torch warns if their weights have another dtype.
     return torch.empty(0, dtype=torch.float32, device="meta")
 
 
@@ -126,7 +126,7 @@ def _single_examples(block: Any) -> dict[str, Any]:
 
 
 def _places(ids: Tensor) -> Tensor:
-    """Image number, row and column; references count down in the last place of ids."""
+    """Return image number, row and column; references count down in the last column of ids."""
     return torch.stack([-ids[:, 3], ids[:, 1] / POSITION_SCALE, ids[:, 2] / POSITION_SCALE], dim=1)
 
 

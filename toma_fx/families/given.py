@@ -1,4 +1,4 @@
-"""Which frames of a video are given and not drawn, read off the values of a call."""
+"""Functions that read from a call's values which frames of a video are given, not generated."""
 
 from torch import Tensor
 
@@ -6,11 +6,11 @@ from toma_fx.families.rows import Grid
 
 
 def marked_frames(mask_BCFHW: Tensor, grid: Grid) -> tuple[bool, ...]:
-    """The frames that a mask marks at any place, of any sample.
+    """Return for each frame whether a mask marks any place of it, in any sample.
 
     Args:
         mask_BCFHW: ``(B, C, F, H, W)``, above 0 where something is given.
-        grid: of the video's tokens; its frames are of one or more of the mask's.
+        grid: the video's tokens; each of its frames covers one or more frames of the mask.
     """
     marked_F = mask_BCFHW.amax((0, 1, 3, 4)) > 0
     of_frame = marked_F.shape[0] // grid.frames
@@ -19,11 +19,11 @@ def marked_frames(mask_BCFHW: Tensor, grid: Grid) -> tuple[bool, ...]:
 
 
 def frames_without_noise(timestep_BN: Tensor, grid: Grid) -> tuple[bool, ...]:
-    """The frames whose tokens all are at timestep 0, of any sample.
+    """Return for each frame whether all its tokens are at timestep 0, in any sample.
 
     Args:
         timestep_BN: ``(B, N)``: the timestep of each token of the video.
-        grid: of the video's tokens.
+        grid: the video's tokens.
     """
     still_BF = (timestep_BN == 0).unflatten(1, (grid.frames, grid.area)).all(2)
     return tuple(map(bool, still_BF.any(0).tolist()))

@@ -15,9 +15,9 @@ from toma_fx.passes.sites import Site
 
 NATIVE_PIXELS = 2048
 PIXELS_PER_TOKEN = 32
-"""Along a side: as many per latent, which is a token."""
+"""Pixels per token along a side: 32 per latent, and each latent is a token."""
 TEXT_TOKENS, GLYPH_TOKENS = 1000, 128
-"""Of the prompt, and of what it wants written."""
+"""Number of tokens of the prompt, and of the text that the image shows."""
 
 SCHEDULER: dict[str, Any] = {"shift": 5.0}
 """The shift of the authors' own runs; that of the distilled model is 4."""
@@ -30,7 +30,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "use_meanflow": True,
     },
 }
-"""Published transformers, where they differ from diffusers' defaults."""
+"""Configurations of published transformers, where they differ from diffusers' defaults."""
 
 _noise_level = noise.level_of_thousand
 
@@ -49,17 +49,17 @@ def _sequence_lengths(call: Mapping[str, Any]) -> set[int]:
 def example_call(
     model: Any, like: Tensor, *, batch: int, height: int | None, width: int | None
 ) -> dict[str, Any]:
-    """Keyword arguments of one call of a HunyuanImage transformer; their values mean nothing.
+    """Make up the keyword arguments of a call of a HunyuanImage transformer, with arbitrary values.
 
     Args:
-        model: the transformer, which may have no data.
+        model: the transformer; its tensors may be without data.
         like: an empty tensor with the device and dtype in which the transformer computes.
-        batch: images.
-        height: of the image, in pixels; 2048 when left out.
-        width: of the image, in pixels; the height when left out.
+        batch: number of images.
+        height: image height in pixels; 2048 if omitted.
+        width: image width in pixels; the height if omitted.
 
     Raises:
-        ModelError: when the size is no multiple of a token's.
+        ModelError: when the size is not a multiple of a token's size.
     """
     config = model.config
     device, dtype = like.device, like.dtype
@@ -72,7 +72,7 @@ def example_call(
         "hidden_states": random(batch, config.in_channels, rows, columns),
         "timestep": torch.full((batch,), 500.0, device=device, dtype=dtype),
         "encoder_hidden_states": random(batch, TEXT_TOKENS, config.text_embed_dim),
-        # 1 for a token that is no padding.
+        # 1 marks tokens that are not padding.
         "encoder_attention_mask": torch.ones(batch, TEXT_TOKENS, device=device, dtype=torch.int64),
     }
     if config.text_embed_2_dim is not None:
@@ -82,7 +82,7 @@ def example_call(
         )
     if config.guidance_embeds:
         call["guidance"] = torch.full((batch,), 3250.0, device=device, dtype=dtype)
-    if config.use_meanflow:  # the timestep of the next step
+    if config.use_meanflow:  # the model also takes the timestep of the next step
         call["timestep_r"] = torch.full((batch,), 400.0, device=device, dtype=dtype)
     return call
 
@@ -138,7 +138,7 @@ FAMILY = Family(
             flow=_FLOW,
             examples=_examples,
             key_mask=_MASK,
-            # Attention takes the image apart from the text, the MLP both in one.
+            # Attention handles image and text separately, the MLP both in one sequence.
             sites=(_ATTENTION,),
         ),
     ),

@@ -1,4 +1,4 @@
-"""The transformer of HunyuanVideo: from text, and from an image."""
+"""The transformer of HunyuanVideo: text to video, and image to video."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -15,11 +15,11 @@ from toma_fx.passes.plan_nodes import Rows, TokenFlow
 from toma_fx.passes.sites import Site
 
 NATIVE_SIZE = (720, 1280, 129)
-"""Height and width in pixels, and frames."""
+"""Native height and width in pixels, and number of frames."""
 PIXELS_PER_LATENT = 8
 FRAMES_PER_LATENT = 4
 LATENTS_PER_TOKEN = (1, 2, 2)
-"""Along frames, rows and columns, in all published models."""
+"""Latents per token along frames, rows and columns, in all published models."""
 TEXT_TOKENS = 256
 
 SCHEDULER: dict[str, Any] = {"shift": 7.0}
@@ -34,7 +34,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "image_condition_type": "latent_concat",
     },
 }
-"""Published transformers, where they differ from diffusers' defaults."""
+"""Configurations of published transformers, where they differ from diffusers' defaults."""
 
 _noise_level = noise.level_of_thousand
 
@@ -60,19 +60,19 @@ def example_call(
     width: int | None,
     frames: int | None = None,
 ) -> dict[str, Any]:
-    """Keyword arguments of one call of a HunyuanVideo transformer; their values mean nothing.
+    """Make up the keyword arguments of a call of a HunyuanVideo transformer, with arbitrary values.
 
     Args:
-        model: the transformer, which may have no data.
+        model: the transformer; its tensors may be without data.
         like: an empty tensor with the device and dtype in which the transformer computes.
-        batch: videos.
-        height: of the video, in pixels; the model's native size when left out.
-        width: of the video, in pixels; the height, or the native size, when left out.
-        frames: of the video; 129 when left out.
+        batch: number of videos.
+        height: video height in pixels; the model's native size if omitted.
+        width: video width in pixels; the height if omitted, or the native size if both are.
+        frames: number of video frames; 129 if omitted.
 
     Raises:
-        ModelError: when the size is no multiple of a token's, or the frames no multiple of a
-            latent frame's and one more.
+        ModelError: when the size is not a multiple of a token's size, or when the number of
+            frames is not 1 plus a multiple of the frames per latent frame.
     """
     config = model.config
     device, dtype = like.device, like.dtype
@@ -82,7 +82,7 @@ def example_call(
         "hidden_states": random(batch, config.in_channels, *size),
         "timestep": torch.full((batch,), 500.0, device=device, dtype=torch.float32),
         "encoder_hidden_states": random(batch, TEXT_TOKENS, config.text_embed_dim),
-        # 1 for a token that is no padding.
+        # 1 marks tokens that are not padding.
         "encoder_attention_mask": torch.ones(batch, TEXT_TOKENS, device=device, dtype=dtype),
         "pooled_projections": random(batch, config.pooled_projection_dim),
     }
@@ -134,7 +134,7 @@ def _examples(block: Any, rotary_name: str) -> dict[str, Any]:
 
 
 def _plain_examples(block: Any, rotary_name: str) -> dict[str, Any]:
-    # The model hands what blocks with a given frame need to these too, which ignore it.
+    # The model passes arguments for given frames to these blocks too, which ignore them.
     return {**_examples(block, rotary_name), "args": (None, GIVEN_TOKENS)}
 
 
@@ -158,9 +158,9 @@ def _patch(config: Any) -> tuple[int, int, int]:
 
 
 def _given_frames(model: Any, call: Mapping[str, Any]) -> tuple[int, ...]:
-    """The first frame, in models that start from an image.
+    """Return the first frame, in models that start from an image.
 
-    Those of SkyReels say so by their channels alone.
+    SkyReels models can be recognised only by their number of channels.
     """
     config = model.config
     given = config.image_condition_type is not None or config.in_channels != config.out_channels
@@ -182,7 +182,7 @@ FAMILY = Family(
             cls=f"{_MODULE}.HunyuanVideoSingleTransformerBlock",
             flow=_flow("image_rotary_emb"),
             examples=partial(_plain_examples, rotary_name="image_rotary_emb"),
-            # Attention takes the image apart from the text, the MLP both in one.
+            # Attention handles image and text separately, the MLP both in one sequence.
             sites=(_ATTENTION,),
         ),
         Block(

@@ -1,4 +1,4 @@
-"""The transformer of HunyuanVideo 1.5: from text, and from an image."""
+"""The transformer of HunyuanVideo 1.5: text to video, and image to video."""
 
 import math
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ NATIVE_FRAMES = 121
 PIXELS_PER_LATENT = 16
 FRAMES_PER_LATENT = 4
 TEXT_TOKENS, GLYPH_TOKENS, IMAGE_TOKENS = 1000, 256, 729
-"""Of the prompt, of what it wants written, and of the image to start from."""
+"""Number of tokens of the prompt, of the text that the video shows, and of the first image."""
 
 SCHEDULER: dict[str, Any] = {"shift": 5.0}
 """The configuration of the schedulers published with the models for 480 rows."""
@@ -31,7 +31,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "hunyuan-video-1.5-720p-i2v": {"target_size": 960},
     "hunyuan-video-1.5-480p-i2v-step-distilled": {"use_meanflow": True},
 }
-"""Published transformers, where they differ from diffusers' defaults."""
+"""Configurations of published transformers, where they differ from diffusers' defaults."""
 
 _noise_level = noise.level_of_thousand
 
@@ -56,22 +56,21 @@ def example_call(
     width: int | None,
     frames: int | None = None,
 ) -> dict[str, Any]:
-    """Keyword arguments of one call of a HunyuanVideo 1.5 transformer; their values mean nothing.
+    """Make up the keyword arguments of a HunyuanVideo 1.5 call, with arbitrary values.
 
-    A model that starts from text gets an image of zeros, which is how it is told that there is
-    none.
+    A text-to-video model gets an image of zeros, which tells it that there is no image.
 
     Args:
-        model: the transformer, which may have no data.
+        model: the transformer; its tensors may be without data.
         like: an empty tensor with the device and dtype in which the transformer computes.
-        batch: videos.
-        height: of the video, in pixels; the model's native size when left out.
-        width: of the video, in pixels; the height, or the native size, when left out.
-        frames: of the video; 121 when left out.
+        batch: number of videos.
+        height: video height in pixels; the model's native size if omitted.
+        width: video width in pixels; the height if omitted, or the native size if both are.
+        frames: number of video frames; 121 if omitted.
 
     Raises:
-        ModelError: when the size is no multiple of a token's, or the frames no multiple of a
-            latent frame's and one more.
+        ModelError: when the size is not a multiple of a token's size, or when the number of
+            frames is not 1 plus a multiple of the frames per latent frame.
     """
     config = model.config
     device, dtype = like.device, like.dtype
@@ -79,17 +78,17 @@ def example_call(
     image = random(batch, IMAGE_TOKENS, config.image_embed_dim)
     size = _latent_size(config, height, width, frames)
     call: dict[str, Any] = {
-        # The latents, those of an image to start from, and where there is one.
+        # The latents, the latents of an image to start from, and a mask of where there is one.
         "hidden_states": random(batch, config.in_channels, *size),
         "image_embeds": image if config.task_type == "i2v" else torch.zeros_like(image),
         "timestep": torch.full((batch,), 500.0, device=device, dtype=dtype),
         "encoder_hidden_states": random(batch, TEXT_TOKENS, config.text_embed_dim),
-        # 1 for a token that is no padding.
+        # 1 marks tokens that are not padding.
         "encoder_attention_mask": torch.ones(batch, TEXT_TOKENS, device=device, dtype=dtype),
         "encoder_hidden_states_2": random(batch, GLYPH_TOKENS, config.text_embed_2_dim),
         "encoder_attention_mask_2": torch.zeros(batch, GLYPH_TOKENS, device=device, dtype=dtype),
     }
-    if config.use_meanflow:  # the timestep of the next step
+    if config.use_meanflow:  # the model also takes the timestep of the next step
         call["timestep_r"] = torch.full((batch,), 400.0, device=device, dtype=dtype)
     return call
 
@@ -116,7 +115,7 @@ def _examples(block: Any) -> dict[str, Any]:
         "hidden_states": like.new_empty(2, 64, width),
         "encoder_hidden_states": like.new_empty(2, 8, width),
         "temb": like.new_empty(2, width),
-        # Of the text alone: attention takes all tokens of the video for given.
+        # A mask of the text only: attention takes all tokens of the video as valid.
         "attention_mask": like.new_empty(2, 8, dtype=torch.bool),
         "freqs_cis": rotary_tables(block.attn, 64),
     }
@@ -133,9 +132,9 @@ def _patch(config: Any) -> tuple[int, int, int]:
 
 
 def _given_frames(model: Any, call: Mapping[str, Any]) -> tuple[int, ...]:
-    """The first frame, in models made to start from an image.
+    """Return the first frame, in models that start from an image.
 
-    Whether a call has an image is in its values alone, so the model's config decides.
+    Only the values of a call tell whether it has an image, so the model's config decides.
     """
     return (0,) if model.config.task_type != "t2v" else ()
 

@@ -14,14 +14,14 @@ from toma_fx.passes.sites import Site
 
 NATIVE_PIXELS = 1024
 PIXELS_PER_TOKEN = 16
-"""Along a side: 8 per latent, and 2 latents per token."""
+"""Pixels per token along a side: 8 per latent times 2 latents per token."""
 TEXT_TOKENS = 512
 
 SCHEDULER: dict[str, Any] = {"use_dynamic_shifting": True, "max_image_seq_len": 6400}
-"""What the pipeline takes the shift of the raw model from; that of turbo is always 1.15."""
+"""Numbers from which the pipeline computes the raw model's shift; turbo's is always 1.15."""
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {"krea-2": {}}
-"""The published transformers, which are diffusers' defaults; raw and turbo are alike."""
+"""The published transformers use diffusers' defaults; raw and turbo are alike."""
 
 _noise_level = noise.level_of_sigma
 
@@ -39,17 +39,17 @@ def _sequence_lengths(call: Mapping[str, Any]) -> set[int]:
 def example_call(
     model: Any, like: Tensor, *, batch: int, height: int | None, width: int | None
 ) -> dict[str, Any]:
-    """Keyword arguments of one call of a Krea 2 transformer; their values mean nothing.
+    """Make up the keyword arguments of a call of a Krea 2 transformer, with arbitrary values.
 
     Args:
-        model: the transformer, which may have no data.
+        model: the transformer; its tensors may be without data.
         like: an empty tensor with the device and dtype in which the transformer computes.
-        batch: images.
-        height: of the image, in pixels; 1024 when left out.
-        width: of the image, in pixels; the height when left out.
+        batch: number of images.
+        height: image height in pixels; 1024 if omitted.
+        width: image width in pixels; the height if omitted.
 
     Raises:
-        ModelError: when the size is no multiple of a token's.
+        ModelError: when the size is not a multiple of a token's size.
     """
     config = model.config
     device = like.device
@@ -69,7 +69,7 @@ def example_call(
 
 
 def _positions(rows: int, columns: int, device: torch.device) -> Tensor:
-    """Image number, row and column, all of them 0 for text, which comes first."""
+    """Return image number, row and column; all are 0 for text, which comes first."""
     row = torch.arange(rows, device=device)[:, None].expand(rows, columns)
     column = torch.arange(columns, device=device).expand(rows, columns)
     image = torch.stack([torch.zeros_like(row), row, column], dim=-1).flatten(0, 1)
@@ -81,7 +81,7 @@ EXAMPLE_TOKENS = 64
 
 
 def _examples(block: Any) -> dict[str, Any]:
-    # float32, in which the norms compute; torch warns where their weights are of another type.
+    # float32, in which the norms compute; torch warns if their weights have another dtype.
     like = torch.empty(0, dtype=torch.float32, device="meta")
     width, tokens = block.scale_shift_table.shape[-1], 8 + EXAMPLE_TOKENS
     rotary = like.new_empty(tokens, block.attn.head_dim)

@@ -14,7 +14,7 @@ from toma_fx.passes.plan_nodes import Rows, TokenFlow
 from toma_fx.passes.sites import Site
 
 NATIVE_SIZE = (512, 704, 161)
-"""Height and width in pixels, and frames."""
+"""Native height and width in pixels, and number of frames."""
 PIXELS_PER_LATENT = 32
 FRAMES_PER_LATENT = 8
 FRAME_RATE = 25
@@ -28,7 +28,7 @@ SCHEDULER: dict[str, Any] = {
     "max_image_seq_len": 4096,
     "shift_terminal": 0.1,
 }
-"""The configuration of the scheduler of the first models; later ones are published unshifted."""
+"""The scheduler configuration of the first models; later models are published unshifted."""
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "ltx-video": {},
@@ -38,7 +38,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "num_layers": 48,
     },
 }
-"""Published transformers, where they differ from diffusers' defaults."""
+"""Configurations of published transformers, where they differ from diffusers' defaults."""
 
 _noise_level = noise.level_of_thousand
 
@@ -62,19 +62,19 @@ def example_call(
     width: int | None,
     frames: int | None = None,
 ) -> dict[str, Any]:
-    """Keyword arguments of one call of an LTX-Video transformer; their values mean nothing.
+    """Make up the keyword arguments of a call of an LTX-Video transformer, with arbitrary values.
 
     Args:
-        model: the transformer, which may have no data.
+        model: the transformer; its tensors may be without data.
         like: an empty tensor with the device and dtype in which the transformer computes.
-        batch: videos.
-        height: of the video, in pixels; 512 when left out.
-        width: of the video, in pixels; the height, or 704, when left out.
-        frames: of the video; 161 when left out.
+        batch: number of videos.
+        height: video height in pixels; 512 if omitted.
+        width: video width in pixels; the height if omitted, or 704 if both are.
+        frames: number of video frames; 161 if omitted.
 
     Raises:
-        ModelError: when the size is no multiple of a token's, or the frames no multiple of a
-            latent frame's and one more.
+        ModelError: when the size is not a multiple of a token's size, or when the number of
+            frames is not 1 plus a multiple of the frames per latent frame.
     """
     config = model.config
     latent_frames, rows, columns = _latent_size(height, width, frames)
@@ -121,22 +121,22 @@ def _examples(block: Any) -> dict[str, Any]:
 
 
 def grids(model: Any, call: Mapping[str, Any]) -> tuple[Grid, ...]:
-    """The video's tokens.
+    """Return the grid of the video's tokens.
 
     Raises:
-        InputError: when the call does not say how many frames, rows and columns there are.
+        InputError: when the call does not give the numbers of frames, rows and columns.
     """
     frames, rows, columns = (call.get(name) for name in ("num_frames", "height", "width"))
     if frames is None or rows is None or columns is None:
         raise InputError(
             f"a call with num_frames={frames}, height={rows} and width={columns} does not say "
-            "where its tokens are; pass all three, of the latent video, with video_coords too"
+            "where its tokens are; pass all three for the latent video, with video_coords too"
         )
     return (Grid(rows, columns, frames),)
 
 
 def given_tokens(model: Any, call: Mapping[str, Any]) -> int:
-    """Those of frames that are given for places inside the video.
+    """Return the number of tokens of frames that are given for places inside the video.
 
     Raises:
         InputError: when there are fewer tokens than the video has.
@@ -152,19 +152,19 @@ def given_tokens(model: Any, call: Mapping[str, Any]) -> int:
 
 
 def given_frames(model: Any, call: Mapping[str, Any]) -> tuple[int, ...]:
-    """The first frame, where tokens have a timestep each: it may be given in part."""
+    """Return the first frame if tokens have separate timesteps: a part of it may be given."""
     return (0,) if _has_a_timestep_each(call) else ()
 
 
 def reads_given(
     model: Any, call: Mapping[str, Any], *, given_last: bool = False
 ) -> tuple[bool, ...] | None:
-    """The frames whose tokens have timestep 0.
+    """Return which frames have only tokens at timestep 0.
 
     Args:
-        model: of the call.
+        model: the called model.
         call: its arguments by name.
-        given_last: whether frames that are given for places inside the video are behind it.
+        given_last: whether frames that are given for places inside the video come after it.
     """
     if not _has_a_timestep_each(call):
         return None
@@ -174,13 +174,13 @@ def reads_given(
 
 
 def _has_a_timestep_each(call: Mapping[str, Any]) -> bool:
-    """Whether tokens have timesteps of their own, ``(B, N)``; one for all may be ``(B, 1)``."""
+    """Return whether tokens have own timesteps, ``(B, N)``; one for all may be ``(B, 1)``."""
     timestep: Tensor = call["timestep"]
     return timestep.ndim == 2 and timestep.shape[1] > 1
 
 
 def _video_of(coords: Tensor) -> dict[str, int]:
-    """Frames, rows and columns of a video, of the positions of its tokens.
+    """Return the frames, rows and columns of a video, computed from its tokens' positions.
 
     Args:
         coords: ``(B, 3, N)``: time, row and column of each token, in raster order at the end. The
@@ -196,7 +196,7 @@ def _video_of(coords: Tensor) -> dict[str, int]:
 
 
 def _run(numbers: list[float]) -> int:
-    """How many numbers at the end are equal."""
+    """Return how many numbers at the end are equal."""
     return next(
         (i for i, each in enumerate(reversed(numbers)) if each != numbers[-1]), len(numbers)
     )

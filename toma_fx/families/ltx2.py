@@ -1,4 +1,4 @@
-"""The transformer of LTX-2, which makes a video and its sound."""
+"""The transformer of LTX-2, which generates a video and its sound."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -15,7 +15,7 @@ from toma_fx.passes.plan_nodes import Rows, TokenFlow
 from toma_fx.passes.sites import Site
 
 NATIVE_SIZE = (512, 768, 121)
-"""Height and width in pixels, and frames."""
+"""Native height and width in pixels, and number of frames."""
 FRAME_RATE = 24.0
 TEXT_TOKENS = 1024
 
@@ -27,7 +27,7 @@ SCHEDULER: dict[str, Any] = {
     "max_image_seq_len": 4096,
     "shift_terminal": 0.1,
 }
-"""The configuration of the published models' schedulers, but for distilled ones."""
+"""The scheduler configuration of the published models, except distilled ones."""
 
 _LTX_2_3: dict[str, Any] = {
     "rope_type": "split",
@@ -44,7 +44,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "ltx-2.3": _LTX_2_3,
     "ltx-2.5": {**_LTX_2_3, "ff_bias": False, "use_keyframes_abs_pos_embedding": True},
 }
-"""Published transformers, where they differ from diffusers' defaults."""
+"""Configurations of published transformers, where they differ from diffusers' defaults."""
 
 _noise_level = noise.level_of_thousand
 
@@ -68,19 +68,19 @@ def example_call(
     width: int | None,
     frames: int | None = None,
 ) -> dict[str, Any]:
-    """Keyword arguments of one call of an LTX-2 transformer; their values mean nothing.
+    """Make up the keyword arguments of a call of an LTX-2 transformer, with arbitrary values.
 
     Args:
-        model: the transformer, which may have no data.
+        model: the transformer; its tensors may be without data.
         like: an empty tensor with the device and dtype in which the transformer computes.
-        batch: videos.
-        height: of the video, in pixels; 512 when left out.
-        width: of the video, in pixels; the height, or 768, when left out.
-        frames: of the video; 121 when left out.
+        batch: number of videos.
+        height: video height in pixels; 512 if omitted.
+        width: video width in pixels; the height if omitted, or 768 if both are.
+        frames: number of video frames; 121 if omitted.
 
     Raises:
-        ModelError: when the size is no multiple of a token's, or the frames no multiple of a
-            latent frame's and one more.
+        ModelError: when the size is not a multiple of a token's size, or when the number of
+            frames is not 1 plus a multiple of the frames per latent frame.
     """
     config = model.config
     device = like.device
@@ -105,7 +105,7 @@ def example_call(
         "width": columns,
         "fps": FRAME_RATE,
         "audio_num_frames": sounds,
-        # Where each token begins and ends: in time, height and width, and in time alone.
+        # Start and end of each token: in time, height and width for video, in time for sound.
         "video_coords": torch.zeros(batch, 3, tokens, 2, device=device, dtype=torch.float32),
         "audio_coords": torch.zeros(batch, 1, sounds, 2, device=device, dtype=torch.float32),
         "isolate_modalities": False,
@@ -127,14 +127,14 @@ def _latent_size(
 
 
 def _audio_frames(config: Any, frames: int) -> int:
-    """Latents of the sound that lasts as long as a video."""
+    """Return the number of sound latents for the length of a video."""
     rate: float = config.audio_sampling_rate / config.audio_hop_length / config.audio_scale_factor
     return round(frames / FRAME_RATE * rate)
 
 
 def _text_widths(config: Any) -> tuple[int, int]:
-    """Of the text for the video and for the sound."""
-    if config.use_prompt_embeddings:  # the model itself fits them to its width
+    """Return the widths of the text embeddings for the video and for the sound."""
+    if config.use_prompt_embeddings:  # the model itself projects them to its width
         return config.caption_channels, config.caption_channels
     return config.cross_attention_dim, config.audio_cross_attention_dim
 
@@ -143,7 +143,7 @@ ISOLATED = " isolated"
 
 
 def _form_of(attends: bool | None) -> str:
-    """Whether video and sound attend to each other, as they do unless guidance takes them apart."""
+    """Return whether video and sound attend to each other; some guidance separates them."""
     return "" if attends is None or attends else ISOLATED
 
 
@@ -184,7 +184,7 @@ def _examples(block: Any, form: str = "") -> dict[str, Any]:
 
 
 def _rotary(attention: Any, tokens: int, width: int) -> tuple[Tensor, Tensor]:
-    """Rotary values of an attention: ``(B, N, D)``, or split among the heads."""
+    """Return rotary values of an attention: ``(B, N, D)``, or split among the heads."""
     shape: tuple[int, ...] = (2, tokens, width)
     if attention.rope_type == "split":
         shape = (2, attention.heads, tokens, width // attention.heads // 2)
@@ -230,7 +230,7 @@ FAMILY = Family(
     blocks=(
         Block(
             cls=f"{_MODULE}.LTX2VideoTransformerBlock",
-            # The sound has few tokens, and goes through as it is.
+            # The sound has few tokens and stays unmerged.
             flow=TokenFlow(
                 output=0,
                 rows=(
@@ -245,7 +245,7 @@ FAMILY = Family(
             examples=_examples,
             form=Form(argument="use_a2v_cross_attention", of=_form_of, names=("", ISOLATED)),
             masks=(("encoder_attention_mask", "cross_attention"),),
-            # Guidance that perturbs attention takes other branches of it.
+            # Guidance that perturbs attention uses other branches of its code.
             key_examples={"all_perturbed": False, "perturbation_mask": None},
             sites=(
                 Site(components=("self_attention",), enter=("attn1",), leave="attn1"),

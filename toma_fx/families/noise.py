@@ -1,4 +1,4 @@
-"""Noise levels: what a timestep means under a scheduler."""
+"""Conversion of timesteps to noise levels under a scheduler."""
 
 import copy
 import math
@@ -12,80 +12,80 @@ from toma_fx.errors import InputError
 
 
 def level_of_thousand(timestep: float, scheduler: Any) -> float:
-    """The noise level of a timestep that counts the steps of training, 0 to 1000.
+    """Return the noise level of a timestep that counts training steps, 0 to 1000.
 
-    Schedulers of EDM hand the model a quarter of the logarithm of sigma in place of a step. Its
-    level is that of the step with the same sigma in Stable Diffusion's own training.
+    EDM schedulers pass a quarter of the logarithm of sigma instead of a step. Its level is that of
+    the step with the same sigma in Stable Diffusion's own training.
 
     Args:
         timestep: as the model takes it.
-        scheduler: of the pipeline; None where it is not known.
+        scheduler: the pipeline's scheduler; None if unknown.
 
     Raises:
-        InputError: when the timestep is no step and no scheduler says what else it is.
+        InputError: when the timestep is not a step and the scheduler does not tell its meaning.
     """
     if scheduler is not None and _is_log_sigma(scheduler):
         if abs(timestep) > 25:  # a sigma of e to the 100
             raise InputError(
-                f"timestep {timestep:g} is no quarter of the logarithm of a sigma, which is what "
-                f"{type(scheduler).__name__} hands the model; pass the timesteps of that scheduler"
+                f"timestep {timestep:g} is not a quarter of the logarithm of a sigma, which "
+                f"{type(scheduler).__name__} passes to the model; pass that scheduler's timesteps"
             )
         return _level_of_sigma(math.exp(4 * timestep))
     steps = 1000 if scheduler is None else scheduler.config.get("num_train_timesteps", 1000)
     if not 0 <= timestep <= steps:
         raise InputError(
-            f"timestep {timestep:g} is no step of {steps}, so its noise level is unknown; "
-            "transform the pipeline rather than its model alone, so that its scheduler says what "
+            f"timestep {timestep:g} is not in [0, {steps}], so its noise level is unknown; "
+            "transform the pipeline instead of its model, so that its scheduler tells what "
             "timesteps mean, or merge at every step: merge_below=1"
         )
     return timestep / steps
 
 
 def level_of_sigma(timestep: float, scheduler: Any) -> float:
-    """The noise level of a timestep that is the share of noise itself, as in flow matching.
+    """Return the noise level of a timestep that is the share of noise, as in flow matching.
 
     Raises:
-        InputError: when the timestep is none.
+        InputError: when the timestep is not in [0, 1].
     """
     if not 0 <= timestep <= 1:
         raise InputError(
-            f"timestep {timestep:g} is no share of noise; the model takes timesteps of 0 to 1, "
+            f"timestep {timestep:g} is not a share of noise; the model takes timesteps of 0 to 1, "
             "those of diffusers' schedulers divided by 1000"
         )
     return timestep
 
 
 def level_of_clean_share(timestep: float, scheduler: Any) -> float:
-    """The noise level of a timestep that is the share of the image, 0 for pure noise.
+    """Return the noise level of a timestep that is the share of the image, 0 for pure noise.
 
     Raises:
-        InputError: when the timestep is none.
+        InputError: when the timestep is not in [0, 1].
     """
     if not 0 <= timestep <= 1:
         raise InputError(
-            f"timestep {timestep:g} is no share of the image; the model takes timesteps of 0 to 1, "
-            "(1000 - t) / 1000 for t of diffusers' schedulers"
+            f"timestep {timestep:g} is not a share of the image; the model takes timesteps of 0 to "
+            "1, (1000 - t) / 1000 for t of diffusers' schedulers"
         )
     return 1 - timestep
 
 
 def timestep_of_last_token(call: Mapping[str, Any]) -> Tensor:
-    """The timestep of each video in a batch; of those that tokens have, the last token's.
+    """Return the timestep of each video in a batch; if tokens have timesteps, the last token's.
 
-    With an image to start from, models hold the tokens of the first frame at timestep 0.
+    With an image to start from, models keep the tokens of the first frame at timestep 0.
     """
     timestep: Tensor = call["timestep"]
     return timestep if timestep.ndim < 2 else timestep[:, -1]
 
 
 def levels_of_run(scheduler: Any, steps: int, scale: float, **options: Any) -> list[float] | None:
-    """The timesteps that a scheduler makes for a run, as the model takes them.
+    """Return the timesteps of a scheduler for a run, as the model takes them.
 
     Args:
-        scheduler: of a pipeline; it is copied, not changed. None gives None.
-        steps: of the run.
-        scale: what the pipeline divides them by.
-        **options: what the scheduler takes beside the number of steps.
+        scheduler: the pipeline's scheduler; it is copied, not changed. None gives None.
+        steps: number of steps of the run.
+        scale: the pipeline's divisor for timesteps.
+        **options: further arguments of ``scheduler.set_timesteps``.
     """
     if scheduler is None:
         return None
@@ -93,12 +93,12 @@ def levels_of_run(scheduler: Any, steps: int, scale: float, **options: Any) -> l
 
 
 def planned(scheduler: Any, steps: int, **options: Any) -> Any:
-    """A copy of a scheduler, set to a run.
+    """Return a copy of a scheduler that is set to a run.
 
     Args:
-        scheduler: of a pipeline.
-        steps: of the run.
-        **options: what the scheduler takes beside the number of steps.
+        scheduler: the pipeline's scheduler.
+        steps: number of steps of the run.
+        **options: further arguments of ``scheduler.set_timesteps``.
     """
     copied = copy.deepcopy(scheduler)
     copied.set_timesteps(steps, **options)
@@ -106,28 +106,28 @@ def planned(scheduler: Any, steps: int, **options: Any) -> Any:
 
 
 def flow_scheduler(**config: Any) -> Any:
-    """A scheduler of flow matching, for families whose own one is not known in a run.
+    """Make a flow-matching scheduler, for families whose own scheduler is unknown in a run.
 
     Args:
-        **config: with which the family was published.
+        **config: the family's published configuration.
     """
-    # Here, since tables of families are read before any scheduler is needed.
+    # Imported here because families are loaded before any scheduler is needed.
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     return FlowMatchEulerDiscreteScheduler(**config)
 
 
 def even_sigmas(steps: int) -> list[float]:
-    """The sigmas of a run before its scheduler shifts them, as most pipelines pass them."""
+    """Return the sigmas of a run before its scheduler shifts them, as most pipelines pass them."""
     return [1 - step / steps for step in range(steps)]
 
 
 def shift_of_size(scheduler: Any, tokens: int) -> float:
-    """The shift ``mu`` of diffusers' ``calculate_shift``, greater for greater images.
+    """Return the shift ``mu`` of diffusers' ``calculate_shift``, larger for larger images.
 
     Args:
-        scheduler: whose configuration has the numbers.
-        tokens: of the image.
+        scheduler: its configuration has the numbers.
+        tokens: number of image tokens.
     """
     config = scheduler.config
     few, most = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
@@ -138,12 +138,12 @@ def shift_of_size(scheduler: Any, tokens: int) -> float:
 def levels_of_flow(
     scheduler: Any, steps: int, *, sigmas: list[float] | None = None, mu: float | None = None
 ) -> list[float]:
-    """Noise levels of a run of flow matching, in which a scheduler's timesteps are 0 to 1000.
+    """Return the noise levels of a flow-matching run, with scheduler timesteps from 0 to 1000.
 
     Args:
-        scheduler: as made by ``flow_scheduler``, or of a pipeline; it is copied, not changed.
-        steps: of the run.
-        sigmas: as the pipeline passes them; a scheduler with flow sigmas of its own needs none.
+        scheduler: made by ``flow_scheduler``, or the pipeline's; it is copied, not changed.
+        steps: number of steps of the run.
+        sigmas: as the pipeline passes them; a scheduler with its own flow sigmas needs none.
         mu: the shift, for schedulers that take it.
     """
     options: dict[str, Any] = {}
@@ -164,7 +164,7 @@ def _is_log_sigma(scheduler: Any) -> bool:
 
 
 def _level_of_sigma(sigma: float) -> float:
-    """The step, over 1000, at which Stable Diffusion's training had as much noise."""
+    """Return the level of the Stable Diffusion training step with the same sigma."""
     sigmas = _training_sigmas()
     below = sum(each <= sigma for each in sigmas)
     return below / len(sigmas)

@@ -14,7 +14,7 @@ from toma_fx.passes.sites import Site
 
 PIXELS_PER_LATENT = 8
 LATENTS_PER_TOKEN = 2
-"""Along a side, in all published models."""
+"""Latents per token along a side, in all published models."""
 TEXT_TOKENS, TEXT_TOKENS_SIGMA = 120, 300
 
 _PIXART: dict[str, Any] = {"caption_channels": 4096}
@@ -27,14 +27,14 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "pixart-sigma-1024": {**_SIGMA, "interpolation_scale": 2},
     "pixart-sigma-2048": {**_SIGMA, "sample_size": 256, "interpolation_scale": 4},
 }
-"""Published transformers, where they differ from diffusers' defaults."""
+"""Configurations of published transformers, where they differ from diffusers' defaults."""
 
 _noise_level = noise.level_of_thousand
 
 
 def _run_levels(scheduler: Any, steps: int, call: Mapping[str, Any]) -> list[float]:
     timesteps = noise.levels_of_run(scheduler, steps, scale=1)
-    if timesteps is None:  # as those of the models' own schedulers, but for one training step
+    if timesteps is None:  # evenly spaced: within one training step of the models' own schedulers
         return noise.even_sigmas(steps)
     return [noise.level_of_thousand(t, scheduler) for t in timesteps]
 
@@ -47,17 +47,17 @@ def _sequence_lengths(call: Mapping[str, Any]) -> set[int]:
 def example_call(
     model: Any, like: Tensor, *, batch: int, height: int | None, width: int | None
 ) -> dict[str, Any]:
-    """Keyword arguments of one call of a PixArt transformer; their values mean nothing.
+    """Make up the keyword arguments of a call of a PixArt transformer, with arbitrary values.
 
     Args:
-        model: the transformer, which may have no data.
+        model: the transformer; its tensors may be without data.
         like: an empty tensor with the device and dtype in which the transformer computes.
-        batch: images.
-        height: of the image, in pixels; the model's native size when left out.
-        width: of the image, in pixels; the height, or the native size, when left out.
+        batch: number of images.
+        height: image height in pixels; the model's native size if omitted.
+        width: image width in pixels; the height if omitted, or the native size if both are.
 
     Raises:
-        ModelError: when the size is no multiple of a token's.
+        ModelError: when the size is not a multiple of a token's size.
     """
     config = model.config
     device = like.device
@@ -70,7 +70,7 @@ def example_call(
     return {
         "hidden_states": random(batch, config.in_channels, rows, columns),
         "encoder_hidden_states": random(batch, text, config.caption_channels),
-        # 1 for a token that is no padding.
+        # 1 marks tokens that are not padding.
         "encoder_attention_mask": torch.ones(batch, text, device=device, dtype=torch.int64),
         "timestep": torch.full((batch,), 500, device=device, dtype=torch.int64),
         "added_cond_kwargs": _added(config, like, batch, height, width),
@@ -125,7 +125,7 @@ FAMILY = Family(
     borders=(
         TokenGrids(
             grids=_grids,
-            # Behind the positions, which are added to tokens there.
+            # Reorder after the position embedding, which adds positions to tokens.
             enter=(Place(module="pos_embed"),),
             leave=(Place(patches=True),),
             patch=lambda config: (config.patch_size, config.patch_size),

@@ -25,13 +25,13 @@ from toma_fx.passes.sites import Site
 
 NATIVE_PIXELS = 1024
 LAYERED_PIXELS = 640
-"""Along a side of the image that Qwen-Image-Layered takes apart."""
+"""Pixels along a side of the image that Qwen-Image-Layered decomposes."""
 PIXELS_PER_TOKEN = 16
-"""Along a side: 8 per latent, and 2 latents per token."""
+"""Pixels per token along a side: 8 per latent times 2 latents per token."""
 TEXT_TOKENS = 256
-"""Those of a long prompt. Pipelines pad prompts to the longest of a batch alone."""
+"""Number of tokens of a long prompt. Pipelines pad prompts only to the longest of a batch."""
 LAYERS = 4
-"""Images into which Qwen-Image-Layered takes one apart, unless told otherwise."""
+"""Default number of layers into which Qwen-Image-Layered decomposes an image."""
 
 SCHEDULER: dict[str, Any] = {
     "use_dynamic_shifting": True,
@@ -49,14 +49,14 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen-image-edit-2511": {"zero_cond_t": True},
     "qwen-image-layered": {"use_additional_t_cond": True, "use_layer3d_rope": True},
 }
-"""Published transformers, where they differ from diffusers' defaults."""
+"""Configurations of published transformers, where they differ from diffusers' defaults."""
 
 _noise_level = noise.level_of_sigma
 
 
 def _run_levels(scheduler: Any, steps: int, call: Mapping[str, Any]) -> list[float]:
     planned = noise.flow_scheduler(**SCHEDULER) if scheduler is None else scheduler
-    # Of the image that is drawn, which comes before those that are edited.
+    # The size of the generated image, which comes before the images to edit.
     mu = noise.shift_of_size(planned, math.prod(call["img_shapes"][0][0]))
     if scheduler is not None and "additional_t_cond" in call:  # as QwenImageLayeredPipeline does
         mu = (math.prod(call["img_shapes"][0][-1]) / 256) ** 0.5
@@ -71,27 +71,27 @@ def _sequence_lengths(call: Mapping[str, Any]) -> set[int]:
 def example_call(
     model: Any, like: Tensor, *, batch: int, height: int | None, width: int | None
 ) -> dict[str, Any]:
-    """Keyword arguments of one call of a Qwen-Image transformer; their values mean nothing.
+    """Make up the keyword arguments of a call of a Qwen-Image transformer, with arbitrary values.
 
-    A transformer that takes the images to edit at a time step of their own gets one, as large as
-    the image to draw. Those of earlier edit models look like Qwen-Image's, and get none.
+    A transformer that gives images to edit a time step of their own gets one such image, as large
+    as the generated one. Earlier edit models cannot be told from Qwen-Image, and get none.
 
     Args:
-        model: the transformer, which may have no data.
+        model: the transformer; its tensors may be without data.
         like: an empty tensor with the device and dtype in which the transformer computes.
-        batch: images.
-        height: of the image, in pixels; the model's native size when left out.
-        width: of the image, in pixels; the height, or the native size, when left out.
+        batch: number of images.
+        height: image height in pixels; the model's native size if omitted.
+        width: image width in pixels; the height if omitted, or the native size if both are.
 
     Raises:
-        ModelError: when the size is no multiple of a token's.
+        ModelError: when the size is not a multiple of a token's size.
     """
     config = model.config
     device, dtype = like.device, like.dtype
     native = LAYERED_PIXELS if config.use_additional_t_cond else NATIVE_PIXELS
     rows, columns = token_grid(height, width, native, PIXELS_PER_TOKEN)
     images = 1 + config.zero_cond_t
-    if config.use_additional_t_cond:  # the whole image, its layers, and the image to take apart
+    if config.use_additional_t_cond:  # the whole image, its layers, and the image to decompose
         images = 1 + LAYERS + 1
     random = random_tensors(like)
     call: dict[str, Any] = {
@@ -131,31 +131,31 @@ def _grids(model: Any, call: Mapping[str, Any]) -> tuple[Grid, ...]:
     shapes = call["img_shapes"]
     if any(list(each) != list(shapes[0]) for each in shapes):
         raise InputError(
-            f"img_shapes={shapes!r} gives the samples of a batch images of other sizes, and one "
-            "plan is made for all; call the model once for each size"
+            f"img_shapes={shapes!r} gives samples of a batch images of different sizes, but one "
+            "plan serves them all; call the model once for each size"
         )
     return tuple(Grid(rows, columns, frames) for frames, rows, columns in _shapes_of_sample(call))
 
 
 def _shapes_of_sample(call: Mapping[str, Any]) -> list[tuple[int, int, int]]:
-    """A list of shapes for each sample is given, or one shape where there is one image."""
+    """Return the shapes of a sample; a call gives a list per sample, or one shape per image."""
     first = call["img_shapes"][0]
     return first if isinstance(first, list) else [first]
 
 
 def _drawn(model: Any, grids: tuple[Grid, ...]) -> int:
-    """The first image; of one that is taken apart, all but the last."""
+    """Return 1, the first image; if an image is decomposed, all images but the last."""
     return len(grids) - 1 if model.config.use_additional_t_cond else 1
 
 
 def _shorter(call: Mapping[str, Any], drawn: int, left: tuple[int, ...]) -> dict[str, Any]:
-    """Shapes from which the model sees how many tokens have timestep 0, as those to edit may."""
+    """Return shapes from which the model computes how many tokens may be at timestep 0."""
     shapes = [*_shapes_of_sample(call)[:drawn], *((1, 1, tokens) for tokens in left)]
     return {"img_shapes": [shapes] * len(call["img_shapes"])}
 
 
 def _edit_call(call: Mapping[str, Any]) -> dict[str, Any]:
-    """A call with an image to edit, unless it has one already."""
+    """Add an image to edit to a call, unless it has one already."""
     shapes = _shapes_of_sample(call)
     if len(shapes) > 1:
         return dict(call)

@@ -1,6 +1,6 @@
-"""What a family says of its models: the types of the rows in each family's file.
+"""Types with which a family's file describes its models.
 
-Classes are named by their qualified names, so that a table of families needs no model's import.
+Classes are given by qualified name, so that a table of families does not import any model.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,19 +17,20 @@ from toma_fx.passes.sites import Site
 NOT_MEASURED = "the first quarter of a list is spared, since the family was not measured"
 
 LeafValue = Callable[..., Any]
-"""Takes a submodule and the arguments of its call; gives an example of what it returns."""
+"""Takes a submodule and the arguments of its call; returns an example of its output."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Form:
-    """Arguments whose kind decides the branches of a block, which has a graph for each."""
+    """Arguments whose kind selects the branches of a block; the block has one graph per form."""
 
     argument: str
     more: tuple[str, ...] = ()
     of: Callable[..., str]
-    """The form of their values. A function that has a name, since pickles hold it."""
+    """Returns the form for the arguments' values. It must be a named function: pickles refer to
+    it."""
     names: tuple[str, ...]
-    """All forms; the first is that of a block that is looked at on its own."""
+    """All forms; a block that is inspected on its own takes the first."""
 
 
 WITH_MASK = " with a mask"
@@ -41,22 +42,22 @@ def _form_of_mask(mask: Tensor | None) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class KeyMask:
-    """An argument with a mask of keys that a call may leave out, as attention's code asks.
+    """A key mask argument that a call may leave out, as the attention code then asks.
 
-    It matters only where attention is rewritten; elsewhere it is handed on as it is.
+    It matters only where attention is rewritten; elsewhere it is passed on unchanged.
     """
 
     argument: str
     shape: tuple[int, ...]
-    """Of an example, with that of the block's other examples."""
+    """Shape of an example mask that fits the block's other examples."""
 
     @property
     def form(self) -> Form:
-        """The form of a block's graph: with the mask, or without."""
+        """Form of the block's graph: with or without the mask."""
         return Form(argument=self.argument, of=_form_of_mask, names=("", WITH_MASK))
 
     def example(self, form: str) -> Tensor | None:
-        """The argument in a call of a form."""
+        """Return an example of the argument for a form."""
         masked = form == WITH_MASK
         return torch.empty(self.shape, dtype=torch.bool, device="meta") if masked else None
 
@@ -68,29 +69,29 @@ class Block:
     cls: str
     """Qualified name of the class."""
     sites: tuple[Site, ...]
-    """What can be merged; the sites of one component before those of several."""
+    """Parts that can merge; sites of one component come before sites of several."""
     flow: TokenFlow
-    """Where tokens are, by the names of the block's arguments."""
+    """Position of the tokens, by the names of the block's arguments."""
     examples: Callable[..., dict[str, Any]]
-    """Example arguments of a block, on the meta device. They decide the graph's branches. Where the
-    block has forms, it is given the form too."""
+    """Returns example arguments of a block, on the meta device. They select the graph's branches.
+    If the block has forms, it also takes the form."""
     form: Form | None = None
-    """What decides branches when the block runs."""
+    """Arguments that select branches when the block runs."""
     key_mask: KeyMask | None = None
-    """A mask of keys that a call may leave out."""
+    """A key mask that a call may leave out."""
     key_examples: Mapping[str, Any] = field(default_factory=dict)
-    """Further examples where attention is rewritten, which decide branches of its own."""
+    """Further examples where attention is rewritten; they select the branches of its code."""
     masks: tuple[tuple[str, str], ...] = ()
-    """Each attention mask argument, and the component that it goes to."""
+    """Pairs of an attention mask argument and the component that uses it."""
     refused: tuple[str, ...] = ()
-    """Attention kwargs that no merged block can carry."""
+    """Attention kwargs that no merged block supports."""
     refused_by_attention: tuple[str, ...] = ()
     """Attention kwargs that refer to single image tokens."""
     example_tokens: int = 0
-    """Image tokens in the examples, where the block's tokens are those of the text too."""
+    """Number of image tokens in the examples, if the block's tokens include those of the text."""
 
     def __reduce__(self) -> Any:
-        # Rows hold functions, so a pickle holds the name.
+        # Rows hold functions, so a pickle stores the name.
         from toma_fx.families import all_families, load_block
 
         family = next(each for each in all_families() if self in each.blocks)
@@ -103,7 +104,7 @@ def _rebuilt(cls: Any, values: dict[str, Any]) -> Any:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DerivedBlock(Block):
-    """A row that no file states."""
+    """A row that was derived from a call instead of a family's file."""
 
     def __reduce__(self) -> Any:
         return _rebuilt, (
@@ -114,18 +115,19 @@ class DerivedBlock(Block):
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """A module whose blocks are groups of their own, and which holds a grid of tokens.
+    """A module that holds a grid of tokens and whose blocks form groups of their own.
 
-    ``(B, C, H, W)`` comes in, ``(B, H * W, D)`` goes through its blocks, in token order.
+    It takes ``(B, C, H, W)``; its blocks take ``(B, H * W, D)`` in token order.
     """
 
     cls: str
     """Qualified name of the class."""
     enter: str
-    """The method that makes tokens of a grid: its first argument is the grid, and its result, or
-    the first of several, the tokens."""
+    """Name of the method that turns a grid into tokens: its first argument is the grid, and its
+    result (or the first of several) is the tokens."""
     leave: str
-    """The method that makes a grid of tokens: it takes the tokens, then a grid of the same size."""
+    """Name of the method that turns tokens into a grid: it takes the tokens and a grid of the same
+    size."""
 
 
 def _as_they_are(ids: Tensor) -> Tensor:
@@ -134,34 +136,33 @@ def _as_they_are(ids: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenSequence:
-    """A model that takes its image tokens as a sequence, with the position of each.
+    """A model that takes its image tokens as a sequence, with position ids.
 
-    They are put in token order together with everything that has a row for each of them.
+    The tokens are put in token order, together with all values that have a row for each of them.
     """
 
     tokens: str
-    """The argument with the tokens, ``(B, N, C)``; the model returns as many."""
+    """Argument with the tokens, ``(B, N, C)``; the model returns the same number of tokens."""
     ids: str
-    """The argument with the position ids, ``(N, 3)`` or ``(1, N, 3)``: image number, row and
+    """Argument with the position ids, ``(N, 3)`` or ``(1, N, 3)``: image number, row and
     column."""
     more: tuple[str, ...] = ()
     """Arguments with lists of tensors that have a row for each token in dimension 1."""
     joint: tuple[str, ...] = ()
-    """Arguments with a tensor that has a row for each token in dimension 1, those of the text
-    first."""
+    """Arguments with a tensor that has a row for each token in dimension 1, text tokens first."""
     text_first: bool = False
-    """Whether the ids have rows of text tokens before those of the image tokens."""
+    """True if the ids have rows for text tokens before those for image tokens."""
     references: tuple[str, str] | None = None
-    """Arguments with tokens of further images, and their ids; they are put in order by themselves,
-    and the model returns none for them."""
+    """Arguments with the tokens of further images and their ids. These tokens are put in order
+    separately, and the model returns none for them."""
     places: Callable[[Tensor], Tensor] = _as_they_are
-    """Image number, row and column of each token, in whole numbers, of the ids, ``(N, 3)``."""
+    """Converts ids ``(N, 3)`` into integer image number, row and column of each token."""
     enter: str
-    """Path of the module that takes the tokens, in a graph that others captured."""
+    """Path of the module that takes the tokens, in a graph captured by other code."""
     leave: str
-    """Path of the module that returns them."""
+    """Path of the module that returns the tokens."""
     positions: str
-    """Path of the module that takes the ids of text and image."""
+    """Path of the module that takes the ids of text and image tokens."""
 
 
 @dataclass(frozen=True)
@@ -174,12 +175,12 @@ class Grid:
 
     @property
     def tokens(self) -> int:
-        """How many there are."""
+        """Number of tokens in all frames."""
         return self.frames * self.area
 
     @property
     def area(self) -> int:
-        """Tokens of a frame."""
+        """Number of tokens per frame."""
         return self.rows * self.columns
 
 
@@ -188,40 +189,39 @@ class Place:
     """A tensor at a border that has a row for each image token."""
 
     module: str = ""
-    """Path of the module that takes or returns it; ``""`` is the model."""
+    """Path of the module that takes or returns the tensor; ``""`` is the model."""
     method: str = "forward"
     argument: str | None = None
-    """Name of the argument that it is, or"""
+    """Name of the argument that is the tensor; None for an output."""
     output: int | None = None
-    """its place among the outputs."""
+    """Index of the output that is the tensor, if there are several."""
     dim: int = 1
-    """Dimension of the rows. Behind them may be rows of other tokens."""
+    """Dimension of the rows. Rows of other tokens may follow."""
     last: bool = False
-    """Whether those of other tokens are before them instead."""
+    """True if rows of other tokens come first instead."""
     dims: int = 1
-    """How many dimensions the rows are spread over, ``dim`` and those behind it."""
+    """Number of dimensions over which the rows are spread: ``dim`` and those after it."""
     ndim: int | None = None
-    """Dimensions of the tensor, where one of others has no rows for tokens."""
+    """Number of dimensions of the tensor, if a tensor with another number has no token rows."""
     patches: bool = False
-    """Whether the tensor is the image itself, ``(..., H, W)`` or ``(..., F, H, W)``, of which each
+    """True if the tensor is the image itself, ``(..., H, W)`` or ``(..., F, H, W)``, in which each
     patch becomes a token."""
     listed: bool = False
-    """Whether it is a list or a tuple of such tensors, or a dictionary: one for each sample or
-    block."""
+    """True if it is a list, tuple or dictionary of such tensors, one for each sample or block."""
     told: tuple[str, str] | None = None
-    """An argument of the module that says how many tokens there are, and the model's argument that
-    it is: where the model is told of fewer, the module is told of all of them, and its rows are
-    picked."""
+    """Names of the module's argument that gives the number of tokens, and of the model's argument
+    that it comes from. If the model is called with fewer tokens, the module still gets the full
+    number, and rows are picked from its output."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """Arguments of a model that it takes or leaves, and that the values of another one tell."""
+    """Optional arguments of a model that can be computed from the values of another argument."""
 
     argument: str
-    """The other one, a tensor."""
+    """Name of the other argument, a tensor."""
     makes: Callable[[Tensor], Mapping[str, Any]]
-    """The arguments, of that tensor."""
+    """Computes the optional arguments from that tensor."""
 
 
 def _no_patch(config: Any) -> tuple[int, ...]:
@@ -232,7 +232,7 @@ def _never(call: Mapping[str, Any]) -> bool:
     return False
 
 
-# Functions, since Dynamo does not trace `operator.itemgetter`.
+# Functions, because Dynamo does not trace `operator.itemgetter`.
 def _timestep(call: Mapping[str, Any]) -> Any:
     return call["timestep"]
 
@@ -257,37 +257,39 @@ def _no(model: Any, call: Mapping[str, Any]) -> bool:
 class TokenGrids:
     """A model whose grids of image tokens follow from the shapes of its arguments.
 
-    The image tokens are put in token order at places, all before the first block or behind the
-    last: what has a row for each of them where it comes in, and what comes out.
+    Tokens are reordered at places before the first block and after the last one: every value that
+    enters with a row for each token, and every such output.
     """
 
     grids: Callable[[Any, Mapping[str, Any]], tuple[Grid, ...]]
-    """The grids of a call, ``(model, call)``: the output's first, then those of references."""
+    """Returns the grids of a call, ``(model, call)``: the output's first, then references'."""
     enter: tuple[Place, ...]
     leave: tuple[Place, ...]
     patch: Callable[[Any], tuple[int, ...]] = _no_patch
-    """The size of a token, in what the model takes, ``(H, W)`` or ``(F, H, W)``; of its config."""
+    """Returns the size of a token in the model's input, ``(H, W)`` or ``(F, H, W)``, from the
+    model's config."""
     given_frames: Callable[[Any, Mapping[str, Any]], tuple[int, ...]] = _no_frames
-    """Frames of the first grid that are given and not drawn, or may be, as far as the shapes of a
-    call tell, ``(model, call)``; -1 is the last one. They stay as they are, and come before all
-    others in token order."""
+    """Returns the frames of the first grid that are, or may be, given and not generated, according
+    to the shapes of a call, ``(model, call)``; -1 is the last frame. They stay unmerged and come
+    before all others in token order."""
     reads_given: Callable[[Any, Mapping[str, Any]], tuple[bool, ...] | None] | None = None
-    """Whether each frame of the first grid is given, as the values of a call tell, ``(model,
-    call)``; None where they do not. Those that are given stay as they are too."""
+    """Tells for each frame of the first grid whether it is given, according to the values of a
+    call, ``(model, call)``; None if they do not tell. Given frames stay unmerged too."""
     frames_apart: Callable[[Any, Mapping[str, Any]], bool] = _no
-    """Whether each frame is put in order by itself in a call, ``(model, call)``, since the model
-    makes something for each token of a frame where no place reaches it."""
+    """Tells whether a call, ``(model, call)``, needs each frame ordered separately, because the
+    model computes something per token of a frame that no place reaches."""
     given_tokens: Callable[[Any, Mapping[str, Any]], int] = _no_tokens
-    """How many tokens of no grid there are in a call, ``(model, call)``, which stay as they are."""
+    """Returns the number of tokens outside all grids in a call, ``(model, call)``; they stay
+    unmerged."""
     given_last: bool = False
-    """Whether they are behind those of the grids, and not before."""
+    """True if those tokens come after the grids instead of before them."""
     reading: Reading | None = None
-    """What a call may leave to the values of a tensor."""
+    """Arguments that a call may leave out and that follow from a tensor's values."""
 
     def is_ordered(self, region: str) -> bool:
-        """Whether tokens may have to be put in order for a kind of region.
+        """Return whether tokens may have to be reordered for a kind of region.
 
-        In stripes they stay as they are, unless some are given that are not the first.
+        Stripes keep the caller's order, unless frames or tokens other than the first are given.
         """
         return region == "tile" or self.reads_given is not None or self.given_last
 
@@ -298,93 +300,94 @@ def _first(model: Any, grids: tuple[Grid, ...]) -> int:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class References:
-    """Images that a model edits, whose tokens stand behind those of the image that it draws.
+    """Images that a model edits; their tokens follow those of the generated image.
 
-    They carry no noise, and pipelines throw away what the model returns for them. Where their
-    positions are told by a `TokenSequence`, each image number but the first is a reference.
+    They carry no noise, and pipelines discard the model's output for them. If a `TokenSequence`
+    gives their positions, each image number except the first is a reference.
     """
 
     tokens: str = "hidden_states"
-    """The argument with all image tokens, ``(B, N, C)``."""
+    """Argument with all image tokens, ``(B, N, C)``."""
     drawn: Callable[[Any, tuple[Grid, ...]], int] = _first
-    """Of the grids of a call, ``(model, grids)``: how many, from the first, are drawn."""
+    """Returns how many of the grids of a call, ``(model, grids)``, counted from the first, are
+    generated."""
     shorter: Callable[[Mapping[str, Any], int, tuple[int, ...]], dict[str, Any]] | None = None
-    """The arguments that say how many tokens there are, of a call in which references have so many,
-    ``(call, drawn grids, tokens of each reference)``."""
+    """Returns the arguments that give the number of tokens, adapted to shorter references,
+    ``(call, generated grids, tokens of each reference)``."""
     refused: tuple[str, ...] = ()
-    """Arguments that speak of single tokens of references, or put them elsewhere."""
+    """Arguments that refer to single tokens of references, or move them."""
     example: Callable[[Mapping[str, Any]], dict[str, Any]]
-    """A made-up call with one reference as large as the image, of one without."""
+    """Makes, from a call without references, a call with one reference as large as the image."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Family:
-    """A model class and the blocks in it."""
+    """A model class and its blocks."""
 
     name: str
     cls: str
     """Qualified name of the model's class."""
     title: str
-    """What people call the models."""
+    """Name of the models for people."""
     blocks: tuple[Block, ...]
     borders: tuple[Stage | TokenSequence | TokenGrids, ...]
-    """Where tokens come into token order and leave it."""
+    """Places where tokens enter token order and leave it."""
     attention_kwargs: str | None = None
-    """The model's argument with the attention kwargs, which reach every block; None where none
-    does."""
+    """Argument of the model with the attention kwargs, which reach every block; None if there is
+    none."""
     timestep: Callable[[Mapping[str, Any]], Any] = _timestep
-    """The timestep of a call, one for each row of the batch or one for all."""
+    """Returns the timestep of a call: one per sample, or one for all."""
     time_rises: bool = False
-    """Whether timesteps rise from noise to the image."""
+    """True if timesteps rise from noise to the image."""
     rows_change: Callable[[Mapping[str, Any]], bool] = _never
-    """Whether tokens have rows in a call that change from step to step, as a timestep's of each
-    token do, so that a plan that is kept needs new ones."""
+    """Tells whether tokens have rows in a call that change from step to step, such as a timestep
+    per token, so that a kept plan needs new rows."""
     prompt: tuple[str, ...]
-    """The model's arguments with the prompt's embeddings. The first tensor in those that are given
-    tells one denoising run from another."""
+    """Arguments of the model with the prompt's embeddings. The first tensor in the given ones
+    distinguishes denoising runs."""
     leaf_values: Mapping[str, LeafValue] = field(default_factory=dict)
-    """By qualified class name, what a block's submodule returns where it is not tokens alone."""
+    """Functions for the output of submodules that return more than tokens, by class name."""
     unmerged_by_default: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    """Blocks that stay unmerged unless ``skip`` says otherwise: of the list at a path, the first
-    ``a`` of ``b``, and as large a share of a list of another length."""
+    """Blocks that stay unmerged unless ``skip`` says otherwise: ``(a, b)`` leaves out the first
+    ``a`` of ``b`` blocks in the list at a path, and the same share of a list of another length."""
     unmerged_because: str = ""
     never_merged: Mapping[str, str] = field(default_factory=dict)
-    """Blocks that cannot merge, by a pattern on their paths, each with the reason."""
+    """Patterns for the paths of blocks that cannot merge, each with the reason."""
     regretted: str = ""
-    """What merging at every step was measured to do to images, where that is worth a warning."""
+    """Measured effect of merging at every step on images, if it deserves a warning."""
     theta: float = 0.25
-    """`toma_fx.Memory.theta` where none is given."""
+    """Default of `toma_fx.Memory.theta`."""
     noise_level: Callable[[float, Any], float]
-    """The noise level of a timestep, 1 for pure noise and 0 for the image, under a scheduler; the
-    scheduler is None where it is not known."""
+    """Returns the noise level of a timestep under a scheduler, 1 for pure noise and 0 for the
+    image; the scheduler is None if unknown."""
     run_levels: Callable[[Any, int, Mapping[str, Any]], list[float]]
-    """Noise levels of a denoising run of some steps: of a scheduler, or the family's usual one when
-    it is None, for a call of the model."""
+    """Returns the noise levels of a run, ``(scheduler, steps, call)``; for the family's usual
+    scheduler if it is None."""
     example_call: Callable[..., dict[str, Any]]
-    """Keyword arguments of a call, ``(model, like, *, batch, height, width)``: sizes in pixels, the
-    model's own when None; tensors with the device and dtype of ``like``."""
+    """Makes up the keyword arguments of a call, ``(model, like, *, batch, height, width)``: sizes
+    in pixels, the model's own if None; tensors with the device and dtype of ``like``."""
     sequence_lengths: Callable[[Mapping[str, Any]], set[int]]
-    """Numbers of tokens in the sequences that attention sees in a call."""
+    """Returns the lengths of the sequences that attention sees in a call."""
     image: Callable[[Mapping[str, Any]], Tensor] = _hidden_states
-    """The argument of a call that holds the image."""
+    """Returns the argument of a call that holds the image."""
     references: References | None = None
-    """The images that the models edit, if there are such models."""
+    """The images that the models edit; None if no model edits images."""
     reads_values: bool = False
-    """Whether the model picks the words of a text by its mask, and so cannot run on tensors without
-    data unless it is told which they are."""
+    """True if the model picks the words of a text by its mask, so that it cannot run on tensors
+    without data unless it is told which tokens are words."""
     architectures: Mapping[str, Mapping[str, Any]]
-    """Configurations of published models, by the names that the command line takes."""
+    """Configurations of published models, by their names on the command line."""
     block_counts: Mapping[str, str] = field(default_factory=dict)
-    """By the path of each list of blocks that merge, the field of the model's configuration that
-    says how many they are: a number, or a list with an item for each."""
+    """For the path of each list of blocks that merge, the field of the model's configuration with
+    the number of blocks: a number, or a list with an item per block."""
 
     def block_row(self, cls: type[nn.Module]) -> Block | None:
-        """The row of a block class, or of the first class that it derives from."""
+        """Return the row of a block class or of its first known base class; None if unknown."""
         names = [qualified_name(base) for base in cls.__mro__]
         return next((row for row in self.blocks if row.cls in names), None)
 
     def __reduce__(self) -> Any:
-        # Rows hold functions, so a pickle holds the name.
+        # Rows hold functions, so a pickle stores the name.
         from toma_fx.families import load_family
 
         return load_family, (self.name,)
@@ -392,7 +395,7 @@ class Family:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DerivedFamily(Family):
-    """A family that no file states: `toma_fx.derive`."""
+    """A family made by `toma_fx.derive` instead of a family's file."""
 
     def __reduce__(self) -> Any:
         return _rebuilt, (
@@ -401,7 +404,7 @@ class DerivedFamily(Family):
         )
 
     def __str__(self) -> str:
-        """What was derived: of each class of block, and of the order of tokens."""
+        """Return a table of the derived block classes, and whether the token order was found."""
         rows = [(each.cls.rpartition(".")[2], *_described(each)) for each in self.blocks]
         headers = ("block", "image tokens", "text", "a row for each token")
         ordered = any(not isinstance(each, TokenGrids) or each.enter for each in self.borders)
@@ -425,17 +428,17 @@ def _described(block: Block) -> tuple[str, str, str]:
 
 
 def qualified_name(cls: type) -> str:
-    """The module and name of a class."""
+    """Return the module and the name of a class."""
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def grid_sizes(ids: Sequence[float], *, sort: bool) -> tuple[int, ...]:
-    """Token counts of the grids in a sequence.
+    """Return the token counts of the grids in a sequence.
 
     Args:
         ids: the image number of each token.
-        sort: whether token order brings the tokens of an image together; otherwise grids are runs
-            of one number.
+        sort: whether token order brings the tokens of each image together; otherwise, each run of
+            one number is a grid.
     """
     counts: list[tuple[float, int]] = []
     for number in sorted(ids) if sort else ids:

@@ -14,9 +14,9 @@ from toma_fx.passes.sites import Site
 
 PIXELS_PER_LATENT = 8
 LATENTS_PER_TOKEN = 2
-"""Along a side, in all published models."""
+"""Latents per token along a side, in all published models."""
 TEXT_TOKENS = 77 + 256
-"""Of CLIP, then of T5."""
+"""Number of tokens of CLIP, then of T5."""
 
 SCHEDULER: dict[str, Any] = {"shift": 3.0}
 """The configuration of the published models' schedulers."""
@@ -43,7 +43,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "qk_norm": "rms_norm",
     },
 }
-"""Published transformers, where they differ from diffusers' defaults."""
+"""Configurations of published transformers, where they differ from diffusers' defaults."""
 
 _noise_level = noise.level_of_thousand
 
@@ -67,17 +67,17 @@ def _sequence_lengths(call: Mapping[str, Any]) -> set[int]:
 def example_call(
     model: Any, like: Tensor, *, batch: int, height: int | None, width: int | None
 ) -> dict[str, Any]:
-    """Keyword arguments of one call of a Stable Diffusion 3 transformer; their values mean nothing.
+    """Make up the keyword arguments of a Stable Diffusion 3 call, with arbitrary values.
 
     Args:
-        model: the transformer, which may have no data.
+        model: the transformer; its tensors may be without data.
         like: an empty tensor with the device and dtype in which the transformer computes.
-        batch: images.
-        height: of the image, in pixels; the model's native size when left out.
-        width: of the image, in pixels; the height, or the native size, when left out.
+        batch: number of images.
+        height: image height in pixels; the model's native size if omitted.
+        width: image width in pixels; the height if omitted, or the native size if both are.
 
     Raises:
-        ModelError: when the size is no multiple of a token's.
+        ModelError: when the size is not a multiple of a token's size.
     """
     config = model.config
     height = config.sample_size * PIXELS_PER_LATENT if height is None else height
@@ -134,7 +134,7 @@ FAMILY = Family(
         TokenGrids(
             grids=_grids,
             enter=(
-                # Behind the positions, which are added to tokens there.
+                # Reorder after the position embedding, which adds positions to tokens.
                 Place(module="pos_embed"),
                 Place(argument="block_controlnet_hidden_states", listed=True),
             ),

@@ -1,4 +1,4 @@
-"""The UNet of Stable Diffusion 1.5, 2.1 and XL, and of what was made from them."""
+"""The UNet of Stable Diffusion 1.5, 2.1 and XL, and of models derived from them."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -40,13 +40,13 @@ VAE_SCALE = 8
 """Pixels per latent along a side."""
 CLIP_TOKENS = 77
 CHATGLM_TOKENS = 256
-"""Text tokens in Kolors, whose text encoder is ChatGLM."""
+"""Number of text tokens in Kolors, whose text encoder is ChatGLM."""
 IMAGE_TOKENS = 257
-"""Tokens of an image in CLIP's hidden states."""
+"""Number of tokens of an image in CLIP's hidden states."""
 
 
 def _examples(block: Any) -> dict[str, Any]:
-    # float16, as in all families: a forward may do more for it than for other types.
+    # float16, as in all families: some forwards do extra work for it.
     like = torch.empty(0, dtype=torch.float16, device="meta")
     return {"hidden_states": like.new_empty(2, 64, block.dim)}
 
@@ -70,18 +70,18 @@ def _sequence_lengths(call: Mapping[str, Any]) -> set[int]:
 def example_call(
     model: Any, like: Tensor, *, batch: int, height: int | None, width: int | None
 ) -> dict[str, Any]:
-    """Keyword arguments of one call of a UNet; their values mean nothing.
+    """Make up the keyword arguments of a call of a UNet, with arbitrary values.
 
     Args:
-        model: the UNet, which may have no data.
+        model: the UNet; its tensors may be without data.
         like: an empty tensor with the device and dtype in which the UNet computes.
-        batch: images.
-        height: of the image, in pixels; the model's native size when left out.
-        width: of the image, in pixels; the height, or the native size, when left out.
+        batch: number of images.
+        height: image height in pixels; the model's native size if omitted.
+        width: image width in pixels; the height if omitted, or the native size if both are.
 
     Raises:
-        ModelError: when the size is no multiple of a latent's, or is left out and the model's
-            config has none.
+        ModelError: when the size is not a multiple of a latent's size, or when it is omitted and
+            the model's config has none.
     """
     config = model.config
     height, width = _size(config.sample_size, height, width)
@@ -105,8 +105,8 @@ def example_call(
 def _size(native: Any, height: int | None, width: int | None) -> tuple[int, int]:
     if height is None and native is None:
         raise ModelError(
-            "the model's config has no sample_size, so the image size is not known; pass height "
-            "and width, or inputs={...}, the keyword arguments of a call"
+            "the model's config has no sample_size, so the image size is unknown; pass height and "
+            "width, or inputs={...}, the keyword arguments of a call"
         )
     if height is None:
         rows, columns = (native, native) if isinstance(native, int) else native
@@ -117,8 +117,8 @@ def _size(native: Any, height: int | None, width: int | None) -> tuple[int, int]
 
 
 def _channels(model: Any) -> int:
-    # The layer, since whoever widens it for inpainting may leave the config as it was. The weight,
-    # since a LoRA's layer around it has no in_channels.
+    # Ask the layer, because code that widens it for inpainting may leave the config unchanged. Ask
+    # its weight, because a LoRA layer around it has no in_channels.
     channels = int(model.conv_in.weight.shape[1])
     if model.config.addition_embed_type == "image_hint":
         channels -= model.add_embedding.input_hint_block[-1].out_channels
@@ -177,9 +177,9 @@ def _added(
 
 
 def _size_ids(config: Any, height: int, width: int) -> list[float]:
-    """SDXL's: size before the crop, its corner, and the size to draw or, in the refiner, a score.
+    """Return SDXL's size before the crop, crop corner, and target size (in the refiner: a score).
 
-    The refiner's one text encoder gives both the text tokens and the pooled text, equally wide.
+    The refiner's only text encoder gives both text tokens and pooled text, equally wide.
     """
     known = config.projection_class_embeddings_input_dim - 5 * config.addition_time_embed_dim
     target = [6.0] if known == config.cross_attention_dim else [height, width]
@@ -193,22 +193,22 @@ _IMAGE_EMBEDS: dict[type[nn.Module], tuple[str, tuple[int, ...]]] = {
     IPAdapterFaceIDImageProjection: ("ff.net.0.proj", (1,)),
     IPAdapterFaceIDPlusImageProjection: ("proj.net.0.proj", (1,)),
 }
-"""By the projection of an IP-Adapter: the layer that takes an image's embedding, and the shape of
-the embedding but for its width."""
+"""For each IP-Adapter projection: the layer that takes an image's embedding, and the shape of the
+embedding without its width."""
 
 
 def _image_embeds(projection: nn.Module, random: Callable[..., Tensor], batch: int) -> Tensor:
     path, shape = _IMAGE_EMBEDS[type(projection)]
     layer: Any = projection.get_submodule(path)
     images = 1
-    # FaceID Plus keeps CLIP's embeddings of all images of a batch, and takes as many of faces.
+    # FaceID Plus keeps CLIP's embeddings of all images of a batch, and needs as many of faces.
     if (kept := getattr(projection, "clip_embeds", None)) is not None:
         images = max(1, kept.shape[0] * kept.shape[1] // batch)
     return random(batch, images, *shape, layer.in_features)
 
 
 def _attention(module: object, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
-    """Whatever the processor; one of others may be no good on tensors without data."""
+    """Return the output shape without the processor, which may fail on tensors without data."""
     return hidden_states.new_empty(hidden_states.shape)
 
 

@@ -1,4 +1,4 @@
-"""The transformers of Wan 2.1 and 2.2, VACE among them."""
+"""The transformers of Wan 2.1 and 2.2, including VACE."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,17 +21,17 @@ from toma_fx.passes.plan_nodes import Rows, TokenFlow
 from toma_fx.passes.sites import Site
 
 NATIVE_SIZE = (480, 832, 81)
-"""Height and width in pixels, and frames."""
+"""Native height and width in pixels, and number of frames."""
 NATIVE_SIZE_5B = (704, 1280, 121)
 PIXELS_PER_LATENT, PIXELS_PER_LATENT_5B = 8, 16
 FRAMES_PER_LATENT = 4
 LATENTS_PER_TOKEN = (1, 2, 2)
-"""Along frames, rows and columns, in all published models."""
+"""Latents per token along frames, rows and columns, in all published models."""
 CHANNELS_5B = 48
-"""Of the latents of Wan 2.2 TI2V 5B, which alone has an autoencoder of its own."""
+"""Latent channels of Wan 2.2 TI2V 5B, the only model with an autoencoder of its own."""
 TEXT_TOKENS = 512
 IMAGE_TOKENS = 257
-"""Tokens of an image in CLIP's hidden states."""
+"""Number of tokens of an image in CLIP's hidden states."""
 
 SMALL: dict[str, Any] = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
 _IMAGE: dict[str, Any] = {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}
@@ -51,7 +51,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "num_layers": 30,
     },
 }
-"""Published transformers, where they differ from diffusers' defaults."""
+"""Configurations of published transformers, where they differ from diffusers' defaults."""
 
 _noise_level = noise.level_of_thousand
 
@@ -63,8 +63,8 @@ def _run_levels(scheduler: Any, steps: int, call: Mapping[str, Any]) -> list[flo
 
 
 def _usual_scheduler(channels: int) -> Any:
-    """The scheduler with which the models are published in diffusers' format."""
-    # Here, since tables of families are read before any scheduler is needed.
+    """Return the scheduler with which the models are published in diffusers' format."""
+    # Imported here because families are loaded before any scheduler is needed.
     from diffusers import UniPCMultistepScheduler
 
     return UniPCMultistepScheduler(
@@ -85,7 +85,7 @@ def _sequence_lengths(call: Mapping[str, Any]) -> set[int]:
 
 
 def _rows_change(call: Mapping[str, Any]) -> bool:
-    """Whether each token has a timestep, whose modulation is a row of it."""
+    """Return whether each token has a timestep, whose modulation is a row of that token."""
     timestep: Tensor = call["timestep"]
     return timestep.ndim == 2
 
@@ -99,19 +99,19 @@ def example_call(
     width: int | None,
     frames: int | None = None,
 ) -> dict[str, Any]:
-    """Keyword arguments of one call of a Wan transformer; their values mean nothing.
+    """Make up the keyword arguments of a call of a Wan transformer, with arbitrary values.
 
     Args:
-        model: the transformer, which may have no data.
+        model: the transformer; its tensors may be without data.
         like: an empty tensor with the device and dtype in which the transformer computes.
-        batch: videos.
-        height: of the video, in pixels; the model's native size when left out.
-        width: of the video, in pixels; the height, or the native size, when left out.
-        frames: of the video; the model's native number when left out.
+        batch: number of videos.
+        height: video height in pixels; the model's native size if omitted.
+        width: video width in pixels; the height if omitted, or the native size if both are.
+        frames: number of video frames; the model's native number if omitted.
 
     Raises:
-        ModelError: when the size is no multiple of a token's, or the frames no multiple of a
-            latent frame's and one more.
+        ModelError: when the size is not a multiple of a token's size, or when the number of
+            frames is not 1 plus a multiple of the frames per latent frame.
     """
     config = model.config
     random = random_tensors(like)
@@ -159,12 +159,12 @@ PER_TOKEN = " of each token"
 
 
 def form_of(temb: Tensor) -> str:
-    """Whether each token has a modulation of its own, ``(B, N, 6, D)``, or the video has one."""
+    """Return whether each token has its own modulation, ``(B, N, 6, D)``, or the video has one."""
     return PER_TOKEN if temb.ndim == 4 else ""
 
 
 def examples(block: Any, form: str = "") -> dict[str, Any]:
-    """Example arguments of a block."""
+    """Return example arguments of a block."""
     like = torch.empty(0, dtype=torch.float16, device="meta")
     width, tokens = block.scale_shift_table.shape[-1], 64
     rotary = like.new_empty(1, tokens, 1, block.attn1.inner_dim // block.attn1.heads)
@@ -177,7 +177,7 @@ def examples(block: Any, form: str = "") -> dict[str, Any]:
 
 
 def grids(model: Any, call: Mapping[str, Any]) -> tuple[Grid, ...]:
-    """The video's tokens."""
+    """Return the grid of the video's tokens."""
     sizes = call["hidden_states"].shape[-3:]
     frames, rows, columns = (
         size // step for size, step in zip(sizes, model.config.patch_size, strict=True)
@@ -186,9 +186,9 @@ def grids(model: Any, call: Mapping[str, Any]) -> tuple[Grid, ...]:
 
 
 def _given_frames(model: Any, call: Mapping[str, Any]) -> tuple[int, ...]:
-    """The first frame with more channels than are drawn, or with a timestep for each token.
+    """Return the first frame, if there are extra input channels or a timestep for each token.
 
-    The last one too, of a model that looks at two images: those from which and to which it draws.
+    Models that take two images, the start and the end of the video, also return the last frame.
     """
     config = model.config
     drawn = config.out_channels or config.in_channels
@@ -197,10 +197,10 @@ def _given_frames(model: Any, call: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def _reads_given(model: Any, call: Mapping[str, Any]) -> tuple[bool, ...] | None:
-    """The frames that are marked as given, or whose tokens have timestep 0.
+    """Return which frames are marked as given, or have only tokens at timestep 0.
 
-    Marks are channels between those that are drawn and the latents that are given: one for each
-    frame of the video that a latent frame stands for.
+    The marks are channels between the generated and the given latents: one for each video frame
+    that a latent frame represents.
     """
     config, latents, (grid,) = model.config, call["hidden_states"], grids(model, call)
     if call["timestep"].ndim == 2:

@@ -1,4 +1,4 @@
-"""The transformer of Wan 2.1 VACE, in which further blocks run on a video that controls."""
+"""The transformer of Wan 2.1 VACE, with further blocks that run on a control video."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,7 +12,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "wan2.1-vace-1.3b": {**wan.SMALL, "vace_layers": list(range(0, 30, 2))},
     "wan2.1-vace-14b": {},
 }
-"""Published transformers, where they differ from diffusers' defaults."""
+"""Configurations of published transformers, where they differ from diffusers' defaults."""
 
 _MODULE = "diffusers.models.transformers.transformer_wan_vace"
 
@@ -23,9 +23,9 @@ def _examples(block: Any) -> dict[str, Any]:
 
 
 def _reads_given(model: Any, call: Mapping[str, Any]) -> tuple[bool, ...] | None:
-    """Reference images, which are frames before the video, and frames of it that are kept.
+    """Return which frames are given: reference images before the video, and kept video frames.
 
-    The last channels of the control video mark what is made anew, pixel by pixel.
+    The last channels of the control video mark, pixel by pixel, what is generated.
     """
     grids, control = wan.grids(model, call), call["control_hidden_states"]
     anew = control[:, 2 * model.config.in_channels :]

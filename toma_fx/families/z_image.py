@@ -16,18 +16,18 @@ from toma_fx.passes.sites import Site
 NATIVE_PIXELS = 1024
 PIXELS_PER_LATENT = 8
 LATENTS_PER_TOKEN = 2
-"""Along a side."""
+"""Latents per token along a side."""
 TEXT_TOKENS = 128
-"""Those of a long prompt. Each caption of a batch has its own number."""
+"""Number of tokens of a long prompt. Each caption of a batch has its own length."""
 PADDED_TO = 32
-"""The model brings each image and each caption to a multiple of this many tokens."""
+"""The model pads each image and each caption to a multiple of this many tokens."""
 
 SCHEDULER: dict[str, Any] = {"shift": 3.0}
 """The configuration of Z-Image-Turbo's scheduler; the base model's has a shift of 6."""
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {"z-image": {"axes_lens": (1536, 512, 512)}}
-"""The published transformers, where they differ from diffusers' defaults; turbo and base are
-alike."""
+"""Configurations of published transformers, where they differ from diffusers' defaults; turbo and
+base are alike."""
 
 _noise_level = noise.level_of_clean_share
 
@@ -55,7 +55,7 @@ def _padded(tokens: int) -> int:
 
 
 def _image(call: Mapping[str, Any]) -> Tensor:
-    """The images of a batch, whose values are those of the first: a view of it."""
+    """Return a tensor shaped like the batch of images, with the first image's values: a view."""
     images: list[Tensor] = call["x"]
     return images[0].expand(len(images), *images[0].shape)
 
@@ -68,17 +68,17 @@ def _timestep(call: Mapping[str, Any]) -> Tensor:
 def example_call(
     model: Any, like: Tensor, *, batch: int, height: int | None, width: int | None
 ) -> dict[str, Any]:
-    """Keyword arguments of one call of a Z-Image transformer; their values mean nothing.
+    """Make up the keyword arguments of a call of a Z-Image transformer, with arbitrary values.
 
     Args:
-        model: the transformer, which may have no data.
+        model: the transformer; its tensors may be without data.
         like: an empty tensor with the device and dtype in which the transformer computes.
-        batch: images.
-        height: of the image, in pixels; 1024 when left out.
-        width: of the image, in pixels; the height when left out.
+        batch: number of images.
+        height: image height in pixels; 1024 if omitted.
+        width: image width in pixels; the height if omitted.
 
     Raises:
-        ModelError: when the size is no multiple of a token's.
+        ModelError: when the size is not a multiple of a token's size.
     """
     config = model.config
     height = NATIVE_PIXELS if height is None else height
@@ -116,13 +116,13 @@ def _grids(model: Any, call: Mapping[str, Any]) -> tuple[Grid, ...]:
     images = call["x"]
     if any(isinstance(each, list) for each in images):
         raise InputError(
-            "x holds lists of images, as the omni pipeline passes them, whose tokens are not those "
-            "of one image; call the untransformed model"
+            "x holds lists of images, as the omni pipeline passes them, so tokens do not belong to "
+            "one image; call the untransformed model"
         )
     if len({each.shape for each in images}) > 1:
         sizes = [tuple(each.shape) for each in images]
         raise InputError(
-            f"x holds images of sizes {sizes}, and one plan is made for all; call the model once "
+            f"x holds images of sizes {sizes}, but one plan serves them all; call the model once "
             "for each size"
         )
     frames, height, width = images[0].shape[-3:]
