@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from tests.family_pipelines import tiny_wan_pipeline
 from toma_fx.app import words
@@ -17,6 +18,7 @@ from toma_fx.choices import PROMPT
 from toma_fx.config import MergeConfig
 from toma_fx.errors import ConfigError, ModelError
 from toma_fx.lab import small_models
+from toma_fx.runtime import selector
 from toma_fx.transform import model_of
 
 STEPS = 4
@@ -32,12 +34,12 @@ def _small(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(small_models, "FOLDER", folder)
 
 
-@pytest.fixture(params=["sdxl", "flux"])
+@pytest.fixture(scope="module", params=["sdxl", "flux"])
 def studio(request: pytest.FixtureRequest, folder: Path) -> Studio:
     return Studio([str(folder / request.param)])
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def sdxl(folder: Path) -> Studio:
     return Studio([str(folder / "sdxl")])
 
@@ -91,31 +93,37 @@ def test_the_pipeline_is_untouched_again(studio: Studio) -> None:
     assert np.array_equal(pixels(again.merged), pixels(first.merged))
 
 
-def test_kept_tokens_are_those_of_the_last_plan(studio: Studio) -> None:
-    plans: list[list[Any]] = []
+def test_kept_tokens_are_those_of_the_last_plan(
+    studio: Studio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picks: list[Tensor] = []
+    by_step: dict[str, list[Tensor]] = {}
+    real = selector.facility_location
 
-    def peek(text: str, share: float) -> None:
-        """Keeps, of what the run remembers, the destinations of the batch's last image."""
-        state = text.startswith("merged") and getattr(
-            model_of(next(iter(studio._pipelines.values()))), "toma_state", None
-        )
-        if state and len(state):
-            run = state._runs[0]  # the one with the prompt, which comes before the negative
-            each = [plan for group in run.kept.plans.values() for plan in group.values()]
-            plans.append([plan[-1][-1].flatten() for plan in each])
+    def note(similarity: Tensor, keep: int, *sized: Tensor, **padding: Any) -> Tensor:
+        picks.append(real(similarity, keep, *sized, **padding))
+        return picks[-1]
 
-    made = studio.compare(wish(studio, ratio=0.75, memory=2), tell=peek)
+    def tell(text: str, share: float) -> None:
+        by_step[text] = [*picks]
+        picks.clear()
+
+    studio.compare(wish(studio, steps=1))  # loads
+    monkeypatch.setattr(selector, "facility_location", note)
+    made = studio.compare(wish(studio, ratio=0.75, memory=2), tell=tell)
     kept = made.kept
     assert kept is not None
     assert kept.step == 3  # steps 1 and 3 are full
+    assert by_step["merged image: step 4 of 4"] == []
+    planned = by_step["merged image: step 3 of 4"]
+    if studio.models[0].endswith("flux"):
+        planned = planned[: len(planned) // 2]  # the others are the call's with the negative prompt
     assert (kept.grid.height, kept.grid.width) == (16, 16)
+    inside = planned[-1].unflatten(0, (-1, 4))[-1]  # four regions, of the batch's last image
+    places = (inside + 64 * torch.arange(4)[:, None]).flatten()
     chosen = kept.merged.destinations
     assert len(chosen) == 64
-    assert any(
-        torch.equal(kept.grid.tile_order[places].sort().values, chosen)
-        for places in plans[-1]
-        if len(places) == len(chosen)
-    )
+    assert torch.equal(kept.grid.tile_order[places].sort().values, chosen)
     painted = kept.painted(made.merged)
     assert painted.shape == (320, 320, 3)
     assert f"64 of 256 in {kept.block} at step 3 of 4" in words.of_kept(made)
