@@ -19,9 +19,10 @@ HEAVY = (
     "matplotlib",
     "torchmetrics",
     "tomesd",
+    "gradio",
 )
 MOST_MODULES = 30
-"""Beyond those that torch loads, most of which are Python's own; the command line adds 14."""
+"""Beyond those that torch loads, most of which are Python's own; the command line adds 16."""
 
 HELP = """
 import contextlib, io, sys
@@ -31,7 +32,7 @@ for command in ([], *([name] for name in sys.argv[1:])):
         main([*command, "--help"])
     assert "usage: toma-fx" in said.getvalue(), command
 """
-COMMANDS = ("report", "bench", "demo", "eval", "study", "calibrate", "plot", "show")
+COMMANDS = ("report", "bench", "demo", "eval", "study", "calibrate", "plot", "show", "app")
 
 
 @cache

@@ -42,7 +42,7 @@ THEME = gr.themes.Default(
 CSS = """
 .problem { color: #b42318; font-weight: 600; }
 .dark .problem { color: #fda29b; }
-#figures table { width: 100%; border-collapse: collapse; border: 0; }
+#figures table { width: 100%; border-collapse: collapse; border: 0 !important; }
 #figures :is(th, td) {
   text-align: left; padding: 6px 12px;
   border: 0; border-bottom: 1px solid var(--border-color-primary);
