@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusionXLImg2ImgPipeline
 from torch import nn
 
 from examples.small_models.architecture import KINDS, pipeline
@@ -21,12 +22,16 @@ def pytest_collection_modifyitems(items: list[Any]) -> None:
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Holds a tiny SDXL, ``sdxl``, and a tiny Flux, ``flux``."""
+    """Holds a tiny SDXL, ``sdxl``, one that changes images, ``needs_image``, and a tiny Flux."""
     made = tmp_path_factory.mktemp("pipelines")
     for kind in KINDS:
         tiny = pipeline(kind, tiny=True)
         if kind == "flux":
             _open_gates(tiny.transformer)
+        else:
+            StableDiffusionXLImg2ImgPipeline(**tiny.components).save_pretrained(
+                made / "needs_image"
+            )
         tiny.save_pretrained(made / kind)
     return made
 

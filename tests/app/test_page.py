@@ -38,8 +38,9 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def url(folder: Path) -> Iterator[str]:
-    """Of the page that ``toma-fx app`` serves, with the tiny SDXL."""
-    command = [sys.executable, "-m", "toma_fx", "app", "--model", str(folder / "sdxl")]
+    """Of the page that ``toma-fx app`` serves, with the tiny SDXL, and one that takes an image."""
+    models = [str(folder / name) for name in ("sdxl", "needs_image")]
+    command = [sys.executable, "-m", "toma_fx", "app", "--model", *models]
     # Pages must not go through a proxy to this machine.
     environment = {**os.environ, "no_proxy": "127.0.0.1", "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
@@ -205,6 +206,28 @@ def test_a_ratio_that_there_is_not_becomes_the_nearest(visit: Any) -> None:
     ratio.fill("2")
     ratio.press("Tab")
     assert ratio.input_value() == "0.95"
+
+
+def test_a_pipeline_that_fails_is_a_sentence(visit: Any) -> None:
+    page = visit()
+    page.get_by_role("combobox", name="Model").click()
+    page.get_by_role("option", name="needs_image").click()
+    draw(page, PROMPTS[0])
+    page.wait_for_selector("#status [role=alert]", timeout=WAIT)
+    said = page.inner_text("#status").strip()
+    assert re.match(r"The pipeline failed with \w+: .*image", said)
+    assert "Traceback" not in page.inner_text("body")
+
+
+def test_leaving_cancels(visit: Any) -> None:
+    page = visit()
+    page.get_by_label("Steps").fill("100000")  # an hour, if nobody cancelled it
+    draw(page, PROMPTS[0])
+    page.wait_for_selector(":text('untouched image: step')", timeout=WAIT)
+    page.close()
+    other = visit()
+    draw(other, PROMPTS[1])
+    images(other)
 
 
 def test_two_people_at_once_get_their_own_images(visit: Any, folder: Path) -> None:

@@ -25,6 +25,7 @@ from toma_fx.app import words
 from toma_fx.app.compare import CancelledError, Comparison, Studio, Untouched, Wish
 from toma_fx.choices import PROMPT
 from toma_fx.errors import TomaError
+from toma_fx.lab.small_models import own_settings
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,8 @@ THEME = gr.themes.Default(
 CSS = """
 .problem { color: #b42318; font-weight: 600; }
 .dark .problem { color: #fda29b; }
-#figures table { width: 100%; border-collapse: collapse; border: 0 !important; }
+#figures table { width: 100%; border-collapse: collapse; }
+#figures :is(table, thead, tbody, tr) { border: 0 !important; }
 #figures :is(th, td) {
   text-align: left; padding: 6px 12px;
   border: 0; border-bottom: 1px solid var(--border-color-primary);
@@ -115,29 +117,30 @@ def build_page(studio: Studio) -> gr.Blocks:
                 status = gr.HTML("", elem_id="status")
             with gr.Column(scale=3, min_width=420):
                 results = _results()
-        drawing = {
-            "fn": run,
-            "inputs": [known, *fields],
-            "outputs": [known, *results, status],
-            "show_progress_on": results[0],
+        gr.on(
+            [start.click, fields[1].submit],
+            run,
+            inputs=[known, *fields],
+            outputs=[known, *results, status],
+            show_progress_on=results[0],
+            trigger_mode="once",
             # Sessions wait at the studio's lock, which says so, and not in gradio's queue.
-            "concurrency_limit": None,
-            "api_name": "compare",
-        }
-        start.click(**drawing)
-        fields[1].submit(**drawing)
+            concurrency_limit=None,
+            api_name="compare",
+        )
         stop.click(cancel, queue=False, api_name="cancel")
         page.unload(leave)
     return page
 
 
 def _fields(models: Sequence[str]) -> tuple[list[Any], tuple[gr.Button, gr.Button]]:
+    small = any(map(own_settings, models))
     prompt = gr.Textbox(
         PROMPT,
         label="Prompt",
         lines=2,
         elem_id="prompt",
-        info="The small models draw plain scenes of coloured shapes.",
+        info="The small models draw plain scenes of coloured shapes." if small else None,
     )
     model = gr.Dropdown(
         [(Path(name).name, name) for name in models],
