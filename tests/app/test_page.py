@@ -215,7 +215,7 @@ def test_a_pipeline_that_fails_is_a_sentence(visit: Any) -> None:
     draw(page, PROMPTS[0])
     page.wait_for_selector("#status [role=alert]", timeout=WAIT)
     said = page.inner_text("#status").strip()
-    assert re.match(r"The pipeline failed with \w+: .*image", said)
+    assert re.match(r"The pipeline failed with \w+: .*PIL.Image", said)
     assert "Traceback" not in page.inner_text("body")
 
 
