@@ -19,7 +19,7 @@ from toma_fx.cli import main
 from toma_fx.inputs import random_inputs
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ["report", "bench", "demo", "eval", "calibrate"]
+COMMANDS = ["report", "bench", "demo", "eval", "calibrate", "app"]
 
 
 @pytest.fixture(params=[tiny_sdxl_unet, tiny_flux])

@@ -19,9 +19,10 @@ HEAVY = (
     "matplotlib",
     "torchmetrics",
     "tomesd",
+    "gradio",
 )
 MOST_MODULES = 30
-"""Beyond those that torch loads, most of which are Python's own; the command line adds 14."""
+"""Beyond those that torch loads, most of which are Python's own; the command line adds 16."""
 
 HELP = """
 import contextlib, io, sys
@@ -32,7 +33,7 @@ for command in ([], *(name.split() for name in sys.argv[1:])):
     assert "usage: toma-fx" in said.getvalue(), command
 """
 BENCH = ("bench", "bench model", "bench block", "bench image")
-COMMANDS = ("report", *BENCH, "demo", "eval", "calibrate")
+COMMANDS = ("report", *BENCH, "demo", "eval", "calibrate", "app")
 
 
 @cache

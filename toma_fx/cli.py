@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import get_args
 
 import toma_fx
+from toma_fx.app.command import add_app
 from toma_fx.bench.cli import add_bench
 from toma_fx.choices import DTYPE_NAMES, PROMPT
 from toma_fx.config import PRESETS, Component, MergeConfig, Placement, Region, Tokens
@@ -72,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--output", type=Path, default=Path("demo"), help="of the pictures (demo)")
     show.set_defaults(run=_demo)
     add_commands(commands)
+    add_app(commands)
     return parser
 
 

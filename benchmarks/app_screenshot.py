@@ -1,0 +1,49 @@
+"""The picture of ``toma-fx app`` in the documentation, taken in a headless Chromium.
+
+    python benchmarks/app_screenshot.py docs/images/app.png
+
+It draws with the small SDXL, in the repository's folder.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+
+from playwright.sync_api import sync_playwright
+
+PROMPT = "a large green square on a striped brown ground under a blue sky"
+SEED = "1"
+
+
+def main() -> None:
+    """Start the page, draw, and save what is to be seen."""
+    command = [sys.executable, "-m", "toma_fx", "app"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            said = server.stdout.readline()
+            shoot(re.search(r"http://\S+", said)[0], sys.argv[1])
+        finally:
+            server.terminate()
+
+
+def shoot(url: str, file: str) -> None:
+    """Fill in the page at ``url``, draw, and save a picture of it."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=shutil.which("chromium"), args=["--no-sandbox"]
+        )
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.goto(url)
+        page.get_by_label("Prompt").fill(PROMPT)
+        page.get_by_label("Seed").fill(SEED)
+        page.get_by_role("button", name="Draw both").click()
+        page.wait_for_selector("#figures table", timeout=300_000)
+        page.mouse.move(0, 0)
+        page.wait_for_timeout(3000)  # until pictures are there and what shows progress has faded
+        page.screenshot(path=file, full_page=True)
+        browser.close()
+
+
+if __name__ == "__main__":
+    main()

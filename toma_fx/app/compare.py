@@ -1,0 +1,284 @@
+"""One image drawn by the untouched and by the transformed pipeline, and all that is told of both.
+
+Any number of sessions may ask at the same time; one lock lets them draw one after the other, so
+that no session sees the transformed model of another.
+"""
+
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from toma_fx.app.kept import Kept, Planned, planning
+from toma_fx.config import MergeConfig
+from toma_fx.errors import ConfigError, ModelError, TomaWarning
+from toma_fx.inputs import draws_videos
+from toma_fx.lab.compare import DIFFERENCE_GAIN, psnr
+from toma_fx.lab.draw import Task, default_dtype, draw, load_pipeline
+from toma_fx.lab.prompts import Prompt
+from toma_fx.lab.small_models import own_settings
+from toma_fx.option_values import count
+from toma_fx.report import Report, report
+from toma_fx.schedule import Memory
+from toma_fx.transform import model_of, restore, transform
+
+Tell = Callable[[str, float], None]
+"""Called with what is done now, in words, and the share of the work that is over, in [0, 1]."""
+
+WARM_UP_STEPS = 2
+WAIT_SECONDS = 0.1
+"""Between two looks of a waiting session at whether it was cancelled."""
+
+
+class CancelledError(Exception):
+    """The session that asked for a comparison took it back."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wish:
+    """What a session asks for.
+
+    Raises:
+        ConfigError: when a field holds a value that it cannot take, or the options do not combine.
+    """
+
+    model: str
+    """Folder or hub name of a diffusers pipeline."""
+    prompt: str
+    seed: int = 0
+    steps: int = 25
+    """Of denoising."""
+    ratio: float = 0.5
+    merge_below: float = 1.0
+    memory: int = 0
+    """Steps from one full step to the next; 0 for none."""
+    config: MergeConfig = field(init=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.prompt, str) or not self.prompt.strip():
+            raise ConfigError(f"prompt={self.prompt!r} is empty; say what to draw")
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed={self.seed!r} must be a whole number from 0 to 2**63 - 1")
+        count("steps", self.steps, 25)
+        memory = Memory(every=self.memory) if self.memory else None
+        config = MergeConfig(ratio=self.ratio, merge_below=self.merge_below, memory=memory)
+        object.__setattr__(self, "config", config)
+
+    def task(self, dtype: str) -> Task:
+        """The same for `toma_fx.lab.draw`, with what the small models' cards name."""
+        prompts = (Prompt(text=self.prompt),)
+        settings = own_settings(self.model)
+        return Task(model=self.model, prompts=prompts, steps=self.steps, dtype=dtype, **settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Untouched:
+    """The image of the untouched pipeline, which no ratio changes."""
+
+    of: tuple[str, str, int, int]
+    """Model, prompt, seed and steps."""
+    image: Image.Image
+    seconds: float
+    """From prompt to pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Both images of a wish."""
+
+    wish: Wish
+    dtype: str
+    device: str
+    untouched: Untouched
+    reused: bool
+    """Whether the untouched image, and its time, are those of a comparison before this one."""
+    merged: Image.Image
+    seconds: float
+    """From prompt to pixels, of the merged image."""
+    rewriting_seconds: float
+    """That `toma_fx.transform` took."""
+    report: Report
+    kept: Kept | None
+    warned: tuple[str, ...]
+    """What toma_fx warned of."""
+
+    @property
+    def psnr(self) -> float:
+        """Of the merged image against the untouched one, in dB; infinite for equal images."""
+        return psnr(self.merged, self.untouched.image)
+
+    def difference(self) -> NDArray[np.uint8]:
+        """``(H, W, 3)``: how far the pixels are apart, `DIFFERENCE_GAIN` times as bright."""
+        images = (self.untouched.image, self.merged)
+        before, after = (np.asarray(each.convert("RGB"), np.int16) for each in images)
+        bright: NDArray[np.int16] = DIFFERENCE_GAIN * np.abs(after - before)
+        return bright.clip(max=255).astype(np.uint8)
+
+
+class Studio:
+    """The pipelines, each loaded when it is first asked for, and the lock around them.
+
+    Args:
+        models: folders or hub names of diffusers pipelines that draw images.
+        dtype: of the weights; bfloat16 on a GPU and float32 without one, when left out.
+
+    Raises:
+        ConfigError: when there is no model.
+    """
+
+    def __init__(self, models: Sequence[str], *, dtype: str | None = None) -> None:
+        if not models:
+            raise ConfigError("models=() must name at least one diffusers pipeline")
+        self.models = tuple(models)
+        self.dtype = default_dtype() if dtype is None else dtype
+        self._pipelines: dict[str, Any] = {}
+        self._lock = threading.Lock()
+
+    def compare(
+        self,
+        wish: Wish,
+        known: Untouched | None = None,
+        *,
+        tell: Tell = lambda words, share: None,
+        cancelled: threading.Event | None = None,
+    ) -> Comparison:
+        """Draw the image of a wish untouched, then merged; the pipeline is untouched again then.
+
+        Args:
+            wish: what is drawn.
+            known: of an earlier comparison, used again where it is the same image.
+            tell: hears of every step, and of waiting for another session.
+            cancelled: ends it before the next step once it is set.
+
+        Raises:
+            CancelledError: when it was cancelled.
+            TomaError: when the model or an option is not what it must be.
+        """
+        cancelled = threading.Event() if cancelled is None else cancelled
+        if wish.model not in self.models:
+            raise ConfigError(f"model={wish.model!r} must be one of {', '.join(self.models)}")
+        with self._turn(tell, cancelled):
+            pipeline = self._pipeline(wish, tell)
+            run = _Run(pipeline, wish, wish.task(self.dtype), tell, cancelled)
+            of = (wish.model, wish.prompt, wish.seed, wish.steps)
+            reused = known is not None and known.of == of
+            if known is None or not reused:
+                run.parts = 2
+                known = Untouched(of=of, **run.draw("untouched"))
+            return Comparison(
+                wish=wish,
+                dtype=self.dtype,
+                device=pipeline.device.type,
+                untouched=known,
+                reused=reused,
+                **run.merged(),
+            )
+
+    @contextmanager
+    def _turn(self, tell: Tell, cancelled: threading.Event) -> Iterator[None]:
+        if not self._lock.acquire(blocking=False):
+            tell("waiting: the model draws for another session", 0)
+            while not self._lock.acquire(timeout=WAIT_SECONDS):
+                if cancelled.is_set():
+                    raise CancelledError
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    def _pipeline(self, wish: Wish, tell: Tell) -> Any:
+        pipeline = self._pipelines.get(wish.model)
+        if pipeline is None:
+            tell(f"loading {wish.model} and warming it up", 0)
+            pipeline = load_pipeline(wish.model, dtype=self.dtype)
+            if draws_videos(model_of(pipeline)):
+                raise ModelError(
+                    f"{wish.model!r} draws videos, and the page compares images; give --model a "
+                    "pipeline that draws images"
+                )
+            # The first calls of a process take longer, and would be told as times of the method.
+            task = wish.task(self.dtype)
+            draw(pipeline, task, task.prompts[0], 0, steps=WARM_UP_STEPS)
+            with _transformed(pipeline, MergeConfig(ratio=0.5)):
+                draw(pipeline, task, task.prompts[0], 0, steps=WARM_UP_STEPS)
+            self._pipelines[wish.model] = pipeline
+        return pipeline
+
+
+@contextmanager
+def _transformed(pipeline: Any, config: MergeConfig) -> Iterator[list[str]]:
+    """Transform a pipeline for a while; yields the list of what toma_fx warns of meanwhile."""
+    said: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", TomaWarning)
+        transform(pipeline, config)
+        try:
+            yield said
+        finally:
+            restore(pipeline)
+            texts = [str(each.message) for each in caught if each.category is TomaWarning]
+            said.extend(dict.fromkeys(texts))
+    for each in caught:
+        if each.category is not TomaWarning:
+            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+
+
+class _Run:
+    """One comparison's work on the pipeline, told step by step."""
+
+    def __init__(
+        self, pipeline: Any, wish: Wish, task: Task, tell: Tell, cancelled: threading.Event
+    ) -> None:
+        self.pipeline, self.wish, self.task = pipeline, wish, task
+        self.tell, self.cancelled = tell, cancelled
+        self.parts = 1
+        """Images to draw."""
+        self.done = 0
+        """Images that are drawn."""
+
+    def draw(self, name: str, planned: Planned | None = None) -> dict[str, Any]:
+        """The next image, and the seconds that it took."""
+        steps = self.wish.steps
+
+        def after_step(_: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            if self.cancelled.is_set():
+                raise CancelledError
+            if planned is not None:
+                planned.step = step + 2
+            share = (self.done + (step + 1) / steps) / self.parts
+            self.tell(f"{name} image: step {step + 1} of {steps}", share)
+            return tensors
+
+        if self.cancelled.is_set():
+            raise CancelledError
+        self.tell(f"{name} image: step 0 of {steps}", self.done / self.parts)
+        arguments = {**self.task.arguments, "callback_on_step_end": after_step}
+        task = Task(**{**vars(self.task), "arguments": arguments})
+        image, seconds = draw(self.pipeline, task, task.prompts[0], self.wish.seed)
+        self.done += 1
+        return {"image": image, "seconds": seconds}
+
+    def merged(self) -> dict[str, Any]:
+        """What a `Comparison` tells of the merged image."""
+        start = time.perf_counter()
+        with _transformed(self.pipeline, self.wish.config) as warned:
+            rewriting = time.perf_counter() - start
+            with planning(model_of(self.pipeline)) as planned:
+                drawn = self.draw("merged", planned)
+            image: Image.Image = drawn["image"]
+            told = report(self.pipeline, steps=self.wish.steps)
+        return {
+            "merged": image,
+            "seconds": drawn["seconds"],
+            "rewriting_seconds": rewriting,
+            "report": told,
+            "kept": planned.kept(image.height, image.width),
+            "warned": tuple(warned),
+        }
