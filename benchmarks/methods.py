@@ -7,12 +7,13 @@
 Every row of a scenario draws the same prompts and seeds with a small trained model. *The same
 image?* PSNR and SSIM to what the untouched model draws. *As good an image?* The judge's share of
 right answers about what the prompt says, and Frechet's distance in the judge's features to true
-pictures. The arithmetic is that of the real model at 1024 x 1024. A row that the results hold
-already is not drawn again.
+pictures. The arithmetic is that of the real model at 1024 x 1024. Images that are there are not
+drawn again.
 """
 
 import argparse
 import csv
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -39,6 +40,7 @@ from toma_fx.lab.small_models import FOLDER
 from toma_fx.runtime.plan import MERGED, RECALL, REMEMBER, UNTOUCHED
 
 RESULTS = Path(__file__).parent / "results"
+IMAGES = Path(__file__).parent.parent / "build" / "methods"
 FIRST_SCENE, FIRST_TRUE, FIRST_OTHER = 40_000_000, 50_000_000, 60_000_000
 """Scenes that no training saw: of the prompts, of the true pictures, and of calibrations."""
 TRUE_PICTURES = 400
@@ -228,14 +230,6 @@ class Bench:
         self._scenes = [scene_of(index, held_out=index % 2 == 1) for index in indices]
         self._others = [scene_of(index) for index in range(FIRST_OTHER, FIRST_OTHER + 4)]
         self._powers: dict[int, float] = {}
-        self._untouched: Images | None = None
-
-    @property
-    def untouched(self) -> Images:
-        """Drawn once."""
-        if self._untouched is None:
-            self._untouched = self._draw(self._scenes)
-        return self._untouched
 
     def _draw(self, scenes: list[Scene], **changes: Any) -> Images:
         steps = self.scenario.nominal(self.scenario.steps)
@@ -305,23 +299,24 @@ class Bench:
         taken = toma_fx.report(self.pipe, steps=scenario.steps).shares
         return sum(share * costs[each] for each, share in taken.items()) / costs[UNTOUCHED]
 
-    def measure(self, row: Row | None) -> dict[str, Any]:
-        """A row of the results; None for the untouched model."""
+    def draw(self, row: Row | None) -> tuple[Images, float]:
+        """The images of a row, None for the untouched model, and the run's arithmetic."""
         if row is None:
-            return self._record("untouched", 1.0, self.untouched)
-        self.untouched  # noqa: B018 - before the pipeline changes
+            return self._draw(self._scenes), 1.0
         with row.on(self) as (changes, share):
-            images = self._draw(self._scenes, **changes)
-            return self._record(row.name, share(), images)
+            return self._draw(self._scenes, **changes), share()
 
-    def _record(self, name: str, share: float, images: Images) -> dict[str, Any]:
+    def record(
+        self, name: str, share: float, images: Images, untouched: Images | None
+    ) -> dict[str, Any]:
+        """A row of the results; ``untouched`` is None for the untouched model itself."""
         record: dict[str, Any] = {"row": name, "arithmetic": share, "images": len(images)}
-        if images is not self.untouched:
-            gap = images.astype(np.float64) - self.untouched
+        if untouched is not None:
+            gap = images.astype(np.float64) - untouched
             errors = np.square(gap).reshape(len(images), -1).mean(1)
             each = 10 * np.log10(255**2 / np.maximum(errors, 1e-3))
             record |= _with_interval("psnr", each)
-            pairs = zip(images, self.untouched, strict=True)
+            pairs = zip(images, untouched, strict=True)
             record["ssim"] = np.mean([ssim(_tensor(one), _tensor(other)) for one, other in pairs])
         record |= _with_interval("answers", shares(self._judge, images, self._scenes))
         drawn, true = features(self._judge, images), _true_features(self._judge, self._size)
@@ -394,26 +389,43 @@ def main(arguments: list[str] | None = None) -> None:
         "--only", nargs="+", default=[""], help="rows whose name holds one of these"
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--images", type=Path, default=IMAGES, help="folder of what is drawn")
     parser.add_argument("--table", action="store_true", help="print the results, draw nothing")
     options = parser.parse_args(arguments)
     scenario = SCENARIOS[options.scenario]
-    file = options.out / f"methods-{options.scenario}.csv"
+    results = options.out / f"methods-{options.scenario}.csv"
     if not options.table:
-        folder = options.model or FOLDER / scenario.model
-        bench = Bench(scenario, options.prompts, folder, load_judge())
-        known = list(csv.DictReader(file.open())) if file.exists() else []
-        for row in (None, *scenario.rows(scenario.steps)):
-            name = "untouched" if row is None else row.name
-            wanted = any(each in name for each in options.only)
-            if not wanted or any(each["row"] == name for each in known):
-                continue
-            known.append(bench.measure(row))
-            print(known[-1], flush=True)
-            with file.open("w", newline="") as out:
-                writer = csv.DictWriter(out, COLUMNS)
-                writer.writeheader()
-                writer.writerows(known)
-    print(table(file))
+        bench = Bench(
+            scenario, options.prompts, options.model or FOLDER / scenario.model, load_judge()
+        )
+        folder = options.images / f"{options.scenario}-{options.prompts}"
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = {"untouched": None} | {row.name: row for row in scenario.rows(scenario.steps)}
+        files = {name: folder / f"{re.sub('[^a-z0-9.]+', '_', name)}.npz" for name in rows}
+        for name, row in rows.items():
+            wanted = row is None or any(each in name for each in options.only)
+            if wanted and not files[name].exists():
+                images, share = bench.draw(row)
+                np.savez(files[name], images=images, share=share)
+                print(f"{name}: {share:.2f} of the arithmetic", flush=True)
+        _write(results, _records(bench, files))
+    print(table(results))
+
+
+def _records(bench: Bench, files: Mapping[str, Path]) -> Iterator[dict[str, Any]]:
+    drawn = {name: np.load(file) for name, file in files.items() if file.exists()}
+    untouched = drawn["untouched"]["images"]
+    for name, each in drawn.items():
+        reference = None if name == "untouched" else untouched
+        yield bench.record(name, float(each["share"]), each["images"], reference)
+
+
+def _write(file: Path, records: Iterator[dict[str, Any]]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", newline="") as out:
+        writer = csv.DictWriter(out, COLUMNS)
+        writer.writeheader()
+        writer.writerows(records)
 
 
 if __name__ == "__main__":
