@@ -86,7 +86,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def call(pipe: Any, *args: Any, **options: Any) -> Any:
         return draw(pipe, *args, **{**options, "num_inference_steps": 2})
 
-    def from_pretrained(cls: Any, name: str, **options: Any) -> Any:
+    def from_pretrained(cls: Any, /, name: str, **options: Any) -> Any:
         folder = tmp_path / "hub" / name
         HUB[name]().save_pretrained(folder)
         return load.__func__(cls, folder, **options)
