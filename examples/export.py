@@ -11,7 +11,6 @@ Then ``python examples/run_exported.py exported``, which imports nothing but tor
 """
 
 import argparse
-import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -104,8 +103,7 @@ def _memory(options: argparse.Namespace) -> toma_fx.Memory | None:
 def _measured(name: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"{name}: {time.perf_counter() - start:.1f} s, peak memory {peak:.1f} GiB")
+    print(f"{name}: {time.perf_counter() - start:.1f} s, peak memory {_peak_memory()}")
 
 
 def _pipeline(options: argparse.Namespace) -> tuple[nn.Module, dict[str, Any], nn.Module]:
@@ -179,6 +177,15 @@ def _request(inputs: dict[str, Any], scheduler: Any, flux: bool) -> dict[str, An
         "levels": scheduler.timesteps / 1000,
         "sigmas": scheduler.sigmas,
     }
+
+
+def _peak_memory() -> str:
+    """Of this process so far."""
+    try:
+        import resource
+    except ImportError:
+        return "unknown: this system does not say it to Python"
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB"
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ python examples/run_exported.py exported --package     # the AOTInductor package
 """
 
 import argparse
-import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -34,8 +33,7 @@ def main(arguments: list[str] | None = None) -> Tensor:
         if (options.folder / "decoder.pt2").exists():
             decode = torch.export.load(options.folder / "decoder.pt2").module()
             _save(decode(latents), options.folder / "image.ppm")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"peak memory {peak:.1f} GiB")
+    print(f"peak memory {_peak_memory()}")
     return latents
 
 
@@ -119,6 +117,15 @@ def _save(image: Tensor, path: Path) -> None:
     height, width, _ = pixels.shape
     path.write_bytes(b"P6 %d %d 255\n" % (width, height) + bytes(pixels.flatten().tolist()))
     print(f"wrote {path}")
+
+
+def _peak_memory() -> str:
+    """Of this process so far."""
+    try:
+        import resource
+    except ImportError:
+        return "unknown: this system does not say it to Python"
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB"
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ nothing of the repository beside it. `toma_fx.bench` runs without the part that 
 """
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -83,6 +84,17 @@ def check_wheel(wheel: Path) -> None:
     assert not different, f"wheel and tree differ in {different}"
 
 
+def check_readme(wheel: Path) -> None:
+    """What an index shows is the README, and no link or picture of it leads nowhere."""
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        shown = archive.read(name).decode().partition("\n\n")[2]
+    title = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()[0]
+    assert shown.startswith(title), f"the index would show {shown[:80]!r}"
+    relative = re.findall(r"\]\((?![a-z]+:|#)[^)]*\)", shown)
+    assert not relative, f"links of the readme on an index lead nowhere: {relative}"
+
+
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         dist, site = Path(folder, "dist"), Path(folder, "site")
@@ -92,6 +104,8 @@ def main() -> None:
         (sdist,), (wheel,) = dist.glob("*.tar.gz"), dist.glob("*.whl")
         check_sdist(sdist)
         check_wheel(wheel)
+        check_readme(wheel)
+        subprocess.run([*python, "twine", "check", "--strict", str(sdist), str(wheel)], check=True)
         install = ["pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)]
         subprocess.run([*python, *install], check=True)
         environment = {**os.environ, "PYTHONPATH": str(site)}

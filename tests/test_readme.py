@@ -1,7 +1,6 @@
 """What the README and the pages on options and on how it works show is what the code does."""
 
-import operator
-import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -23,19 +22,24 @@ def test_printed_block_is_the_generated_one() -> None:
     assert readable(lead) in HOW
 
 
-def test_three_lines_run(capsys: pytest.CaptureFixture[str]) -> None:
-    (snippet,) = re.findall(r"```python\n(import toma_fx.*?)```", README, re.DOTALL)
-
-    class Pipe:
-        def __init__(self) -> None:
-            self.unet = tiny_sdxl_unet()
-
-    pipe = Pipe()
-    original = pipe.unet
-    exec(snippet, {"pipe": pipe})
-    assert type(pipe.unet) is type(original)
-    assert all(map(operator.is_, pipe.unet.parameters(), original.parameters()))
-    assert "whole model" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("repository", "link", "picture"),
+    [
+        (None, "[text](#here), more, [paper](https://a.b/c)", ""),
+        (
+            "https://a.b",
+            "[text](#here), [more](https://a.b/blob/main/docs/more.md#x), [paper](https://a.b/c)",
+            "![seen](https://a.b/raw/main/docs/a.png)",
+        ),
+    ],
+)
+def test_the_readme_of_an_index_has_no_relative_link(
+    repository: str | None, link: str, picture: str
+) -> None:
+    change = runpy.run_path(str(ROOT / "setup.py"))["for_the_index"]
+    text = "[text](#here), [more](docs/more.md#x), [paper](https://a.b/c)"
+    assert change(text, repository) == link
+    assert change("![seen](docs/a.png)", repository) == picture
 
 
 def test_every_field_and_preset_is_named() -> None:

@@ -3,10 +3,24 @@
 Public names are imported on first use, so that ``import toma_fx`` costs little more than Python.
 """
 
+import os
 import sys
 from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING
+
+_HERE = os.path.dirname(os.path.abspath(__file__))
+if not os.path.isdir(os.path.join(_HERE, "passes")):
+    # A checkout in which links became files, as git makes them on Windows. The folders that they
+    # name are beside this one, and no other checkout's may be taken, which may be installed.
+    _BESIDE = os.path.dirname(_HERE)
+    for _name in ("passes", "runtime"):
+        if not os.path.isfile(os.path.join(_BESIDE, _name, "__init__.py")):
+            raise ImportError(
+                f"{_HERE} holds no folder {_name!r}, and neither does {_BESIDE}: a part of toma_fx "
+                "is missing; install it with pip install, or check the repository out again"
+            )
+    __path__.append(_BESIDE)
 
 if TYPE_CHECKING:
     from toma_fx.backend import backend as backend

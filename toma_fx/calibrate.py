@@ -9,13 +9,11 @@ The prediction is deliberately simple: the squared error of an image is the sum 
 each adds alone, times a factor for the ratio.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any, Self
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +21,14 @@ from torch import nn
 
 from toma_fx.arithmetic import count_parts, first_call
 from toma_fx.build import merged_copy, recipe_of_transformed
+from toma_fx.calibration_files import (
+    CalibrationFile,
+    ForeignError,
+    mapping,
+    numbers,
+    origin_of,
+    strings,
+)
 from toma_fx.config import MergeConfig, matches
 from toma_fx.errors import ConfigError, ModelError
 from toma_fx.inputs import weightless
@@ -45,15 +51,16 @@ Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Calibration:
+class Calibration(CalibrationFile):
     """What merging costs a model's images, and what it saves.
 
     Errors are squared differences to the untouched images: the mean over an image's values, and of
     those the geometric mean over images, which no single image decides.
     """
 
-    base: MergeConfig
-    """All options that are not allotted."""
+    FILE = "calibration.json"
+    _MAKER = "calibrate"
+
     parts: Mapping[str, tuple[str, ...]]
     """Name of each part of the model, and the patterns of its blocks."""
     errors: Mapping[str, float]
@@ -117,35 +124,25 @@ class Calibration:
             total += saving
         return ratios if total >= wanted else None
 
-    def save(self, file: str | Path) -> None:
-        """Write it as JSON, for `load`."""
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
-        Path(file).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-
     @classmethod
-    def load(cls, file: str | Path) -> Self:
-        """What `save` wrote.
-
-        Raises:
-            ConfigError: when there is no such file, or it holds something else.
-        """
-        try:
-            content = json.loads(Path(file).read_text(encoding="utf-8"))
-            base = MergeConfig(**content.pop("base"))
-            parts = {name: tuple(patterns) for name, patterns in content.pop("parts").items()}
-            errors, savings = content.pop("errors"), content.pop("savings")
-            return cls(
-                base=base,
-                parts=parts,
-                errors={name: float(errors[name]) for name in parts},
-                savings={name: _by_number(savings[name]) for name in parts},
-                **{name: _by_number(values) for name, values in content.items()},
-            )
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ConfigError(
-                f"{str(file)!r} is no calibration that toma_fx saved: {error!r}; make one with "
-                "toma-fx calibrate"
-            ) from error
+    def _fields_of(cls, content: dict[str, Any]) -> dict[str, Any]:
+        given = mapping("parts", content["parts"])
+        parts = {name: strings("parts", patterns) for name, patterns in given.items()}
+        errors = numbers("errors", content["errors"], parts)
+        savings = mapping("savings", content["savings"])
+        found = {
+            "parts": parts,
+            # As the parts are ordered, which is the order of the blocks.
+            "errors": {name: errors[name] for name in parts},
+            "savings": {name: numbers("savings", savings.get(name)) for name in parts},
+            "uniform": dict(sorted(numbers("uniform", content["uniform"]).items())),
+            "by_ratio": numbers("by_ratio", content["by_ratio"]),
+        }
+        if not found["uniform"] or any(
+            each.keys() != found["by_ratio"].keys() for each in found["savings"].values()
+        ):
+            raise ForeignError("its savings, uniform and by_ratio are not of the same ratios")
+        return found
 
 
 def calibrate(
@@ -153,6 +150,7 @@ def calibrate(
     draw: Draw,
     config: MergeConfig | None = None,
     *,
+    name: str = "",
     progress: Progress = lambda done, total, what: None,
 ) -> Calibration:
     """Measure where merging costs a pipeline's images most.
@@ -167,6 +165,7 @@ def calibrate(
         config: options that are not allotted. Blocks that its ``skip`` names stay unmerged. With
             ``merge_below`` other blocks may be the ones that suffer: calibrate with that of later
             use.
+        name: what the calibration is called; the model's name when left out.
         progress: see `Progress`.
 
     Raises:
@@ -225,6 +224,7 @@ def calibrate(
     before, after = counted(base), {ratio: counted(merged_at(ratio)) for ratio in RATIOS}
     return Calibration(
         base=base,
+        origin=origin_of(pipeline, name),
         parts=parts,
         errors=alone,
         savings={
@@ -335,7 +335,3 @@ def _hull(choices: Sequence[tuple[float, float, float]]) -> list[tuple[float, fl
         steps.append(((best[1] - at[1]) / saving, saving, best[2]))
         at = best
     return steps
-
-
-def _by_number(values: Mapping[str, Any]) -> dict[float, Any]:
-    return {float(key): value for key, value in values.items()}

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from toma_fx.calibrate import Draw, Progress, check_same, error_of, while_transformed
+from toma_fx.calibration_files import CalibrationFile, numbers, origin_of
 from toma_fx.config import MergeConfig
 from toma_fx.errors import ConfigError, ModelError
 
@@ -20,16 +21,23 @@ THETAS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ThetaCalibration:
+class ThetaCalibration(CalibrationFile):
     """What each value of `toma_fx.Memory.theta` costs a pipeline's images.
 
     Errors are squared differences to the untouched images, as those of `toma_fx.Calibration`.
     """
 
-    base: MergeConfig
-    """The options with which images were drawn."""
+    FILE = "theta.json"
+    _MAKER = "calibrate_theta"
+
     errors: Mapping[float, float]
     """By value."""
+
+    def __post_init__(self) -> None:
+        if self.base.memory is None or not self.errors:
+            raise ConfigError(
+                f"base={self.base!r} and errors={self.errors!r} must hold a memory, and a theta"
+            )
 
     @property
     def theta(self) -> float:
@@ -42,6 +50,10 @@ class ThetaCalibration:
         assert self.base.memory is not None
         return replace(self.base, memory=replace(self.base.memory, theta=self.theta))
 
+    @classmethod
+    def _fields_of(cls, content: dict[str, Any]) -> dict[str, Any]:
+        return {"errors": numbers("errors", content["errors"])}
+
 
 def calibrate_theta(
     pipeline: Any,
@@ -49,6 +61,7 @@ def calibrate_theta(
     config: MergeConfig,
     *,
     thetas: Sequence[float] = THETAS,
+    name: str = "",
     progress: Progress = lambda done, total, what: None,
 ) -> ThetaCalibration:
     """Measure which `toma_fx.Memory.theta` keeps a pipeline's images closest.
@@ -58,6 +71,7 @@ def calibrate_theta(
         draw: see `toma_fx.calibrate.Draw`. Size, steps and guidance should be those of later use.
         config: options with a ``memory``.
         thetas: values to try; each draws once, and the untouched model twice.
+        name: what the calibration is called; the model's name when left out.
         progress: see `toma_fx.calibrate.Progress`.
 
     Raises:
@@ -92,4 +106,4 @@ def calibrate_theta(
             pipeline, replace(config, memory=replace(config.memory, theta=theta))
         ):
             errors[theta] = error_of(np.asarray(draw(pipeline), dtype=np.float64), untouched)
-    return ThetaCalibration(base=config, errors=errors)
+    return ThetaCalibration(base=config, origin=origin_of(pipeline, name), errors=errors)

@@ -3,10 +3,10 @@
 Time does not depend on the weights, so random weights suffice if there is no checkpoint.
 """
 
-import os
 from importlib import import_module
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -149,4 +149,4 @@ class _NothingEmpty(TorchFunctionMode):
 
 def available_memory() -> int:
     """Return the memory available to a new model, in bytes."""
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(psutil.virtual_memory().available)

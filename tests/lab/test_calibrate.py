@@ -1,7 +1,6 @@
 """Calibration: what it draws, what it chooses, and what it refuses."""
 
 import itertools
-import json
 import math
 import pickle
 from dataclasses import replace
@@ -43,7 +42,7 @@ def calibrated(request: pytest.FixtureRequest) -> Calibrated:
         assert done == len(said) < total
         said.append(what)
 
-    found = toma_fx.calibrate(pipe, draw, progress=progress)
+    found = toma_fx.calibrate(pipe, draw, name="of the tests", progress=progress)
     return pipe, found, said
 
 
@@ -52,6 +51,14 @@ def test_the_pipeline_is_as_before(calibrated: Calibrated) -> None:
     assert not hasattr(model_of(pipe), "toma_recipe")
     assert not model_of(pipe)._forward_pre_hooks
     assert len(said) == 2 + len(found.parts) + len(RATIOS)
+
+
+def test_it_says_what_it_was_made_with(calibrated: Calibrated) -> None:
+    pipe, found, _ = calibrated
+    assert found.origin is not None
+    assert (found.origin.name, found.origin.steps) == ("of the tests", 2)
+    assert found.origin.guidance == pipe.guidance_scale > 1
+    found.check(pipe)
 
 
 def test_every_block_is_in_one_part(calibrated: Calibrated) -> None:
@@ -123,24 +130,6 @@ def test_every_option_of_the_base_is_loaded(tmp_path: Path) -> None:
     found = made_up({"a": 1.0}, {"a": 100}, base=base)
     found.save(tmp_path / "a.json")
     assert Calibration.load(tmp_path / "a.json") == found
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        *({"parts": None}, {"errors": {}}, {"by_ratio": {"half": 1}}, {"more": {}}),
-        *({"base": None}, {"base": {"rato": 0.5}}, {"base": {"schedule": {"every": 10}}}),
-    ],
-)
-def test_other_files_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
-    file = tmp_path / "other.json"
-    made_up({"a": 1.0}, {"a": 100}).save(file)
-    Calibration.load(file)
-    file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    with pytest.raises(ConfigError, match=r"other.json' is no calibration that toma_fx saved"):
-        Calibration.load(file)
-    with pytest.raises(ConfigError, match=r"'gone.json' is no calibration .* FileNotFoundError"):
-        Calibration.load("gone.json")
 
 
 def made_up(errors: dict[str, float], savings: dict[str, int], **changes: Any) -> Calibration:
