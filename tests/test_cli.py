@@ -73,7 +73,7 @@ def test_demo_draws_and_shows_report_graphs_and_times(
 
     monkeypatch.setattr("toma_fx.bench.compare.interleaved", interleaved)  # which compiles
     tiny_sdxl_pipeline().save_pretrained(tmp_path / "pipeline")
-    demo.demo(model=str(tmp_path / "pipeline"), quick=True, steps=1, output=tmp_path / "pictures")
+    demo.demo({}, model=str(tmp_path / "pipeline"), quick=True, steps=1, out=tmp_path / "pictures")
     out = capsys.readouterr().out
     assert (tmp_path / "pictures" / "pipeline.png").exists()
     for word in ("untouched", "0.75", "PSNR"):

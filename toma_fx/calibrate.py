@@ -131,6 +131,17 @@ class Calibration:
         """
         try:
             content = json.loads(Path(file).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(
+                f"the calibration {str(file)!r} cannot be read: {error.strerror}; make one with "
+                "toma-fx calibrate"
+            ) from error
+        except ValueError as error:
+            raise ConfigError(
+                f"{str(file)!r} is no calibration that toma_fx saved, for it is no JSON: {error}; "
+                "make one with toma-fx calibrate"
+            ) from error
+        try:
             base = MergeConfig(**content.pop("base"))
             parts = {name: tuple(patterns) for name, patterns in content.pop("parts").items()}
             errors, savings = content.pop("errors"), content.pop("savings")
@@ -141,11 +152,14 @@ class Calibration:
                 savings={name: _by_number(savings[name]) for name in parts},
                 **{name: _by_number(values) for name, values in content.items()},
             )
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ConfigError(
-                f"{str(file)!r} is no calibration that toma_fx saved: {error!r}; make one with "
-                "toma-fx calibrate"
-            ) from error
+        except KeyError as error:
+            why = f"it lacks {error.args[0]}"
+        except (ValueError, TypeError, AttributeError) as error:
+            why = str(error)
+        raise ConfigError(
+            f"{str(file)!r} is no calibration that toma_fx saved: {why}; make one with "
+            "toma-fx calibrate"
+        )
 
 
 def calibrate(

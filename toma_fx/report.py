@@ -1,11 +1,9 @@
 """What was rewritten, what it saves, and what stays unmerged and why."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
-
-from tabulate import tabulate
 
 from toma_fx.arithmetic import run_operations
 from toma_fx.build import recipe_of_transformed
@@ -18,6 +16,7 @@ from toma_fx.recipe import BlockRecipe, Recipe, plan_options
 from toma_fx.references import reference_grids, tokens_left
 from toma_fx.runtime import regions
 from toma_fx.runtime.plan import REMEMBER, UNTOUCHED
+from toma_fx.tables import fitted, wrapped
 from toma_fx.transform import model_of
 
 STEPS = 25
@@ -88,7 +87,6 @@ class Report:
         rows: list[tuple[Any, ...]] = [
             (
                 f"{group.path}.{_range(*group.blocks)}",
-                group.blocks[1] - group.blocks[0] + 1,
                 _merged(group),
                 _arrow(group.tokens_before, group.tokens_after),
                 _arrow(_tera(group.flops_before), _tera(group.flops_after)),
@@ -97,15 +95,15 @@ class Report:
             for group in self.groups
         ]
         whole = _arrow(_tera(self.flops_before), _tera(self.flops_after))
-        blocks = sum(row[1] for row in rows)
-        rows.append(("whole model", blocks, "", "", whole, f"{self.saved:.1%}"))
+        blocks = sum(last - first + 1 for first, last in (each.blocks for each in self.groups))
+        rows.append((f"whole model, {blocks} blocks", "", "", whole, f"{self.saved:.1%}"))
         ratio = f"ratio {self.config.ratio}"
         if self.config.block_ratios:
             ratio = f"{ratio}, and {len(self.config.block_ratios)} blocks or groups with their own"
-        headers = ("group", "blocks", "merged", "image tokens", "arithmetic, TFLOP", "saved")
+        headers = ("blocks", "merged", "tokens", "TFLOP", "saved")
         lines = (
             f"{self.model}, {self.image}, {ratio}",
-            tabulate(rows, headers, disable_numparse=True),
+            fitted(headers, rows),
             "" if self.theta == 0 else f"plan: {_plan(self.config)}",
             self._of_references(),
             self._video(),
@@ -113,7 +111,11 @@ class Report:
             self._kept(),
             self._prediction(),
         )
-        return "\n".join(filter(None, lines))
+        return "\n".join(line if "\n" in line else wrapped(line) for line in lines if line)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every field, and what follows from them, as JSON takes it."""
+        return {**asdict(self), "saved": self.saved, "speedup": self.speedup}
 
     def _of_references(self) -> str:
         if self.references is None:
