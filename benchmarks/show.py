@@ -16,15 +16,15 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor, isin
 
-from benchmarks.capture import Grid, layers_of, watching
-from benchmarks.clusters import Merged, merged
+from benchmarks.capture import layers_of, watching
 from benchmarks.options import command_options
-from benchmarks.paint import paint_merged, scale_of
 from toma_fx.checkpoints import load_pipeline
 from toma_fx.config import MergeConfig
 from toma_fx.errors import ConfigError
 from toma_fx.lab.cli import add_drawing, task_of
+from toma_fx.lab.clusters import Grid, Merged, merged
 from toma_fx.lab.draw import Task, draw
+from toma_fx.lab.paint import paint_merged, scale_of
 from toma_fx.lab.prompts import Prompt
 from toma_fx.lab.tables import write_table
 from toma_fx.setting import add_setting, config_of, given_in
