@@ -142,7 +142,7 @@ def test_a_trained_pipeline_can_be_trained_on(kind: Kind, tmp_path: Path) -> Non
     first.save_pretrained(tmp_path / "first")
     (tmp_path / "first/training.json").write_text(json.dumps({"vae": {"steps": 7}}))
     words = f"diffusion --kind {kind} --steps 1 --batch 2 --pictures 4 --start {tmp_path}/first"
-    main([*words.split(), "--work", str(tmp_path), "--out", str(tmp_path / "second")])
+    main([*words.split(), "--work", str(tmp_path), "--output", str(tmp_path / "second")])
     second = DiffusionPipeline.from_pretrained(tmp_path / "second", dtype=torch.float32)
     part = "unet" if kind == "sdxl" else "transformer"
     for name in ("vae", part):

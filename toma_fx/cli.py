@@ -148,5 +148,5 @@ def _report(options: argparse.Namespace) -> None:
     as_json = json.dumps(found.as_dict())
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(f"{as_json if options.out.suffix == '.json' else found}\n")
-    print(as_json if options.json else found)
+        options.out.write_text(f"{as_json if options.out.suffix == '.json' else found.text()}\n")
+    print(as_json if options.json else found.text())

@@ -109,7 +109,7 @@ def _show(
     start = time.perf_counter()
     transformed = toma_fx.transform(model, config)
     print(f"transformed in {_since(start)}; the original is untouched and shares every tensor\n")
-    print(toma_fx.report(transformed, height=size))
+    print(toma_fx.report(transformed, height=size).text())
 
     path, before, after = next(block_graphs(model, config))
     _headline(f"{name}: {path} before")

@@ -16,7 +16,7 @@ from toma_fx.recipe import BlockRecipe, Recipe, plan_options
 from toma_fx.references import reference_grids, tokens_left
 from toma_fx.runtime import regions
 from toma_fx.runtime.plan import REMEMBER, UNTOUCHED
-from toma_fx.tables import fitted, wrapped
+from toma_fx.tables import WIDTH, fitted, wrapped
 from toma_fx.transform import model_of
 
 STEPS = 25
@@ -84,6 +84,14 @@ class Report:
         return _saved(self.flops_before, self.flops_after)
 
     def __str__(self) -> str:
+        return self.text(None)
+
+    def text(self, width: int | None = WIDTH) -> str:
+        """The report for people.
+
+        Args:
+            width: columns of the screen, beyond which lines are broken; None breaks none.
+        """
         rows: list[tuple[Any, ...]] = [
             (
                 f"{group.path}.{_range(*group.blocks)}",
@@ -103,7 +111,7 @@ class Report:
         headers = ("blocks", "merged", "tokens", "TFLOP", "saved")
         lines = (
             f"{self.model}, {self.image}, {ratio}",
-            fitted(headers, rows),
+            fitted(headers, rows, width),
             "" if self.theta == 0 else f"plan: {_plan(self.config)}",
             self._of_references(),
             self._video(),
@@ -111,7 +119,8 @@ class Report:
             self._kept(),
             self._prediction(),
         )
-        return "\n".join(line if "\n" in line else wrapped(line) for line in lines if line)
+        screen = [line if "\n" in line else wrapped(line, width) for line in lines if line]
+        return "\n".join(screen)
 
     def as_dict(self) -> dict[str, Any]:
         """Every field, and what follows from them, as JSON takes it."""

@@ -60,13 +60,16 @@ class Table:
         return ("\n\n" if style != "simple" else "\n").join(lines)
 
 
-def fitted(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table for a screen: cells are broken into lines where it would be wider than `WIDTH`.
+def fitted(headers: Sequence[str], rows: Sequence[Sequence[Any]], width: int | None = WIDTH) -> str:
+    """A table for a screen: cells are broken into lines where it would be too wide.
 
     Args:
         headers: of the columns.
         rows: their cells.
+        width: columns of the screen; None breaks nothing.
     """
+    if width is None:
+        return str(tabulate(rows, headers, disable_numparse=True))
     columns = [
         [_pieces(str(cell)) for cell in column] for column in zip(headers, *rows, strict=True)
     ]
@@ -75,24 +78,26 @@ def fitted(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
         [max(map(sum, zip(map(size, column), spare, strict=True))) for column in columns]
         for size in (_whole, _longest)
     )
-    while sum(widths) + 2 * (len(widths) - 1) > WIDTH:
+    while sum(widths) + 2 * (len(widths) - 1) > width:
         # The widest of those that can be narrower.
-        room = [width if width > few else 0 for width, few in zip(widths, least, strict=True)]
+        room = [wide if wide > few else 0 for wide, few in zip(widths, least, strict=True)]
         if not any(room):
             break
         widths[room.index(max(room))] -= 1
     broken = [
-        [_filled(cell, width - more) for cell, more in zip(column, spare, strict=True)]
-        for column, width in zip(columns, widths, strict=True)
+        [_filled(cell, wide - more) for cell, more in zip(column, spare, strict=True)]
+        for column, wide in zip(columns, widths, strict=True)
     ]
     first, *others = zip(*broken, strict=True)
     return str(tabulate(others, first, disable_numparse=True))
 
 
-def wrapped(line: str) -> str:
-    """A line for a screen, broken where it would be longer than `WIDTH`."""
+def wrapped(line: str, width: int | None = WIDTH) -> str:
+    """A line for a screen, broken where it would be too long."""
+    if width is None:
+        return line
     how: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
-    return textwrap.fill(line, WIDTH, subsequent_indent="  ", **how)
+    return textwrap.fill(line, width, subsequent_indent="  ", **how)
 
 
 def _pieces(text: str) -> list[str]:

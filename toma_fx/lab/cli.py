@@ -132,7 +132,9 @@ def _eval(options: argparse.Namespace) -> None:
 def _calibrate(options: argparse.Namespace) -> None:
     from toma_fx.lab.calibration import as_table, calibrate_to_file
 
-    config = config_of(given_in(options))
+    given = given_in(options)
+    del given["ratio"]  # which are those to show
+    config = config_of(given)
     task = task_of(options, prompts_of(options))
     found = calibrate_to_file(task, config, options.out)
     print(as_table(found, options.ratio).text())
