@@ -21,8 +21,10 @@ def main() -> None:
     command = [sys.executable, "-m", "toma_fx", "app"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
-            said = server.stdout.readline()
-            shoot(re.search(r"http://\S+", said)[0], sys.argv[1])
+            assert server.stdout is not None
+            found = re.search(r"http://\S+", server.stdout.readline())
+            assert found is not None, "the page did not start"
+            shoot(found[0], sys.argv[1])
         finally:
             server.terminate()
 

@@ -12,18 +12,8 @@ from torch import Tensor, nn
 from toma_fx.build import recipe_of
 from toma_fx.config import MergeConfig
 from toma_fx.errors import ModelError
+from toma_fx.lab.clusters import Grid
 from toma_fx.runtime.token_order import tile_order, tile_order_of_ids
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Where an image's tokens are."""
-
-    height: int
-    width: int
-    tile_order: Tensor
-    """``(height * width,)`` int64: the raster index of each token in the model's tile order."""
-
 
 See = Callable[[str, int, Tensor, Grid], None]
 """Called with a layer, a step from 0, its tokens ``(N, D)`` in raster order, and their grid."""

@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from benchmarks.options import command_options
 from toma_fx.bench.cli import add_timing
 from toma_fx.bench.command import setting_of, show
-from toma_fx.bench.contenders import Setting
+from toma_fx.bench.contenders import Setting, merged_configs
 from toma_fx.bench.timing import Timing, sample
 from toma_fx.checkpoints import load_model
 from toma_fx.config import MergeConfig
 from toma_fx.inputs import random_inputs
+from toma_fx.progress import progress
 from toma_fx.tables import Column, Table, seconds, span, times
 from toma_fx.transform import transform
 from toma_fx.variants import UNTOUCHED
@@ -41,22 +41,18 @@ def cold_starts(setting: Setting) -> list[Timing]:
         ConfigError: when the numbers of blocks do not fit the lists that the model has.
         RuntimeError: when a process dies.
     """
-    configs = {
-        f"{variant.name} {ratio:g}": variant.config(ratio)
-        for ratio in setting.ratios
-        for variant in setting.variants
-    }
+    configs = {f"{name} {ratio:g}": each for name, ratio, each in merged_configs(setting)}
     contenders = {UNTOUCHED: None, **configs}
     found: dict[str, list[float]] = {name: [] for name in contenders}
     weights = {"dtype": setting.dtype, "device": setting.device, **setting.changes}
     total = setting.repeats * len(contenders)
-    with tqdm(total=total, unit="start", leave=False, disable=None) as progress:
+    with progress("start", total, "start") as bar:
         for _ in range(setting.repeats):
             for name, config in contenders.items():
-                progress.set_description(name)
+                bar.set_description(name)
                 job = (setting.model, weights, config, setting.size)
                 found[name].append(_in_fresh_process(*job))
-                progress.update()
+                bar.update()
     return [Timing(name=name, calls=tuple(calls)) for name, calls in found.items()]
 
 

@@ -295,6 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--eager", action="store_true", help="do not compile")
     add("--cpu-time", action="store_true", help="count CPU time")
     add("--out", type=Path, metavar="DIR", help="folder for CSV, JSON, Markdown and the plot")
+    add("--json", action="store_true", help="print one JSON object")
     options = command_options(parser, "benchmarks.operators", arguments)
     sizes: Sequence[tuple[int, int]] = SHAPES[options.model]
     if options.tokens is not None:

@@ -46,13 +46,13 @@ def planning_seconds(
         repeats: samples of each plan.
     """
     found = {}
-    for name, config in merged_configs(setting):
+    for name, ratio, config in merged_configs(setting):
         if config.selector == "fixed":
             continue  # its weights look at no token, so there is nothing to plan
         plans = planned(merged_copy(model, config), setting)
         calls = [_plan_call(shape, layout, config, setting) for shape, layout in plans]
         timings = interleaved(calls, repeats, at_least=0.02, clock=setting.clock)
-        found[name, config.ratio] = sum(
+        found[name, ratio] = sum(
             count * timing.median for count, timing in zip(plans.values(), timings, strict=True)
         )
     return found

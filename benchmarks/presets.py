@@ -29,13 +29,13 @@ from toma_fx.bench.levels import blocks, models
 from toma_fx.bench.record import Record, machine
 from toma_fx.bench.timing import reason
 from toma_fx.tables import Column, Table
-from toma_fx.variants import Preset
+from toma_fx.variants import Merging, merging
 
 MINUTES = 8.0
 """After these no further part of a preset is started."""
 Part = Callable[[], Iterable[Table]]
-DEFAULT = Preset(name="default", preset="default")
-OURS = (Preset(name=LOWER_BOUND, preset=LOWER_BOUND), DEFAULT)
+DEFAULT = Merging(name="default")
+OURS = (merging({"preset": LOWER_BOUND}), DEFAULT)
 
 
 def readme(*, small: bool = False, compiled: bool = True) -> dict[str, Part]:

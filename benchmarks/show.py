@@ -16,17 +16,18 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor, isin
 
-from benchmarks.capture import Grid, layers_of, watching
-from benchmarks.clusters import Merged, merged
+from benchmarks.capture import layers_of, watching
 from benchmarks.options import command_options
-from benchmarks.paint import paint_merged, scale_of
 from toma_fx.checkpoints import load_pipeline
 from toma_fx.config import MergeConfig
 from toma_fx.errors import ConfigError
-from toma_fx.lab.cli import add_drawing, merging_of, task_of
+from toma_fx.lab.cli import add_drawing, task_of
+from toma_fx.lab.clusters import Grid, Merged, merged
 from toma_fx.lab.draw import Task, draw
+from toma_fx.lab.paint import paint_merged, scale_of
 from toma_fx.lab.prompts import Prompt
 from toma_fx.lab.tables import write_table
+from toma_fx.setting import add_setting, config_of, given_in
 from toma_fx.transform import model_of
 
 CELL_INCHES = 2.0
@@ -204,16 +205,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("model", help="folder or hub name of a diffusers pipeline")
     add("--prompt", required=True)
     add("--seed", type=int, default=0)
-    add("--variant", default="default", help="how destinations are chosen")
-    add("--ratio", type=float, default=0.5, help="share merged away (0.5)")
     add("--layers", type=int, default=6, help="layers in the pictures (6)")
     add("--columns", type=int, default=5, help="steps in the pictures (5)")
     add("--interval", type=int, default=10, help="steps of the overlap (10)")
     add("--out", type=Path, required=True, metavar="DIR")
     add_drawing(parser)
+    add_setting(parser)
     options = command_options(parser, "benchmarks.show", arguments)
     look = Look(
-        config=merging_of(options.variant).config(options.ratio),
+        config=config_of(given_in(options)),
         seed=options.seed,
         layers=options.layers,
         columns=options.columns,

@@ -56,9 +56,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--memory-every", type=int, help="steps from one full step to the next")
     parser.add_argument("--theta", type=float, help="how far merged tokens are believed, then")
     parser.add_argument("--package", action="store_true", help="also compile with AOTInductor")
-    parser.add_argument("--output", type=Path, default=Path("exported"))
+    parser.add_argument("--out", type=Path, default=Path("exported"))
     options = parser.parse_args(arguments)
-    options.output.mkdir(parents=True, exist_ok=True)
+    options.out.mkdir(parents=True, exist_ok=True)
 
     pipeline = options.model is not None and options.model not in RANDOM
     model, request, decoder = _pipeline(options) if pipeline else _random(options)
@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
         memory=_memory(options),
     )
     with _measured("export and save"):
-        made = toma_fx.export(merged, request["inputs"], path=options.output / "model.pt2")
+        made = toma_fx.export(merged, request["inputs"], path=options.out / "model.pt2")
     # A model that does the same at every step is one program, otherwise there are several.
     several = isinstance(made, dict)
     programs = {f"model.{variant}": each for variant, each in made.items()} if several else {}
@@ -80,17 +80,17 @@ def main(arguments: list[str] | None = None) -> None:
     request["variants"] = sorted(made) if several else []
     for name in ("merge_below", "select_every", "weigh_every", "memory_every"):
         request[name] = getattr(options, name)
-    torch.save(request, options.output / "request.pt")
+    torch.save(request, options.out / "request.pt")
     if decoder is not None:
         latents = torch.zeros(request["latents_shape"])
-        torch.export.save(torch.export.export(decoder, (latents,)), options.output / "decoder.pt2")
+        torch.export.save(torch.export.export(decoder, (latents,)), options.out / "decoder.pt2")
     if options.package:
         for name, program in programs.items():
             with _measured(f"AOTInductor, {name}"):
                 torch._inductor.aoti_compile_and_package(
-                    program, package_path=str(options.output / f"{name}.aoti.pt2")
+                    program, package_path=str(options.out / f"{name}.aoti.pt2")
                 )
-    print("wrote", *sorted(str(path) for path in options.output.iterdir()))
+    print("wrote", *sorted(str(path) for path in options.out.iterdir()))
 
 
 def _memory(options: argparse.Namespace) -> toma_fx.Memory | None:

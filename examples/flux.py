@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--size", type=int, help="height and width in pixels (the model's own)")
     parser.add_argument("--offload", action="store_true", help="keep on the GPU only what runs")
-    parser.add_argument("--output", type=Path, default=Path("flux.png"))
+    parser.add_argument("--out", type=Path, default=Path("flux.png"))
     options = parser.parse_args(arguments)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -51,8 +51,8 @@ def main(arguments: list[str] | None = None) -> None:
         max_sequence_length=min(512, pipe.tokenizer_2.model_max_length),
         generator=torch.Generator().manual_seed(0),
     ).images[0]
-    picture.save(options.output)
-    print(f"wrote {options.output}")
+    picture.save(options.out)
+    print(f"wrote {options.out}")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--scales", type=float, nargs="+", default=[0.0, 0.5, 1.0])
     parser.add_argument("--ratio", type=float, default=0.5)
     parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--output", type=Path, default=Path("lora_controlnet.png"))
+    parser.add_argument("--out", type=Path, default=Path("lora_controlnet.png"))
     options = parser.parse_args(arguments)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -69,8 +69,8 @@ def main(arguments: list[str] | None = None) -> None:
         ).images[0]
         for scale in options.scales
     ]
-    make_image_grid(pictures, rows=1, cols=len(pictures)).save(options.output)
-    print(f"wrote {options.output}: LoRA scales {', '.join(map(str, options.scales))}")
+    make_image_grid(pictures, rows=1, cols=len(pictures)).save(options.out)
+    print(f"wrote {options.out}: LoRA scales {', '.join(map(str, options.scales))}")
 
 
 def _circle(size: int) -> Image.Image:

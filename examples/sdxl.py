@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--ratio", type=float, default=0.5, help="share of tokens merged away")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--compile", action="store_true", help="compile the transformer blocks")
-    parser.add_argument("--output", type=Path, default=Path("sdxl.png"))
+    parser.add_argument("--out", type=Path, default=Path("sdxl.png"))
     options = parser.parse_args(arguments)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -47,8 +47,8 @@ def main(arguments: list[str] | None = None) -> None:
     if options.compile:  # after transform
         pipe.unet.compile_repeated_blocks(fullgraph=True)
     merged = draw()
-    diffusers.utils.make_image_grid([untouched, merged], rows=1, cols=2).save(options.output)
-    print(f"wrote {options.output}: untouched, and with {options.ratio:.0%} of the tokens merged")
+    diffusers.utils.make_image_grid([untouched, merged], rows=1, cols=2).save(options.out)
+    print(f"wrote {options.out}: untouched, and with {options.ratio:.0%} of the tokens merged")
 
 
 if __name__ == "__main__":

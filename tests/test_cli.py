@@ -57,7 +57,7 @@ def test_bench_times_all_ratios_in_turn(folder: Path, capsys: pytest.CaptureFixt
     variant = "default:skip=,placement=component"
     assert main([*arguments, "--eager", "--repeats", "2", "--variant", variant]) == 0
     out = capsys.readouterr().out
-    for word in ("untouched, eager", variant, "0.25", "times as fast", torch.__version__):
+    for word in ("untouched,", "placement=component", "0.25", "times as fast", torch.__version__):
         assert word in out
 
 
@@ -73,7 +73,7 @@ def test_demo_draws_and_shows_report_graphs_and_times(
 
     monkeypatch.setattr("toma_fx.bench.compare.interleaved", interleaved)  # which compiles
     tiny_sdxl_pipeline().save_pretrained(tmp_path / "pipeline")
-    demo.demo(model=str(tmp_path / "pipeline"), quick=True, steps=1, output=tmp_path / "pictures")
+    demo.demo({}, model=str(tmp_path / "pipeline"), quick=True, steps=1, out=tmp_path / "pictures")
     out = capsys.readouterr().out
     assert (tmp_path / "pictures" / "pipeline.png").exists()
     for word in ("untouched", "0.75", "PSNR"):
@@ -133,7 +133,7 @@ def test_export_example_draws_what_the_pipeline_draws(build: Any, tmp_path: Path
     pipe.save_pretrained(tmp_path / "pipeline")
     export = runpy.run_path(str(ROOT / "examples/export.py"))["main"]
     run = runpy.run_path(str(ROOT / "examples/run_exported.py"))["main"]
-    model = ["--model", str(tmp_path / "pipeline"), "--output", str(tmp_path / "exported")]
+    model = ["--model", str(tmp_path / "pipeline"), "--out", str(tmp_path / "exported")]
     export([*model, "--size", "128", "--steps", "3", "--prompt", "abc"])
     latents = run([str(tmp_path / "exported")])
 
@@ -152,7 +152,7 @@ def test_export_example_end_to_end(tmp_path: Path) -> None:
     run = runpy.run_path(str(ROOT / "examples/run_exported.py"))["main"]
     results = []
     for schedule in ([], ["--select-every", "3", "--weigh-every", "2"]):
-        export(["--output", str(tmp_path), "--steps", "4", "--size", "128", *schedule])
+        export(["--out", str(tmp_path), "--steps", "4", "--size", "128", *schedule])
         results.append(run([str(tmp_path)]))
     assert results[0].isfinite().all()
     assert not torch.equal(*results)

@@ -35,21 +35,21 @@ def pictures(file: Path, count: int) -> list[np.ndarray]:
 
 
 def test_sdxl(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sdxl.main(["--steps", "2", "--output", str(tmp_path / "a.png")])
+    sdxl.main(["--steps", "2", "--out", str(tmp_path / "a.png")])
     untouched, merged = pictures(tmp_path / "a.png", 2)
     assert (untouched != merged).any()
     assert "ratio 0.5" in capsys.readouterr().out
 
 
 def test_flux(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flux.main(["--steps", "2", "--speedup", "1.1", "--output", str(tmp_path / "a.png")])
+    flux.main(["--steps", "2", "--speedup", "1.1", "--out", str(tmp_path / "a.png")])
     pictures(tmp_path / "a.png", 1)
     assert "ratio chosen for speedup=1.1" in capsys.readouterr().out
 
 
 def test_lora_and_controlnet(tmp_path: Path) -> None:
     output = str(tmp_path / "a.png")
-    lora_controlnet.main(["--steps", "2", "--scales", "0", "1", "--output", output])
+    lora_controlnet.main(["--steps", "2", "--scales", "0", "1", "--out", output])
     without, adapted = pictures(tmp_path / "a.png", 2)
     assert (without != adapted).any()
 
@@ -98,7 +98,7 @@ def test_exported_variants_draw_what_the_pipeline_draws(
     pipe.save_pretrained(tmp_path / "pipeline")
     folder = str(tmp_path / "exported")
     asked = ["--prompt", "abc", "--size", "128", "--steps", "4", *options]
-    export.main(["--model", str(tmp_path / "pipeline"), "--output", folder, *asked])
+    export.main(["--model", str(tmp_path / "pipeline"), "--out", folder, *asked])
     latents = run_exported.main([folder])
     said = capsys.readouterr().out
     assert len(set(re.findall(r"step \d, (\w+)", said))) > 1

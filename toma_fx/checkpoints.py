@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from toma_fx.errors import ModelError
 from toma_fx.families import MODELS, all_families
+from toma_fx.hub import find, first_line
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 """Dtypes by their names on the command line."""
@@ -55,17 +56,20 @@ def load_model(
     if name in RANDOM:
         cls, config = model_class(name)
         return random_weights(cls, {**config, **changes}, dtype, device)
+    how = find(name, RANDOM)
     try:
-        index = diffusers.DiffusionPipeline.load_config(name)
+        index = diffusers.DiffusionPipeline.load_config(name, **how)
         part = {"subfolder": next(part for part, cls in index.items() if _is_known(cls))}
     except (OSError, StopIteration):
         part = {}
     try:
-        model: nn.Module = diffusers.AutoModel.from_pretrained(name, torch_dtype=dtype, **part)
+        model: nn.Module = diffusers.AutoModel.from_pretrained(
+            name, torch_dtype=dtype, **part, **how
+        )
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"no model could be loaded from {name!r}: {error}; give {', '.join(RANDOM)}, a folder, "
-            "or the name of a diffusers pipeline or model"
+            f"no model could be loaded from {name!r}: {first_line(error)}; give the name of a "
+            "published model such as sdxl, or a folder or hub name of a diffusers pipeline or model"
         ) from error
     return model.to(device).eval().requires_grad_(False)
 
@@ -83,11 +87,12 @@ def load_pipeline(name: str, *, dtype: str = "float32", device: Any = None) -> A
     """
     import diffusers  # which takes seconds
 
+    how = find(name)
     try:
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(name, dtype=DTYPES[dtype])
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(name, dtype=DTYPES[dtype], **how)
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"no pipeline could be loaded from {name!r}: {error}; give a folder with a "
+            f"no pipeline could be loaded from {name!r}: {first_line(error)}; give a folder with a "
             "model_index.json, or the hub name of a diffusers pipeline"
         ) from error
     pipeline.set_progress_bar_config(disable=True)

@@ -4,127 +4,151 @@ A command imports what it runs when it runs, so that help takes no seconds.
 """
 
 import argparse
+import json
+import os
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
 
 import toma_fx
 from toma_fx.app.command import add_app
 from toma_fx.bench.cli import add_bench
 from toma_fx.choices import DTYPE_NAMES, PROMPT
-from toma_fx.config import PRESETS, Component, MergeConfig, Placement, Region, Tokens
-from toma_fx.errors import TomaError
+from toma_fx.errors import ConfigError, TomaError
 from toma_fx.lab.cli import add_commands
+from toma_fx.parser import Parser
+from toma_fx.progress import progress
 from toma_fx.quiet import hush_libraries
-from toma_fx.schedule import Memory
+from toma_fx.setting import add_setting, config_of, given_in
 
 MODEL = (
     "sdxl, flux, flux2-dev, qwen-image, wan2.1-14b or another of docs/families.md (random weights, "
     "real size), or a folder or hub name that diffusers can load"
 )
+INTERRUPTED = 130
+"""The exit status of a process that Ctrl-C ended, as shells have it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line.
+
+    Returns:
+        the exit status: 0, or 1 without memory or reader, 2 after a mistake, 130 after Ctrl-C.
+    """
     options = _parser().parse_args(arguments)
     given = sys.argv[1:] if arguments is None else arguments
     options.command = shlex.join(["toma-fx", *given])
     try:
         options.run(options)
+        sys.stdout.flush()
     except TomaError as error:
-        print(f"toma-fx: {error}", file=sys.stderr)
-        return 2
+        return _said(" ".join(str(error).split()), 2)
+    except KeyboardInterrupt:
+        return _said("interrupted", INTERRUPTED)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if not _is_about_memory(error):
+            raise
+        return _said(
+            f"out of memory ({str(error).strip().partition(chr(10))[0] or 'on the CPU'}); take "
+            "a smaller --height and --width, fewer images, or fewer --blocks where there are any",
+            1,
+        )
     return 0
 
 
+def _said(message: str, status: int) -> int:
+    print(f"toma-fx: {message}", file=sys.stderr)
+    return status
+
+
+def _is_about_memory(error: Exception) -> bool:
+    """Whether memory ran out; torch has one class for GPUs, and words alone for the CPU."""
+    classes = {cls.__name__ for cls in type(error).__mro__}
+    known = {"MemoryError", "OutOfMemoryError"}
+    return bool(classes & known) or "can't allocate memory" in str(error)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="toma-fx",
         description="Merge tokens in diffusers models: see where, time it, and measure the images.",
     )
     parser.add_argument("--version", action="version", version=toma_fx.__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    report = commands.add_parser(
-        "report", help="Show where a model would merge tokens and how much arithmetic that saves."
-    )
-    report.add_argument("model", help=MODEL)
-    report.add_argument(
-        "--ratio", type=float, default=0.5, help="share of tokens merged away (0.5)"
-    )
-    _add_config(report)
-    _add_size(report)
-    report.set_defaults(run=_report)
-
+    usage = "%(prog)s [options] MODEL"
+    about = "Show where a model would merge tokens and how much arithmetic that saves."
+    _add_report(commands.add_parser("report", help=about, description=about, usage=usage))
     add_bench(commands, MODEL)
-
-    show = commands.add_parser(
-        "demo",
-        help="Draw images side by side, then show the report, graphs and times of SDXL and Flux at "
-        "their real sizes.",
-    )
-    show.add_argument("--model", help=f"only this model: {MODEL}")
-    show.add_argument("--ratio", type=float, default=0.5, help="share of tokens merged away (0.5)")
-    show.add_argument("--quick", action="store_true", help="512 x 512 pixels, one counted call")
-    show.add_argument("--prompt", default=PROMPT, help="of the images")
-    show.add_argument("--steps", type=int, default=25, help="of denoising (25)")
-    show.add_argument("--output", type=Path, default=Path("demo"), help="of the pictures (demo)")
-    show.set_defaults(run=_demo)
+    usage = "%(prog)s [options]"
+    about = "Draw images side by side, then show the report, graphs and times of SDXL and Flux."
+    _add_demo(commands.add_parser("demo", help=about, description=about, usage=usage))
     add_commands(commands)
     add_app(commands)
     return parser
 
 
-def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--preset", choices=tuple(PRESETS), default="default")
-    parser.add_argument(
-        "--tokens",
-        choices=get_args(Tokens),
-        help="all, or those of the images that an edit model takes (all)",
-    )
-    parser.add_argument("--placement", choices=get_args(Placement))
-    parser.add_argument("--components", nargs="+", choices=get_args(Component))
-    parser.add_argument("--region", choices=get_args(Region))
-    parser.add_argument("--region-tokens", type=int, metavar="N", help="tokens of a region")
-    parser.add_argument("--memory", type=int, metavar="N", help="run every Nth step in full")
-    parser.add_argument("--merge-below", type=float, metavar="LEVEL", help="noise level (1)")
-    parser.add_argument("--skip", nargs="*", metavar="PATTERN", help="blocks to leave unmerged")
-    parser.add_argument("--dtype", choices=DTYPE_NAMES, default="bfloat16")
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", help=MODEL)
+    add("--speedup", type=float, metavar="X", help="choose the ratio for X times less arithmetic")
+    add("--height", type=int, metavar="PIXELS", help="of the image (the model's own)")
+    add("--width", type=int, metavar="PIXELS", help="of the image (like the height)")
+    add("--frames", type=int, metavar="N", help="of a video (the model's own)")
+    add("--batch", type=int, default=1, metavar="N", help="images of a call (1)")
+    add("--steps", type=int, default=25, metavar="N", help="of the denoising run (25)")
+    add("--dtype", choices=DTYPE_NAMES, default="bfloat16", help="of the weights (bfloat16)")
+    add("--out", type=Path, metavar="FILE", help="keep it: JSON where the name ends in .json")
+    add("--json", action="store_true", help="print one JSON object")
+    add_setting(parser)
+    parser.set_defaults(run=_report)
 
 
-def _add_size(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--height", type=int, help="of the image, in pixels (the model's own)")
-    parser.add_argument("--width", type=int, help="of the image, in pixels (like the height)")
-    parser.add_argument("--frames", type=int, help="of a video (the model's own)")
-
-
-def _config(options: argparse.Namespace, ratio: float) -> MergeConfig:
-    names = ("tokens", "placement", "components", "region", "region_tokens", "merge_below", "skip")
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    if options.memory is not None:
-        given["memory"] = Memory(every=options.memory)
-    return MergeConfig.preset(options.preset, ratio=ratio, **given)
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", help=f"only this model: {MODEL}")
+    add("--quick", action="store_true", help="512 x 512 pixels, one counted call")
+    add("--prompt", default=PROMPT, metavar="TEXT", help="of the images")
+    add("--steps", type=int, default=25, metavar="N", help="of denoising (25)")
+    add("--out", type=Path, default=Path("demo"), metavar="DIR", help="of the pictures (demo)")
+    add_setting(parser, leave_out=("calibration",))
+    parser.set_defaults(run=_demo)
 
 
 def _demo(options: argparse.Namespace) -> None:
+    given = given_in(options)
+    config_of(given)  # before loading, which can take minutes
     from toma_fx.demo import demo
 
     hush_libraries()
-    names = ("model", "ratio", "quick", "prompt", "steps", "output")
-    demo(**{name: getattr(options, name) for name in names})
+    names = ("model", "quick", "prompt", "steps", "out")
+    demo(given, **{name: getattr(options, name) for name in names})
 
 
 def _report(options: argparse.Namespace) -> None:
-    config = _config(options, options.ratio)  # before loading, which can take minutes
+    given = given_in(options)
+    if options.speedup is not None and {"ratio", "calibration"} & given.keys():
+        raise ConfigError(
+            f"speedup={options.speedup:g} chooses the ratio; leave --ratio and --calibration out"
+        )
+    config = config_of(given)  # before loading, which can take minutes
     from toma_fx.checkpoints import DTYPES, RANDOM, architecture, load_model
 
     hush_libraries()
-    if options.model in RANDOM:
-        model = architecture(options.model)
-    else:
-        model = load_model(options.model, dtype=DTYPES[options.dtype])
-    transformed = toma_fx.transform(model, config)
-    size = {name: getattr(options, name) for name in ("height", "width", "frames")}
-    print(toma_fx.report(transformed, **size))
+    with progress(f"load {options.model}"):
+        if options.model in RANDOM:
+            model = architecture(options.model)
+        else:
+            model = load_model(options.model, dtype=DTYPES[options.dtype])
+    with progress("count arithmetic"):
+        transformed = toma_fx.transform(model, config, speedup=options.speedup)
+        names = ("height", "width", "frames", "batch", "steps")
+        found = toma_fx.report(transformed, **{name: getattr(options, name) for name in names})
+    as_json = json.dumps(found.as_dict())
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(f"{as_json if options.out.suffix == '.json' else found.text()}\n")
+    print(as_json if options.json else found.text())

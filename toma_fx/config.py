@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Self, get_args
 
+from toma_fx.closest import did_you_mean
 from toma_fx.combinations import check_combinations
 from toma_fx.errors import ConfigError
 from toma_fx.option_values import (
@@ -302,6 +303,7 @@ def build_config(cls: type[MergeConfig] = MergeConfig, **options: Any) -> Any:
         if option not in names:
             raise ConfigError(
                 f"{option}={value!r} is not an option; choose from {', '.join(names)}"
+                f"{did_you_mean(option, names)}"
             )
     return cls(**options)
 

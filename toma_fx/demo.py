@@ -17,8 +17,10 @@ from toma_fx.checkpoints import RANDOM, available_memory, load_model
 from toma_fx.choices import PROMPT
 from toma_fx.config import MergeConfig
 from toma_fx.passes.readable import readable
+from toma_fx.progress import progress
+from toma_fx.setting import Given
 from toma_fx.tables import Column, Table, seconds
-from toma_fx.variants import Preset
+from toma_fx.variants import Merging, merging
 
 FLUX_BLOCK_BYTES = 1.24 * 2**30
 """One double-stream and two single-stream blocks in bfloat16."""
@@ -28,40 +30,44 @@ RATIOS = (0.25, 0.5, 0.75)
 
 
 def demo(
+    given: Given,
     *,
     model: str | None = None,
-    ratio: float = 0.5,
     quick: bool = False,
     prompt: str = PROMPT,
     steps: int = 25,
-    output: Path = Path("demo"),
+    out: Path = Path("demo"),
 ) -> None:
     """Show what toma_fx does to images and to time, on this machine.
 
     Args:
+        given: how tokens merge, as `toma_fx.setting` has it; images have three ratios.
         model: only this one: ``"sdxl"``, ``"flux"``, or a folder or hub name of a pipeline. By
             default SDXL's whole UNet, then Flux at full width with as many blocks as memory and ten
             minutes allow; images are drawn by small trained pipelines of the same architectures.
-        ratio: share of tokens merged away, of the report and the times.
         quick: images of 512 x 512 pixels and one counted call, within two minutes.
         prompt: of the images.
         steps: of denoising.
-        output: folder of the pictures; made when missing.
+        out: folder of the pictures; made when missing.
     """
-    config, size = MergeConfig(ratio=ratio), 512 if quick else None
+    variant, size = merging(given), 512 if quick else None
+    (ratio,) = variant.ratios([MergeConfig().ratio])
+    config = variant.config(ratio)
     for name in ("sdxl", "flux") if model is None else (model,):
-        _draw(name, config, prompt, steps, output)
+        _draw(name, config, prompt, steps, out)
         _headline(f"{name}: loading")
         start = time.perf_counter()
-        loaded = load_model(name, device=Setting().device, **_fitting(name))
+        changes = _fitting(name)
+        with progress(f"load {name}"):
+            loaded = load_model(name, device=Setting().device, **changes)
         count = sum(p.numel() for p in loaded.parameters())
         print(f"{type(loaded).__name__}, {count / 1e9:.2f} billion parameters, {_since(start)}")
-        _show(loaded, name, config, size, repeats=1 if quick else 3)
+        _show(loaded, name, variant, config, size, repeats=1 if quick else 3)
         del loaded
     print(f"\nMeasured on {machine()}.")
 
 
-def _draw(name: str, config: MergeConfig, prompt: str, steps: int, output: Path) -> None:
+def _draw(name: str, config: MergeConfig, prompt: str, steps: int, out: Path) -> None:
     # The lab's imports take seconds, and only this part of the demo needs them.
     from toma_fx.checkpoints import load_pipeline
     from toma_fx.lab.compare import draw_ratios, side_by_side_picture
@@ -85,19 +91,25 @@ def _draw(name: str, config: MergeConfig, prompt: str, steps: int, output: Path)
     )
     title = f"{prompt!r}, {steps} steps, not compiled"
     print(Table(title=title, columns=columns, rows=[vars(each) for each in drawn]).text())
-    output.mkdir(parents=True, exist_ok=True)
-    file = output / f"{Path(folder).name}.png"
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / f"{Path(folder).name}.png"
     side_by_side_picture(drawn, f"{prompt}, {steps} steps").save(file)
     print(f"wrote {file}")
 
 
 def _show(
-    model: nn.Module, name: str, config: MergeConfig, size: int | None, *, repeats: int
+    model: nn.Module,
+    name: str,
+    variant: Merging,
+    config: MergeConfig,
+    size: int | None,
+    *,
+    repeats: int,
 ) -> None:
     start = time.perf_counter()
     transformed = toma_fx.transform(model, config)
     print(f"transformed in {_since(start)}; the original is untouched and shares every tensor\n")
-    print(toma_fx.report(transformed, height=size))
+    print(toma_fx.report(transformed, height=size).text())
 
     path, before, after = next(block_graphs(model, config))
     _headline(f"{name}: {path} before")
@@ -107,8 +119,8 @@ def _show(
 
     _headline(f"{name}: one forward, both with compiled blocks")
     start = time.perf_counter()
-    variants = (Preset(name="default", preset="default"),)
-    setting = Setting(height=size, ratios=(config.ratio,), variants=variants, repeats=repeats)
+    (ratio,) = variant.ratios([config.ratio])
+    setting = Setting(height=size, ratios=(ratio,), variants=(variant,), repeats=repeats)
     (timed,) = models(model, setting)
     compiled = [each for each in timed.contenders if each.compiled]
     print(compare(replace(timed, contenders=compiled), setting, title=name).text())

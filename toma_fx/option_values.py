@@ -11,6 +11,7 @@ from dataclasses import fields
 from decimal import ROUND_FLOOR, Context, Decimal
 from typing import Any
 
+from toma_fx.closest import did_you_mean
 from toma_fx.errors import ConfigError
 
 
@@ -23,6 +24,7 @@ def choice(name: str, value: object, choices: tuple[Any, ...]) -> Any:
     if not isinstance(value, str) or value not in choices:
         raise ConfigError(
             f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}"
+            f"{did_you_mean(value, choices)}"
         )
     return choices[choices.index(value)]  # a plain string, since its repr becomes code
 

@@ -1,11 +1,9 @@
 """A report of the blocks that merge, what they save, and why other blocks do not merge."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
-
-from tabulate import tabulate
 
 from toma_fx.arithmetic import run_operations
 from toma_fx.build import recipe_of_transformed
@@ -18,6 +16,7 @@ from toma_fx.recipe import BlockRecipe, Recipe, plan_options
 from toma_fx.references import reference_grids, tokens_left
 from toma_fx.runtime import regions
 from toma_fx.runtime.plan import REMEMBER, UNTOUCHED
+from toma_fx.tables import WIDTH, fitted, wrapped
 from toma_fx.transform import model_of
 
 STEPS = 25
@@ -86,10 +85,17 @@ class Report:
         return _saved(self.flops_before, self.flops_after)
 
     def __str__(self) -> str:
+        return self.text(None)
+
+    def text(self, width: int | None = WIDTH) -> str:
+        """The report for people.
+
+        Args:
+            width: columns of the screen, beyond which lines are broken; None breaks none.
+        """
         rows: list[tuple[Any, ...]] = [
             (
                 f"{group.path}.{_range(*group.blocks)}",
-                group.blocks[1] - group.blocks[0] + 1,
                 _merged(group),
                 _arrow(group.tokens_before, group.tokens_after),
                 _arrow(_tera(group.flops_before), _tera(group.flops_after)),
@@ -98,15 +104,15 @@ class Report:
             for group in self.groups
         ]
         whole = _arrow(_tera(self.flops_before), _tera(self.flops_after))
-        blocks = sum(row[1] for row in rows)
-        rows.append(("whole model", blocks, "", "", whole, f"{self.saved:.1%}"))
+        blocks = sum(last - first + 1 for first, last in (each.blocks for each in self.groups))
+        rows.append((f"whole model, {blocks} blocks", "", "", whole, f"{self.saved:.1%}"))
         ratio = f"ratio {self.config.ratio}"
         if self.config.block_ratios:
             ratio = f"{ratio}, and {len(self.config.block_ratios)} blocks or groups with their own"
-        headers = ("group", "blocks", "merged", "image tokens", "arithmetic, TFLOP", "saved")
+        headers = ("blocks", "merged", "tokens", "TFLOP", "saved")
         lines = (
             f"{self.model}, {self.image}, {ratio}",
-            tabulate(rows, headers, disable_numparse=True),
+            fitted(headers, rows, width),
             "" if self.theta == 0 else f"plan: {_plan(self.config)}",
             self._of_references(),
             self._video(),
@@ -114,7 +120,12 @@ class Report:
             self._kept(),
             self._prediction(),
         )
-        return "\n".join(filter(None, lines))
+        screen = [line if "\n" in line else wrapped(line, width) for line in lines if line]
+        return "\n".join(screen)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every field, and what follows from them, as JSON takes it."""
+        return {**asdict(self), "saved": self.saved, "speedup": self.speedup}
 
     def _of_references(self) -> str:
         if self.references is None:

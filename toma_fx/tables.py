@@ -1,10 +1,17 @@
 """Rows of figures as a table for people; what benchmarks and evaluations print."""
 
+import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tabulate import tabulate
+
+WIDTH = 80
+"""Columns of a screen."""
+PADDING = 2
+"""Columns by which tabulate makes a header wider than it is."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +48,78 @@ class Table:
                     failures.append(row["failure"])
                 values[-1] = f"[{failures.index(row['failure']) + 1}]"
             cells.append(values)
-        lines = [
-            *([self.title] if self.title else []),
-            str(tabulate(cells, [c.header for c in shown], style, disable_numparse=True)),
-            *(f"[{number}] {failure}" for number, failure in enumerate(failures, 1)),
-            *self.notes,
-        ]
+        headers = [c.header for c in shown]
+        reasons = [f"[{number}] {failure}" for number, failure in enumerate(failures, 1)]
+        around = [self.title, *reasons, *self.notes]
+        if style == "simple":
+            body, around = fitted(headers, cells), [wrapped(line) for line in around]
+        else:
+            body = str(tabulate(cells, headers, style, disable_numparse=True))
+        title, *below = around
+        lines = [*([title] if title else []), body, *below]
         return ("\n\n" if style != "simple" else "\n").join(lines)
+
+
+def fitted(headers: Sequence[str], rows: Sequence[Sequence[Any]], width: int | None = WIDTH) -> str:
+    """A table for a screen: cells are broken into lines where it would be too wide.
+
+    Args:
+        headers: of the columns.
+        rows: their cells.
+        width: columns of the screen; None breaks nothing.
+    """
+    if width is None:
+        return str(tabulate(rows, headers, disable_numparse=True))
+    columns = [
+        [_pieces(str(cell)) for cell in column] for column in zip(headers, *rows, strict=True)
+    ]
+    spare = [PADDING, *[0] * len(rows)]
+    widths, least = (
+        [max(map(sum, zip(map(size, column), spare, strict=True))) for column in columns]
+        for size in (_whole, _longest)
+    )
+    while sum(widths) + 2 * (len(widths) - 1) > width:
+        # The widest of those that can be narrower.
+        room = [wide if wide > few else 0 for wide, few in zip(widths, least, strict=True)]
+        if not any(room):
+            break
+        widths[room.index(max(room))] -= 1
+    broken = [
+        [_filled(cell, wide - more) for cell, more in zip(column, spare, strict=True)]
+        for column, wide in zip(columns, widths, strict=True)
+    ]
+    first, *others = zip(*broken, strict=True)
+    return str(tabulate(others, first, disable_numparse=True))
+
+
+def wrapped(line: str, width: int | None = WIDTH) -> str:
+    """A line for a screen, broken where it would be too long."""
+    if width is None:
+        return line
+    how: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+    return textwrap.fill(line, width, subsequent_indent="  ", **how)
+
+
+def _pieces(text: str) -> list[str]:
+    """Parts of a text, after each of which a line may end."""
+    return re.findall(r"[^\s.,:+]*[\s.,:+]+|[^\s.,:+]+", text)
+
+
+def _whole(pieces: Sequence[str]) -> int:
+    return len("".join(pieces).rstrip())
+
+
+def _longest(pieces: Sequence[str]) -> int:
+    return max((len(piece.rstrip()) for piece in pieces), default=0)
+
+
+def _filled(pieces: Sequence[str], width: int) -> str:
+    lines = [""]
+    for piece in pieces:
+        if lines[-1] and len((lines[-1] + piece).rstrip()) > width:
+            lines.append("")
+        lines[-1] += piece
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def seconds(value: float) -> str:

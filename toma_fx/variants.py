@@ -1,13 +1,8 @@
-"""Contenders by name: presets of `MergeConfig` with changes, calibrations, and fewer steps.
-
-A variant is what is written on the command line; with a ratio it becomes a contender (`contend`).
+"""The settings that are compared: merging ones in their short form, and fewer steps.
 
 ============================  =====================================================================
-``toma``                      a preset of `toma_fx.MergeConfig`
-``toma:region=stripe``        the same with other fields; several are parted by commas
-``...:components=mlp+...``    several values of one field are parted by ``+``
-``...:schedule=10/5``         steps between two selections and between two computations of weights
-``...:memory=2``              steps from one full step to the next; ``2/0.5`` with a theta of 0.5
+``placement=keys,...``        options of `toma_fx.transform`; see `toma_fx.setting`
+``toma:region=stripe``        a preset, with or without changes
 ``FILE.json``                 what ``toma-fx calibrate`` allots at the arithmetic of a ratio
 ``steps``                     no merging, as few steps as the first merging variant's arithmetic
                               pays for, to the nearest, and fewer than all if it saves any
@@ -15,14 +10,14 @@ A variant is what is written on the command line; with a ratio it becomes a cont
 ============================  =====================================================================
 """
 
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from toma_fx.calibrate import Calibration
+from toma_fx.closest import did_you_mean
 from toma_fx.config import PRESETS, MergeConfig
 from toma_fx.errors import ConfigError, TomaError
-from toma_fx.schedule import Memory, Schedule
+from toma_fx.setting import Given, config_of, in_short, read_short
 
 STEPS = "steps"
 UNTOUCHED = "untouched"
@@ -34,37 +29,20 @@ class Merging:
     """A variant that merges tokens."""
 
     name: str
+    given: Given = field(default_factory=dict)
+    """Values of `toma_fx.setting.OPTIONS`; with a ratio among them it is tried at that alone."""
+
+    def ratios(self, asked: Sequence[float]) -> tuple[float, ...]:
+        """Its own ratio, or those that are asked for."""
+        return (self.given["ratio"],) if "ratio" in self.given else tuple(asked)
 
     def config(self, ratio: float) -> MergeConfig:
-        """What `toma_fx.transform` is given.
+        """The options of `toma_fx.transform`.
 
         Raises:
-            TomaError: when there is nothing for the ratio, or a field holds what it cannot take.
+            TomaError: when there is nothing for the ratio, or values do not go together.
         """
-        raise NotImplementedError
-
-
-@dataclass(frozen=True, kw_only=True)
-class Preset(Merging):
-    """A preset with changes."""
-
-    preset: str
-    changes: tuple[tuple[str, Any], ...] = ()
-
-    def config(self, ratio: float) -> MergeConfig:
-        """The preset at a ratio."""
-        return MergeConfig.preset(self.preset, **{**dict(self.changes), "ratio": ratio})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Allotted(Merging):
-    """Ratios by block, from a calibration."""
-
-    calibration: Calibration
-
-    def config(self, ratio: float) -> MergeConfig:
-        """What was allotted at the arithmetic of a uniform ratio."""
-        return self.calibration.config(ratio)
+        return config_of({**self.given, "ratio": ratio})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +54,19 @@ class FewerSteps:
     """Steps; ``None`` for as many as the arithmetic of the first merging variant pays for."""
 
 
+def merging(given: Given) -> Merging:
+    """A variant of values, under their short form; a calibration alone under its file's name.
+
+    Raises:
+        TomaError: when values do not go together.
+    """
+    file = given.get("calibration")
+    name = Path(file).stem if file is not None and len(given) == 1 else in_short(given)
+    found = Merging(name=name, given=dict(given))
+    found.config(found.ratios([0.5])[0])
+    return found
+
+
 def parse_variant(text: str) -> Merging | FewerSteps:
     """A variant as written on the command line.
 
@@ -83,62 +74,45 @@ def parse_variant(text: str) -> Merging | FewerSteps:
         text: as in the module's table.
 
     Raises:
-        ConfigError: when the name, a field or a value is unknown; the message names them.
+        ConfigError: when the name, an option or a value is unknown; the message names them.
 
     >>> parse_variant("toma:region=stripe,region_tokens=64").config(0.5).region_tokens
     64
     """
     if text == STEPS or text.startswith(f"{STEPS}="):
         return FewerSteps(name=text, count=_steps(text))
-    if text.endswith(".json"):
-        return Allotted(name=Path(text).stem, calibration=Calibration.load(text))
-    preset, _, rest = text.partition(":")
-    if preset not in PRESETS:
+    head = text.partition(":")[0]
+    if "=" not in head and head not in PRESETS and not head.endswith(".json"):
         raise ConfigError(
             f"variant={text!r} is unknown; choose from {', '.join(PRESETS)}, with changes such as "
-            f"toma:region=stripe, or {STEPS}, or {STEPS}=18"
+            f"toma:region=stripe, or {STEPS}, or {STEPS}=18{did_you_mean(head, [*PRESETS, STEPS])}"
         )
-    changes: dict[str, Any] = {}
-    for change in filter(None, rest.split(",")):
-        name, equals, value = change.partition("=")
-        if not equals:
-            raise ConfigError(f"variant={text!r}: {change!r} must be FIELD=VALUE")
-        changes[name] = _value(text, name, value)
-    variant = Preset(name=text, preset=preset, changes=tuple(changes.items()))
     try:
-        variant.config(0.5)
+        found = merging(read_short(text))
     except TomaError as error:
         raise ConfigError(f"variant={text!r}: {error}") from error
-    return variant
+    # As it was written; a calibration by the name of its file.
+    return found if text.endswith(".json") else Merging(name=text, given=found.given)
 
 
-def parse_schedule(text: str) -> Schedule:
-    """``"10/5"``: steps between two selections, and between two computations of the weights.
-
-    Raises:
-        ConfigError: when it is not two whole numbers of at least 1.
-    """
-    select, _, weigh = text.partition("/")
-    if not (select.isdecimal() and weigh.isdecimal()):
-        raise ConfigError(f"schedule={text!r} must be two numbers of steps, such as 10/5")
-    return Schedule(select_every=int(select), weigh_every=int(weigh))
-
-
-def parse_memory(text: str) -> Memory:
-    """``"2"``: steps from one full step to the next; ``"2/0.5"``: and theta.
+def check_ratios(variants: Sequence[object], ratios: Sequence[float]) -> None:
+    """Refuse what cannot be tried, before anything is loaded.
 
     Raises:
-        ConfigError: when it is neither.
+        TomaError: when a merging variant takes no ratio that it is to be tried at.
     """
-    every, slash, theta = text.partition("/")
-    try:
-        return Memory(every=int(every), theta=float(theta) if slash else None)
-    except ConfigError as error:
-        raise ConfigError(f"memory={text!r}: {error}") from error
-    except ValueError as error:
-        raise ConfigError(
-            f"memory={text!r} must be a number of steps, such as 2, or with theta, such as 2/0.5"
-        ) from error
+    for _ in configs(variants, ratios):
+        pass
+
+
+def configs(
+    variants: Sequence[object], ratios: Sequence[float]
+) -> Iterator[tuple[Merging, float, MergeConfig]]:
+    """Every merging variant at every ratio that it is tried at, with its options."""
+    for variant in variants:
+        if isinstance(variant, Merging):
+            for ratio in variant.ratios(ratios):
+                yield variant, ratio, variant.config(ratio)
 
 
 def _steps(text: str) -> int | None:
@@ -148,26 +122,3 @@ def _steps(text: str) -> int | None:
     if not count.isdecimal() or int(count) < 1:
         raise ConfigError(f"variant={text!r} must name a number of steps, such as {STEPS}=18")
     return int(count)
-
-
-def _value(text: str, name: str, value: str) -> Any:
-    """A field's value from its text, by the kind of the field's default."""
-    defaults = {f.name: f.default for f in fields(MergeConfig)}
-    if name == "ratio":
-        raise ConfigError(f"variant={text!r}: the ratio is given once for all, by --ratio")
-    default = defaults.get(name, MISSING)
-    if isinstance(default, Schedule):
-        return parse_schedule(value)
-    if name == "memory":
-        return parse_memory(value)
-    try:
-        if isinstance(default, bool):
-            return {"true": True, "false": False}[value]
-        if isinstance(default, int | float):
-            return type(default)(value)
-    except (ValueError, KeyError) as error:
-        expected = "true or false" if isinstance(default, bool) else "a number"
-        raise ConfigError(f"variant={text!r}: {name}={value!r} must be {expected}") from error
-    if default is None or isinstance(default, tuple):
-        return tuple(filter(None, value.split("+")))
-    return value

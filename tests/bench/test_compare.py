@@ -10,9 +10,9 @@ from toma_fx.bench.compare import compare, rows_of
 from toma_fx.bench.contenders import COMPILED, EAGER, LOWER_BOUND, Setting, twin
 from toma_fx.bench.levels import blocks, models
 from toma_fx.bench.timing import Contender, Timing
-from toma_fx.variants import Preset
+from toma_fx.variants import merging
 
-VARIANTS = tuple(Preset(name=name, preset=name) for name in ("lower_bound", "default"))
+VARIANTS = tuple(merging({"preset": name}) for name in ("lower_bound", "default"))
 SETTING = Setting(height=128, dtype=torch.float32, variants=VARIANTS, repeats=1, compiled=False)
 BUILDERS = pytest.mark.parametrize("build", [tiny_sdxl_unet, tiny_flux])
 

@@ -19,9 +19,9 @@ from toma_fx.config import MergeConfig
 from toma_fx.inputs import random_inputs
 from toma_fx.tables import Table
 from toma_fx.transform import transform
-from toma_fx.variants import Preset
+from toma_fx.variants import merging
 
-VARIANTS = tuple(Preset(name=name, preset=name) for name in ("lower_bound", "default"))
+VARIANTS = tuple(merging({"preset": name}) for name in ("lower_bound", "default"))
 NEWER = ("flux2-klein-4b", "qwen-image", "z-image", "wan2.1-1.3b", "wan2.2-5b", "wan2.1-vace-1.3b")
 SMALL = [name for name, family in FAMILIES.items() if family.name in TINY]
 IN_LISTS = [name for name in SMALL if FAMILIES[name].block_counts]

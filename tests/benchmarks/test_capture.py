@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 import toma_fx
-from benchmarks.capture import Grid, layers_of, watching
-from benchmarks.clusters import merged
+from benchmarks.capture import layers_of, watching
 from tests.tiny import flux_inputs, tiny_flux, tiny_sd_unet, tiny_sdxl_unet, unet_inputs
 from toma_fx.config import MergeConfig
 from toma_fx.errors import ModelError
+from toma_fx.lab.clusters import Grid, merged
 from toma_fx.runtime import selector
 
 

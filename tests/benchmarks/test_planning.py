@@ -14,9 +14,9 @@ from toma_fx.bench.levels import models
 from toma_fx.config import MergeConfig
 from toma_fx.runtime.regions import layout
 from toma_fx.transform import transform
-from toma_fx.variants import Preset
+from toma_fx.variants import merging
 
-VARIANTS = tuple(Preset(name=name, preset=name) for name in ("lower_bound", "default"))
+VARIANTS = tuple(merging({"preset": name}) for name in ("lower_bound", "default"))
 
 
 @pytest.mark.parametrize("build", [tiny_sdxl_unet, tiny_flux])

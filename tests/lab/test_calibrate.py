@@ -220,7 +220,7 @@ def test_a_file_is_a_variant(
     (tmp_path / "prompts.txt").write_text("a b\n")
     drawing = ["--prompts", str(tmp_path / "prompts.txt"), "--steps", "2"]
     drawing += ["--height", "128", "--width", "128", "--ratio", "0.25", "0.5"]
-    made = ["calibrate", str(sdxl), "--out", str(file), "--variant", "default:region=stripe"]
+    made = ["calibrate", str(sdxl), "--out", str(file), "--region", "stripe"]
     assert main([*made, *drawing]) == 0
     assert "in place of 0.25" in capsys.readouterr().out
     variant = parse_variant(str(file))

@@ -28,7 +28,9 @@ def test_eval(flux: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     chosen += ["--measures", "psnr", "ssim", "--guidance", "2"]
     assert main([*command, *chosen, *DRAWING]) == 0
     printed = capsys.readouterr().out
-    assert "toma:skip=" in printed and "PSNR (dB), higher" in printed
+    for word in ("toma:", "steps=1", "PSNR", "arithmetic"):
+        assert word in printed
+    assert max(map(len, printed.splitlines())) <= 80
     identity = (tmp_path / "out/images/toma_skip=_schedule=2_1_r0.5/contender.json").read_text()
     assert "select_every=2, weigh_every=1" in identity
 
@@ -52,9 +54,9 @@ def test_mistakes_are_one_line(
         (line,) = [line for line in error.splitlines() if line.startswith("toma-fx: ")]
         assert expected in line
     assert not (tmp_path / "out").exists()
-    calibrate = ["calibrate", str(sdxl), "--variant", "steps", "--out", "x.json"]
+    calibrate = ["calibrate", str(sdxl), "--merge-below", "2", "--out", "x.json"]
     assert main(calibrate) == 2
-    assert "merges nothing; use a preset" in capsys.readouterr().err
+    assert "merge_below=2.0 must be a number in (0, 1]" in capsys.readouterr().err
 
 
 def test_missing_packages_are_named() -> None:

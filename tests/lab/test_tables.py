@@ -78,7 +78,9 @@ def test_a_summary_row_holds_means_intervals_and_reasons() -> None:
 
 
 def test_the_text_gives_each_reason_once() -> None:
-    text = as_table(summary_rows(OUTCOMES, 2, CHOSEN), CHOSEN).text()
+    table = as_table(summary_rows(OUTCOMES, 2, CHOSEN), CHOSEN)
+    assert max(map(len, table.text().splitlines())) <= 80
+    text = table.text("pipe")
     assert "PSNR (dB), higher" in text and "75.0%" in text
     assert "32 (30 to 36)" in text
     assert text.count("unavailable: no torchvision") == 1

@@ -17,11 +17,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from toma_fx.app.kept import Kept, Planned, planning
+from toma_fx.checkpoints import load_pipeline
 from toma_fx.config import MergeConfig
 from toma_fx.errors import ConfigError, ModelError, TomaWarning
+from toma_fx.images import pixels, psnr
 from toma_fx.inputs import draws_videos
-from toma_fx.lab.compare import DIFFERENCE_GAIN, psnr
-from toma_fx.lab.draw import Task, default_dtype, draw, load_pipeline
+from toma_fx.lab.compare import DIFFERENCE_GAIN
+from toma_fx.lab.draw import Task, default_dtype, draw
 from toma_fx.lab.prompts import Prompt
 from toma_fx.lab.small_models import own_settings
 from toma_fx.option_values import count
@@ -112,7 +114,7 @@ class Comparison:
     @property
     def psnr(self) -> float:
         """Of the merged image against the untouched one, in dB; infinite for equal images."""
-        return psnr(self.merged, self.untouched.image)
+        return psnr(pixels(self.merged), pixels(self.untouched.image))
 
     def difference(self) -> NDArray[np.uint8]:
         """``(H, W, 3)``: how far the pixels are apart, `DIFFERENCE_GAIN` times as bright."""

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from toma_fx.build import recipe_of_transformed
 from toma_fx.config import MergeConfig
-from toma_fx.lab.capture import Grid
-from toma_fx.lab.clusters import Merged, merged
+from toma_fx.lab.clusters import Grid, Merged, merged
 from toma_fx.lab.paint import Picture, paint_merged
 from toma_fx.runtime import plan
 from toma_fx.runtime.current_order import token_order

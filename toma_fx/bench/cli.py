@@ -23,32 +23,34 @@ def add_bench(commands: Any, model_help: str) -> None:
     )
     kinds = parser.add_subparsers(required=True, metavar="KIND", dest="kind")
     for kind, about in KINDS.items():
-        each = kinds.add_parser(kind, help=about, description=about)
+        usage = "%(prog)s [options] MODEL"
+        each = kinds.add_parser(kind, help=about, description=about, usage=usage)
         each.add_argument("model", help=model_help)
         add_timing(each)
         if kind == "image":
-            each.add_argument("--steps", type=int, default=4, help="of denoising (4)")
+            each.add_argument("--steps", type=int, default=4, metavar="N", help="of denoising (4)")
         else:
-            frames = "of videos, one number or more"
-            each.add_argument("--frames", type=int, nargs="+", default=[None], help=frames)
+            how: dict[str, Any] = {"type": int, "nargs": "+", "default": [None], "metavar": "N"}
+            each.add_argument("--frames", **how, help="of videos, one or more (the model's own)")
         each.set_defaults(run=_bench)
 
 
 def add_timing(parser: argparse.ArgumentParser) -> None:
     """Add what is timed, and how; `toma_fx.bench.command.setting_of` reads it."""
     add = parser.add_argument
-    add("--ratio", type=float, nargs="+", default=[0.5], help="one or more, such as 0.25 0.5 0.75")
+    add("--ratio", type=float, nargs="+", default=[0.5], metavar="R", help="one or more (0.5)")
     add(
         "--variant",
         nargs="+",
-        metavar="NAME",
+        metavar="SETTING",
         default=["lower_bound", "default"],
-        help="presets such as toma or toma:region=stripe (lower_bound default)",
+        help="one or more, such as toma:region=stripe placement=keys,skip= calibrated.json: "
+        "presets and options of toma-fx report (lower_bound default)",
     )
-    add("--height", type=int, help="in pixels (the model's own)")
-    add("--width", type=int, help="in pixels (like the height)")
-    add("--batch", type=int, nargs="+", default=[1], help="images, one number or more (1)")
-    add("--dtype", choices=DTYPE_NAMES, default="bfloat16")
+    add("--height", type=int, metavar="PIXELS", help="(the model's own)")
+    add("--width", type=int, metavar="PIXELS", help="(like the height)")
+    add("--batch", type=int, nargs="+", default=[1], metavar="N", help="images, one or more (1)")
+    add("--dtype", choices=DTYPE_NAMES, default="bfloat16", help="of the weights (bfloat16)")
     add(
         "--blocks",
         type=int,
@@ -57,10 +59,11 @@ def add_timing(parser: argparse.ArgumentParser) -> None:
         help="of each list of blocks of random weights, or one number for all (all, or one where "
         "they do not fit into memory)",
     )
-    add("--repeats", type=int, default=3, help="counted calls of each (3)")
+    add("--repeats", type=int, default=3, metavar="N", help="counted calls of each (3)")
     add("--eager", action="store_true", help="do not compile")
     add("--cpu-time", action="store_true", help="count CPU time, where others use the machine too")
     add("--out", type=Path, metavar="DIR", help="folder for CSV, JSON and Markdown")
+    add("--json", action="store_true", help="print one JSON object")
 
 
 def _bench(options: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -16,9 +17,10 @@ from toma_fx.bench.record import Record, machine
 from toma_fx.bench.timing import CPU, WALL
 from toma_fx.checkpoints import DTYPES
 from toma_fx.errors import ConfigError
+from toma_fx.progress import progress
 from toma_fx.quiet import hush_libraries
-from toma_fx.tables import Table
-from toma_fx.variants import Merging, parse_variant
+from toma_fx.tables import Table, wrapped
+from toma_fx.variants import Merging, check_ratios, parse_variant
 
 
 def run(options: argparse.Namespace) -> None:
@@ -32,12 +34,16 @@ def run(options: argparse.Namespace) -> None:
 
 
 def show(tables: Iterable[Table], options: argparse.Namespace) -> Record:
-    """Print tables as they come, keep them in ``options.out`` if that is a folder."""
+    """Print tables as they come, or one JSON object at the end; keep them in ``options.out``."""
     record = Record(command=options.command, folder=options.out)
     for each in tables:
         record.add(each)
-        print(f"{each.text()}\n", flush=True)
-    print(machine())
+        if not options.json:
+            print(f"{each.text()}\n", flush=True)
+    if options.json:
+        print(json.dumps(record.content()))
+        return record
+    print(wrapped(machine()))
     for file in record.files:
         print(f"wrote {file}")
     return record
@@ -60,14 +66,8 @@ def setting_of(options: argparse.Namespace, **changes: Any) -> Setting:
             raise ConfigError(f"{name}={given} must be at least 1")
     if options.cpu_time and torch.cuda.is_available():
         raise ConfigError("--cpu-time sees nothing of a GPU; leave it out where there is one")
-    variants = []
-    for name in options.variant:
-        variant = parse_variant(name)
-        if not isinstance(variant, Merging):
-            raise ConfigError(
-                f"variant={name!r} takes fewer steps, and a call is one; leave it out"
-            )
-        variants.append(variant)
+    variants = _variants(options)
+    check_ratios(variants, options.ratio)
     given = {
         "model": options.model,
         "blocks": None if options.blocks is None else tuple(options.blocks),
@@ -76,7 +76,7 @@ def setting_of(options: argparse.Namespace, **changes: Any) -> Setting:
         "batch": options.batch[0],
         "dtype": DTYPES[options.dtype],
         "ratios": tuple(options.ratio),
-        "variants": tuple(variants),
+        "variants": variants,
         "repeats": options.repeats,
         "compiled": not options.eager,
         "clock": CPU if options.cpu_time else WALL,
@@ -85,15 +85,30 @@ def setting_of(options: argparse.Namespace, **changes: Any) -> Setting:
     return fitted(Setting(**{**given, **changes}))
 
 
+def _variants(options: argparse.Namespace) -> tuple[Merging, ...]:
+    found = []
+    for text in options.variant:
+        variant = parse_variant(text)
+        if not isinstance(variant, Merging):
+            raise ConfigError(
+                f"variant={text!r} takes fewer steps, and a call is one; leave it out"
+            )
+        found.append(variant)
+    return tuple(found)
+
+
 def _tables(options: argparse.Namespace) -> Iterator[Table]:
     setting = setting_of(options)
     for frames, batch in itertools.product(getattr(options, "frames", [None]), options.batch):
         each = replace(setting, frames=frames, batch=batch)
         if options.kind == "image":
-            timed, distances = images(each)
+            with progress(f"load {each.model}"):
+                timed, distances = images(each)
             # Distances are known once everyone drew, which is while the table is made.
             yield compare(timed, each, title=each.label, extra={"psnr": distances})
             continue
         level = {"block": blocks, "model": models}[options.kind]
-        for timed in level(load(each), each):
+        with progress(f"load {each.model}"):
+            model = load(each)
+        for timed in level(model, each):
             yield compare(timed, each, title=each.label)

@@ -15,7 +15,7 @@ from toma_fx.config import MergeConfig
 from toma_fx.errors import ModelError
 from toma_fx.schedule import Schedule
 from toma_fx.transform import transform
-from toma_fx.variants import UNTOUCHED, Merging
+from toma_fx.variants import UNTOUCHED, Merging, configs
 
 LOWER_BOUND = "lower_bound"
 EAGER, COMPILED = f"{UNTOUCHED}, eager", f"{UNTOUCHED}, compiled"
@@ -160,16 +160,15 @@ def compile_blocks(model: Any, **options: Any) -> Any:
 
 def merged_configs(
     setting: Setting, *, scheduled: bool = False
-) -> Iterator[tuple[str, MergeConfig]]:
-    """Name and configuration of every merging variant at every ratio.
+) -> Iterator[tuple[str, float, MergeConfig]]:
+    """Name, ratio and configuration of every merging variant at every ratio.
 
     Unless ``scheduled``, every step makes its plan: where one call is timed, a schedule would hide
     planning or show all of it, depending on the call.
     """
-    for ratio in setting.ratios:
-        for variant in setting.variants:
-            config = variant.config(ratio)
-            yield variant.name, config if scheduled else replace(config, schedule=Schedule())
+    by_ratio = sorted(configs(setting.variants, setting.ratios), key=lambda each: each[1])
+    for variant, ratio, config in by_ratio:
+        yield variant.name, ratio, config if scheduled else replace(config, schedule=Schedule())
 
 
 def entrants(model: nn.Module, setting: Setting, *, scheduled: bool = False) -> Iterator[Entrant]:
@@ -183,8 +182,8 @@ def entrants(model: nn.Module, setting: Setting, *, scheduled: bool = False) -> 
     yield Entrant(EAGER, model)
     if setting.compiled:
         yield Entrant(COMPILED, compile_blocks(twin(model)), compiled=True)
-    for name, config in merged_configs(setting, scheduled=scheduled):
+    for name, ratio, config in merged_configs(setting, scheduled=scheduled):
         merged = transform(model, config)
         if setting.compiled:
             compile_blocks(merged)
-        yield Entrant(name, merged, ratio=config.ratio, compiled=setting.compiled)
+        yield Entrant(name, merged, ratio=ratio, compiled=setting.compiled)

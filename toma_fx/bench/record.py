@@ -49,16 +49,21 @@ class Record:
         """Path of the files without their suffixes; None when none are written."""
         return self._stem
 
+    def content(self) -> dict[str, Any]:
+        """Everything, as JSON takes it: date, command, hardware, versions and tables."""
+        return {
+            "date": self.started.isoformat(timespec="seconds"),
+            "command": self.command,
+            **environment(),
+            "tables": [_plain(table) for table in self.tables],
+        }
+
     def _write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if self._stem is None:
             self._stem = _unused(folder / f"{self.started:%Y-%m-%d}-{slug(device_name())}")
-        about = {
-            "date": self.started.isoformat(timespec="seconds"),
-            "command": self.command,
-            **environment(),
-        }
-        whole = {**about, "tables": [_plain(table) for table in self.tables]}
+        whole = self.content()
+        about = {key: value for key, value in whole.items() if key != "tables"}
         beside(self._stem, ".json").write_text(json.dumps(whole, indent=1) + "\n")
         rows = [{"table": t.title, **_flat(row)} for t in self.tables for row in t.rows]
         with beside(self._stem, ".csv").open("w", newline="", encoding="utf-8") as stream:

@@ -8,7 +8,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
+
+from toma_fx.progress import progress
 
 Clock = Callable[[], float]
 WALL: Clock = time.perf_counter
@@ -80,9 +81,8 @@ def interleaved(
     counts: dict[int, int] = {}
     samples: dict[int, list[float]] = {number: [] for number in range(len(contenders))}
     total = len(contenders) * (repeats + 1)
-    bar = tqdm(total=total, unit="call", leave=False, disable=None)
     # Compiling happens in the first calls, whoever asked for it.
-    with torch.inference_mode(), many_compiled(), bar:
+    with torch.inference_mode(), many_compiled(), progress("time", total, "call") as bar:
         for number, each in enumerate(contenders):
             bar.set_description(f"{each.name}, first call")
             try:

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from toma_fx.calibrate import PROBE, Calibration, calibrate
 from toma_fx.checkpoints import load_pipeline
 from toma_fx.config import MergeConfig
 from toma_fx.errors import ConfigError, ModelError
 from toma_fx.lab.draw import Task, draw
+from toma_fx.progress import progress
 from toma_fx.tables import Column, Table, number
 
 SEED = 1_000_000
@@ -32,7 +32,8 @@ def calibrate_to_file(task: Task, config: MergeConfig, file: Path) -> Calibratio
     """
     if file.suffix != ".json":
         raise ConfigError(f"out={str(file)!r} must end in .json, as eval knows it by")
-    pipeline = load_pipeline(task.model, dtype=task.dtype)
+    with progress(f"load {task.model}"):
+        pipeline = load_pipeline(task.model, dtype=task.dtype)
 
     def images(pipeline: Any) -> Any:
         return np.stack(
@@ -43,13 +44,13 @@ def calibrate_to_file(task: Task, config: MergeConfig, file: Path) -> Calibratio
             ]
         )
 
-    with tqdm(unit="set") as bar:
+    with progress("draw", 1, "set") as bar:
 
-        def progress(done: int, total: int, what: str) -> None:
+        def note(done: int, total: int, what: str) -> None:
             bar.total, bar.n = total, done
             bar.set_description(what)
 
-        found = calibrate(pipeline, images, config, progress=progress)
+        found = calibrate(pipeline, images, config, progress=note)
     found.save(file)
     return found
 

@@ -16,32 +16,38 @@ from toma_fx.errors import ConfigError
 from toma_fx.lab import small_models
 from toma_fx.lab.measures import MEASURES, OF_SMALL_MODELS
 from toma_fx.quiet import hush_libraries
+from toma_fx.setting import add_setting, config_of, given_in
 
 MODEL = "folder or hub name of a diffusers pipeline"
 
 
 def add_commands(commands: Any) -> None:
     """Add the lab's commands to those of ``toma-fx``."""
-    _add_eval(
-        commands.add_parser("eval", help="Draw images with several variants and measure them.")
-    )
-    _add_calibrate(
-        commands.add_parser(
-            "calibrate", help="Find the ratio of each block that changes images least."
-        )
-    )
+    usage = "%(prog)s [options] MODEL"
+    about = "Draw images with several settings and measure them."
+    _add_eval(commands.add_parser("eval", help=about, description=about, usage=usage))
+    about = "Find the ratio of each block that changes images least."
+    _add_calibrate(commands.add_parser("calibrate", help=about, description=about, usage=usage))
 
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help=MODEL)
     add = parser.add_argument
-    add("--ratio", type=float, nargs="+", default=[0.25, 0.5, 0.75], help="(0.25 0.5 0.75)")
+    add(
+        "--ratio",
+        type=float,
+        nargs="+",
+        default=[0.25, 0.5, 0.75],
+        metavar="R",
+        help="(0.25 0.5 0.75)",
+    )
     add(
         "--variant",
         nargs="+",
         default=["default", "steps"],
-        metavar="NAME",
-        help="presets such as toma or toma:region=stripe, steps, steps=18 (default steps)",
+        metavar="SETTING",
+        help="one or more, such as toma:region=stripe placement=keys,skip= calibrated.json: "
+        "presets and options of toma-fx report; steps, or steps=18, merges nothing (default steps)",
     )
     add_measuring(parser, default="all")
     parser.set_defaults(run=_eval)
@@ -50,11 +56,18 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
 def _add_calibrate(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", help=MODEL)
-    add("--ratio", type=float, nargs="+", default=[0.25, 0.5, 0.75], help="to show (0.25 0.5 0.75)")
-    add("--variant", default="default", help="all options that are not allotted (default)")
+    add(
+        "--ratio",
+        type=float,
+        nargs="+",
+        default=[0.25, 0.5, 0.75],
+        metavar="R",
+        help="to show (0.25 0.5 0.75)",
+    )
     add_prompts(parser)
-    add("--out", type=Path, required=True, metavar="FILE.json", help="a variant for eval")
+    add("--out", type=Path, required=True, metavar="FILE.json", help="a setting for the others")
     add_drawing(parser)
+    add_setting(parser, leave_out=("ratio", "block_ratios", "calibration"))
     parser.set_defaults(run=_calibrate, default_prompts=small_models.CALIBRATION)
 
 
@@ -88,12 +101,13 @@ def add_measuring(parser: argparse.ArgumentParser, *, default: str) -> None:
 
 def add_drawing(parser: argparse.ArgumentParser) -> None:
     """Add how images are drawn; `task_of` reads it."""
-    parser.add_argument("--steps", type=int, default=25, help="of denoising (25)")
-    parser.add_argument("--guidance", type=float, help="guidance scale (the pipeline's own)")
-    parser.add_argument("--height", type=int, help="in pixels (the pipeline's own)")
-    parser.add_argument("--width", type=int, help="in pixels (the pipeline's own)")
-    parser.add_argument("--dtype", choices=DTYPE_NAMES, help="(bfloat16 on a GPU)")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--steps", type=int, default=25, metavar="N", help="of denoising (25)")
+    add("--guidance", type=float, metavar="X", help="guidance scale (the pipeline's own)")
+    add("--height", type=int, metavar="PIXELS", help="(the pipeline's own)")
+    add("--width", type=int, metavar="PIXELS", help="(the pipeline's own)")
+    add("--dtype", choices=DTYPE_NAMES, help="of the weights (bfloat16 on a GPU)")
+    add(
         "--argument",
         nargs="+",
         default=[],
@@ -105,9 +119,10 @@ def add_drawing(parser: argparse.ArgumentParser) -> None:
 def _eval(options: argparse.Namespace) -> None:
     need_packages("torchmetrics")
     from toma_fx.lab.evaluate import evaluate
-    from toma_fx.variants import parse_variant
+    from toma_fx.variants import check_ratios, parse_variant
 
-    variants = [parse_variant(name) for name in options.variant]
+    variants = [parse_variant(text) for text in options.variant]
+    check_ratios(variants, options.ratio)
     plan = plan_of(options, variants, usual_measures(options.model))
     text = evaluate(task_of(options, prompts_of(options)), plan, options.out)
     if text:  # the first of several processes alone has one
@@ -116,24 +131,13 @@ def _eval(options: argparse.Namespace) -> None:
 
 def _calibrate(options: argparse.Namespace) -> None:
     from toma_fx.lab.calibration import as_table, calibrate_to_file
-    from toma_fx.variants import Allotted
 
-    variant = merging_of(options.variant)
-    if isinstance(variant, Allotted):
-        raise ConfigError(f"variant={options.variant!r} is allotted already; name a preset")
+    given = given_in(options)
+    del given["ratio"]  # which are those to show
+    config = config_of(given)
     task = task_of(options, prompts_of(options))
-    found = calibrate_to_file(task, variant.config(0.5), options.out)
+    found = calibrate_to_file(task, config, options.out)
     print(as_table(found, options.ratio).text())
-
-
-def merging_of(text: str) -> Any:
-    """The variant of a name, which must merge."""
-    from toma_fx.variants import Merging, parse_variant
-
-    variant = parse_variant(text)
-    if not isinstance(variant, Merging):
-        raise ConfigError(f"variant={text!r} merges nothing; use a preset")
-    return variant
 
 
 def plan_of(options: argparse.Namespace, variants: Sequence[Any], measures: tuple[str, ...]) -> Any:

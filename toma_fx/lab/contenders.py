@@ -93,7 +93,8 @@ def contend(
         )
     ]
     for variant in variants:
-        for ratio in ratios:
+        follows = merging if isinstance(variant, FewerSteps) else variant
+        for ratio in follows.ratios(ratios) if isinstance(follows, Merging) else ratios:
             if isinstance(variant, Merging):
                 found.append(_merging(variant, pipeline, ratio, steps, call))
             elif not isinstance(variant, FewerSteps):

@@ -13,8 +13,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from toma_fx.arithmetic import first_call
 from toma_fx.checkpoints import load_pipeline
 from toma_fx.errors import ConfigError
@@ -32,6 +30,7 @@ from toma_fx.lab.tables import (
     summary_rows,
     write_table,
 )
+from toma_fx.progress import progress
 from toma_fx.transform import model_of
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -94,10 +93,12 @@ def draw_and_measure(task: Task, plan: Plan, out: Path) -> Results | None:
     """
     real = () if plan.reference is None else pictures(plan.reference)
     processes = processes_of_launch()
-    pipeline = load_pipeline(task.model, dtype=task.dtype, device=processes.device)
+    with progress(f"load {task.model}"):
+        pipeline = load_pipeline(task.model, dtype=task.dtype, device=processes.device)
     prompt = task.prompts[0]
-    call = first_call(model_of(pipeline), lambda: draw(pipeline, task, prompt, 0))
-    contenders = contend(pipeline, plan.variants, plan.ratios, task.steps, call)
+    with progress("count arithmetic"):
+        call = first_call(model_of(pipeline), lambda: draw(pipeline, task, prompt, 0))
+        contenders = contend(pipeline, plan.variants, plan.ratios, task.steps, call)
     gallery = Gallery(out)
     if processes.first:
         gallery.open(task, contenders)
@@ -176,16 +177,15 @@ def draw_missing(
     }
     mine = processes.share([unit for file, unit in units.items() if not file.exists()])
     processes.wait()  # nobody draws before all have seen what is missing
-    hidden = None if processes.first else True
-    with tqdm(total=len(mine), unit="image", disable=hidden) as progress:
+    with progress("draw", len(mine), "image") as bar:
         for contender, prompt, seed in mine:
-            progress.set_description(contender.folder)
+            bar.set_description(contender.folder)
             with contender.changed():
                 image, seconds = draw(
                     pipeline, task, task.prompts[prompt], seed, steps=contender.steps
                 )
             save_image(image, gallery.file(contender, prompt, seed), seconds=seconds)
-            progress.update()
+            bar.update()
 
 
 def measure(
@@ -196,7 +196,8 @@ def measure(
     real: Sequence[Path] = (),
 ) -> list[Outcome]:
     """The measures of all images, which must have been drawn; the untouched model's come first."""
-    instruments = load_instruments(plan.measures, plan.networks)
+    with progress("load the networks of the measures"):
+        instruments = load_instruments(plan.measures, plan.networks)
     texts = [prompt.text for prompt in task.prompts for _ in range(task.seeds)]
     files = [
         tuple(
@@ -207,17 +208,15 @@ def measure(
         for contender in contenders
     ]
     reference = look_at_reference(instruments, files[0], real)
-    return [
-        Outcome(
-            contender=contender,
-            files=its,
-            seconds=tuple(seconds_of(file) for file in its),
-            scores=score(instruments, its, texts, reference, paired=its is not files[0]),
-        )
-        for contender, its in zip(
-            contenders, tqdm(files, desc="measure", unit="set", disable=None), strict=True
-        )
-    ]
+    outcomes = []
+    with progress("measure", len(files), "set") as bar:
+        for contender, its in zip(contenders, files, strict=True):
+            bar.set_description(f"measure {contender.folder}")
+            scores = score(instruments, its, texts, reference, paired=its is not files[0])
+            seconds = tuple(map(seconds_of, its))
+            outcomes.append(Outcome(contender=contender, files=its, seconds=seconds, scores=scores))
+            bar.update()
+    return outcomes
 
 
 def _notes(pipeline: Any, task: Task) -> list[str]:

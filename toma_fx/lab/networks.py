@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from toma_fx.hub import find, first_line
 from toma_fx.images import DATA_RANGE, pixels
 from toma_fx.lab.measures import Unavailable
 
@@ -92,10 +93,11 @@ def load_clip(name: str) -> Encoder | Unavailable:
     def load() -> Encoder:
         from transformers import AutoModel, AutoTokenizer
 
+        how = find(name)
         return Encoder(
-            model=_ready(AutoModel.from_pretrained(name)),
-            processor=_processor(name),
-            tokenizer=AutoTokenizer.from_pretrained(name),
+            model=_ready(AutoModel.from_pretrained(name, **how)),
+            processor=_processor(name, how),
+            tokenizer=AutoTokenizer.from_pretrained(name, **how),
         )
 
     return _attempt(load, f"CLIP from {name!r}")
@@ -107,9 +109,9 @@ def load_vision(name: str) -> Encoder | Unavailable:
     def load() -> Encoder:
         from transformers import AutoModel
 
+        how = find(name)
         return Encoder(
-            model=_ready(AutoModel.from_pretrained(name)),
-            processor=_processor(name),
+            model=_ready(AutoModel.from_pretrained(name, **how)), processor=_processor(name, how)
         )
 
     return _attempt(load, f"network from {name!r}")
@@ -169,11 +171,11 @@ def _inception() -> Features:
     return features
 
 
-def _processor(name: str) -> Any:
+def _processor(name: str, how: dict[str, Any]) -> Any:
     from transformers import AutoImageProcessor
 
     untyped: Any = AutoImageProcessor
-    return untyped.from_pretrained(name)
+    return untyped.from_pretrained(name, **how)
 
 
 def read_image(file: Path) -> Image.Image:
@@ -187,8 +189,7 @@ def _attempt(load: Callable[[], Loaded], what: str) -> Loaded | Unavailable:
         return load()
     # What a library raises for a missing package, file, network or hub is not one class.
     except (ImportError, OSError, ValueError, RuntimeError) as error:
-        first_line = str(error).strip().partition("\n")[0]
-        return Unavailable(f"{what} could not be loaded: {first_line}")
+        return Unavailable(f"{what} could not be loaded: {first_line(error)}")
 
 
 def _ready(model: Module) -> Module:

@@ -4,9 +4,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.capture import Grid
-from benchmarks.clusters import Merged
-from benchmarks.paint import BORDER, CELL_PIXELS, DESTINATION, paint_merged
+from toma_fx.lab.clusters import Grid, Merged
+from toma_fx.lab.paint import BORDER, CELL_PIXELS, DESTINATION, paint_merged
 
 GRID = Grid(4, 8, torch.arange(32))
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.clusters import merged
 from tests.tiny import smooth_images
 from toma_fx.config import MergeConfig
+from toma_fx.lab.clusters import merged
 from toma_fx.runtime.merging import weigh
 from toma_fx.runtime.regions import WHOLE_IMAGE, layout
 from toma_fx.runtime.selector import select

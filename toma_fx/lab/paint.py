@@ -4,8 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from benchmarks.capture import Grid
-from benchmarks.clusters import Merged
+from toma_fx.lab.clusters import Grid, Merged
 
 DESTINATION = (255, 40, 40)
 BORDER = (255, 255, 255)

@@ -13,6 +13,16 @@ from toma_fx.runtime.selector import select
 
 
 @dataclass(frozen=True)
+class Grid:
+    """Where an image's tokens are."""
+
+    height: int
+    width: int
+    tile_order: Tensor
+    """``(height * width,)`` int64: the raster index of each token in the model's tile order."""
+
+
+@dataclass(frozen=True)
 class Merged:
     """What a plan does with an image's tokens, in raster order."""
 
