@@ -101,8 +101,8 @@ def wrapped(line: str, width: int | None = WIDTH) -> str:
 
 
 def _pieces(text: str) -> list[str]:
-    """Parts of a text, after each of which a line may end."""
-    return re.findall(r"[^\s.,:+]*[\s.,:+]+|[^\s.,:+]+", text)
+    """Parts of a text, after each of which a line may end; numbers have one part."""
+    return [piece for piece in re.split(r"(?<=[\s,:+])|(?<=[^\d\s]\.)", text) if piece]
 
 
 def _whole(pieces: Sequence[str]) -> int:
