@@ -18,6 +18,7 @@ from toma_fx.choices import PROMPT
 from toma_fx.config import MergeConfig
 from toma_fx.passes.readable import readable
 from toma_fx.progress import progress
+from toma_fx.schedule import Memory
 from toma_fx.setting import Given
 from toma_fx.tables import Column, Table, seconds
 from toma_fx.variants import Merging, merging
@@ -26,7 +27,8 @@ FLUX_BLOCK_BYTES = 1.24 * 2**30
 """One double-stream and two single-stream blocks in bfloat16."""
 FLUX_MOST = 3
 """Double-stream blocks that keep the demo within ten minutes on two cores; the model has 19."""
-RATIOS = (0.25, 0.5, 0.75)
+ADVISED = MergeConfig(ratio=0.9, merge_below=0.8, memory=Memory(every=2))
+"""The README's advice for 20 steps and more."""
 
 
 def demo(
@@ -41,7 +43,8 @@ def demo(
     """Show what toma_fx does to images and to time, on this machine.
 
     Args:
-        given: how tokens merge, as `toma_fx.setting` has it; images have three ratios.
+        given: how tokens merge, as `toma_fx.setting` has it. Images are drawn with it, at half of
+            its ratio, and with memory as the README advises.
         model: only this one: ``"sdxl"``, ``"flux"``, or a folder or hub name of a pipeline. By
             default SDXL's whole UNet, then Flux at full width with as many blocks as memory and ten
             minutes allow; images are drawn by small trained pipelines of the same architectures.
@@ -70,7 +73,7 @@ def demo(
 def _draw(name: str, config: MergeConfig, prompt: str, steps: int, out: Path) -> None:
     # The lab's imports take seconds, and only this part of the demo needs them.
     from toma_fx.checkpoints import load_pipeline
-    from toma_fx.lab.compare import draw_ratios, side_by_side_picture
+    from toma_fx.lab.compare import draw_settings, side_by_side_picture
     from toma_fx.lab.draw import Task
     from toma_fx.lab.prompts import Prompt
     from toma_fx.lab.small_models import FOLDER, own_settings
@@ -83,9 +86,9 @@ def _draw(name: str, config: MergeConfig, prompt: str, steps: int, out: Path) ->
         return
     prompts = (Prompt(text=prompt),)
     task = Task(model=folder, prompts=prompts, steps=steps, **own_settings(folder))
-    drawn = draw_ratios(load_pipeline(folder), task, RATIOS, config)
+    drawn = draw_settings(load_pipeline(folder), task, _settings(config))
     columns = (
-        Column("ratio", "ratio", lambda ratio: f"{ratio:g}" if ratio else "untouched"),
+        Column("name", "setting"),
         Column("seconds", "an image", seconds),
         Column("psnr", "PSNR, dB", lambda value: f"{value:.1f}"),
     )
@@ -95,6 +98,16 @@ def _draw(name: str, config: MergeConfig, prompt: str, steps: int, out: Path) ->
     file = out / f"{Path(folder).name}.png"
     side_by_side_picture(drawn, f"{prompt}, {steps} steps").save(file)
     print(f"wrote {file}")
+
+
+def _settings(config: MergeConfig) -> dict[str, MergeConfig]:
+    half = replace(config, ratio=config.ratio / 2)
+    memory = f"memory every {ADVISED.memory.every}" if ADVISED.memory else ""
+    return {
+        f"ratio {half.ratio:g}": half,
+        f"ratio {config.ratio:g}": config,
+        f"{memory}, {ADVISED.ratio:g} below {ADVISED.merge_below:g}": ADVISED,
+    }
 
 
 def _show(

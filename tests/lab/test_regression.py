@@ -15,7 +15,7 @@ import torch
 
 import toma_fx
 from toma_fx.checkpoints import load_pipeline
-from toma_fx.lab.compare import draw_ratios
+from toma_fx.lab.compare import draw_settings
 from toma_fx.lab.draw import Task
 from toma_fx.lab.prompts import load_prompts
 from toma_fx.lab.small_models import FOLDER, PROMPTS, own_settings
@@ -36,13 +36,13 @@ def measured(kind: str) -> dict[str, float]:
     pipeline = load_pipeline(folder)
     prompts = load_prompts(PROMPTS, limit=IMAGES)
     task = Task(model=folder, prompts=prompts, steps=STEPS, **own_settings(folder))
+    settings = {f"{ratio:g}": toma_fx.MergeConfig(ratio=ratio) for ratio in RATIOS[kind]}
     drawn = [
-        draw_ratios(pipeline, replace(task, prompts=(prompt,)), RATIOS[kind])[1:]
+        draw_settings(pipeline, replace(task, prompts=(prompt,)), settings)[1:]
         for prompt in prompts
     ]
     return {
-        f"{ratio:g}": fmean(images[index].psnr for images in drawn)
-        for index, ratio in enumerate(RATIOS[kind])
+        name: fmean(images[index].psnr for images in drawn) for index, name in enumerate(settings)
     }
 
 

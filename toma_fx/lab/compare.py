@@ -1,8 +1,8 @@
-"""One image by the untouched model and at several ratios, side by side in one picture."""
+"""One image by the untouched model and with several settings, side by side in one picture."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from toma_fx.transform import pipeline_models, transform
 CELL_PIXELS = 256
 LABEL_PIXELS = 40
 GAP = 8
+UNTOUCHED = "untouched"
 DIFFERENCE_GAIN = 4
 """Differences of neighbouring ratios are small; four times as bright they can be seen."""
 
@@ -24,39 +25,36 @@ DIFFERENCE_GAIN = 4
 class Drawn:
     """An image, and how it came about."""
 
-    ratio: float
+    name: str
+    """Of the setting; "untouched" for none."""
     image: Image.Image
     seconds: float
     psnr: float
     """Against the untouched image, in dB; infinite for that image itself."""
 
 
-def draw_ratios(
-    pipeline: Any, task: Task, ratios: Sequence[float], config: MergeConfig | None = None
-) -> list[Drawn]:
-    """The task's first prompt with seed 0, untouched (ratio 0) and at each ratio.
+def draw_settings(pipeline: Any, task: Task, settings: Mapping[str, MergeConfig]) -> list[Drawn]:
+    """Draw the task's first prompt with seed 0, untouched and with each setting.
 
     Args:
-        pipeline: of `load_pipeline`, not transformed; it is so again afterwards.
-        task: what to draw.
-        ratios: shares of tokens merged away, each above 0.
-        config: the other options; the defaults when left out.
+        pipeline: Of `toma_fx.checkpoints.load_pipeline`; afterwards it is untouched again.
+        task: What to draw.
+        settings: Configurations by the names that stand over their images.
     """
-    config = MergeConfig() if config is None else config
     prompt = task.prompts[0]
     draw(pipeline, task, prompt, 0, steps=1)  # the first call of all is slower than the others
     untouched, seconds = draw(pipeline, task, prompt, 0)
     models = pipeline_models(pipeline)
-    drawn = [Drawn(ratio=0.0, image=untouched, seconds=seconds, psnr=math.inf)]
-    for ratio in ratios:
-        transform(pipeline, replace(config, ratio=ratio))
+    drawn = [Drawn(name=UNTOUCHED, image=untouched, seconds=seconds, psnr=math.inf)]
+    for name, config in settings.items():
+        transform(pipeline, config)
         try:
             image, seconds = draw(pipeline, task, prompt, 0)
         finally:
-            for name, model in models.items():
-                setattr(pipeline, name, model)
+            for model_name, model in models.items():
+                setattr(pipeline, model_name, model)
         near = psnr(pixels(image), pixels(untouched))
-        drawn.append(Drawn(ratio=ratio, image=image, seconds=seconds, psnr=near))
+        drawn.append(Drawn(name=name, image=image, seconds=seconds, psnr=near))
     return drawn
 
 
@@ -87,10 +85,10 @@ def side_by_side_picture(drawn: Sequence[Drawn], title: str) -> Image.Image:
 
 
 def _label(each: Drawn, row: int) -> tuple[str, ...]:
-    if each.ratio == 0:
-        return ("untouched", f"{each.seconds:.1f} s") if row == 0 else ()
     if row == 0:
-        return f"ratio {each.ratio:g}", f"{each.seconds:.1f} s"
+        return each.name, f"{each.seconds:.1f} s"
+    if each.name == UNTOUCHED:
+        return ()
     return f"difference, {DIFFERENCE_GAIN} times as bright", f"PSNR {each.psnr:.1f} dB"
 
 
