@@ -210,7 +210,9 @@ def test_a_pattern_that_fits_nothing_is_named() -> None:
 
 def test_a_hidden_pattern_is_named() -> None:
     unet, _ = build("sdxl")
-    with pytest.raises(ModelError, match=r"\['up_blocks.1.\*'\] names only .* put it before them"):
+    with pytest.raises(
+        ModelError, match=r"\['up_blocks.1.\*'\] match only .* put them before those patterns"
+    ):
         merged("sdxl", unet, block_ratios={"*": 0.5, "up_blocks.1.*": 0.25})
 
 

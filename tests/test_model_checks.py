@@ -89,7 +89,7 @@ class TestUNet(AllChecks):
         model.mid_block.attentions[0].transformer_blocks[0].set_chunk_feed_forward(None)
         chunked = self.untouched()
         chunked.mid_block.attentions[0].transformer_blocks[0].set_chunk_feed_forward(2, 1)
-        with pytest.raises(TomaError, match=r"turn it off, as by block.set_chunk_feed_forward"):
+        with pytest.raises(TomaError, match=r"turn it off, e.g. block.set_chunk_feed_forward"):
             self.merged(chunked)
 
 

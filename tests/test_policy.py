@@ -305,7 +305,7 @@ def test_rows_on_both_sides_of_the_level(family: str) -> None:
 def test_rows_at_different_timesteps_under_a_schedule(family: str) -> None:
     inputs = rows_at(family, (0, 3))
     model = transformed(family)
-    message = r"timesteps from .* to .*, and Schedule\(.* call the model once for each, or"
+    message = r"timesteps from .* to .*, but Schedule\(.* call the model once for each, or"
     with pytest.raises(InputError, match=message):
         model(**inputs)
     always = transformed(family, schedule=Schedule())
