@@ -21,6 +21,7 @@ COMMANDS = (
     "demo",
     "eval",
     "calibrate",
+    "app",
 )
 
 
