@@ -73,6 +73,7 @@ def test_contenders_share_every_tensor() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @BUILDERS
 def test_peak_memory_of_merged_calls_is_compared_with_untouched(build: Any) -> None:
     (timed,) = models(build().cuda(), SETTING)
