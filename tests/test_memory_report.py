@@ -45,3 +45,10 @@ def test_what_it_says() -> None:
     assert "merges below a noise level of 0.5: 10 of 20 steps" in text
     assert "made at full steps" in text
     assert "memory: 5 of 20 steps are full, those between add 0.5 of the correction" in text
+
+
+@pytest.mark.parametrize(("ratio", "pays"), [(0.9, True), (0.1, False)])
+def test_it_says_when_a_memory_saves_next_to_nothing(ratio: float, pays: bool) -> None:
+    report = toma_fx.report(merging("unet", ratio=ratio), inputs=calls_of("unet")[0])
+    assert (report.speedup > 1.05) == pays
+    assert ("needs a high ratio" in str(report)) != pays

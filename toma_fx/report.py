@@ -21,6 +21,9 @@ from toma_fx.transform import model_of
 
 STEPS = 25
 """Number of steps of the denoising run that a report assumes by default."""
+PAYING = 1.05
+"""A memory whose run needs more than 1 / PAYING of the arithmetic is not worth its bytes."""
+ADVICE = "; to save more, a memory needs a high ratio, such as 0.9"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,9 +166,10 @@ class Report:
             return f"a run keeps {size} of plans"
         full = round(self.shares[REMEMBER] * self.steps)
         between = f"add {self.theta:g} of the correction" if self.theta else "only extrapolate"
+        advice = "" if self.speedup > PAYING else ADVICE
         return (
             f"memory: {full} of {self.steps} steps are full, those between {between}; a run keeps "
-            f"{size}; arithmetic and savings are averages of a run"
+            f"{size}; arithmetic and savings are averages of a run{advice}"
         )
 
     def _prediction(self) -> str:

@@ -16,7 +16,7 @@ from toma_fx.errors import ConfigError
 from toma_fx.lab import small_models
 from toma_fx.lab.measures import MEASURES, OF_SMALL_MODELS
 from toma_fx.quiet import hush_libraries
-from toma_fx.setting import add_setting, config_of, given_in
+from toma_fx.setting import OF_MEMORY, add_setting, config_of, given_in
 
 MODEL = "folder or hub name of a diffusers pipeline"
 
@@ -67,7 +67,7 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
     add_prompts(parser)
     add("--out", type=Path, required=True, metavar="FILE.json", help="a setting for the others")
     add_drawing(parser)
-    add_setting(parser, leave_out=("ratio", "block_ratios", "calibration"))
+    add_setting(parser, leave_out=("ratio", "block_ratios", "calibration", "memory", *OF_MEMORY))
     parser.set_defaults(run=_calibrate, default_prompts=small_models.CALIBRATION)
 
 
