@@ -361,7 +361,8 @@ def _arrow(before: Any, after: Any) -> str:
 
 
 def _tera(flops: int) -> str:
-    return f"{flops / 1e12:.3g}"
+    tera = flops / 1e12
+    return f"{tera:,.0f}" if tera >= 1000 else f"{tera:.3g}"
 
 
 def _saved(before: int, after: int) -> float:

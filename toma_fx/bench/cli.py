@@ -21,7 +21,7 @@ def add_bench(commands: Any, model_help: str) -> None:
         description="Time models in turn in one process. Ratios are against the faster of the "
         "untouched model, eager and compiled.",
     )
-    kinds = parser.add_subparsers(required=True, metavar="KIND", dest="kind")
+    kinds = parser.add_subparsers(required=True, metavar="model|block|image", dest="kind")
     for kind, about in KINDS.items():
         usage = "%(prog)s [options] MODEL"
         each = kinds.add_parser(kind, help=about, description=about, usage=usage)
