@@ -107,15 +107,17 @@ def _is_known(entry: Any) -> bool:
     return isinstance(entry, list | tuple) and len(entry) == 2 and entry[1] in known
 
 
-def architecture(name: str) -> nn.Module:
+def architecture(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Return a model without weights, on the meta device, for transforming and reporting.
 
     Args:
         name: one of `RANDOM`, such as ``"sdxl"``.
+        dtype: of its parameters, which sizes the bytes that a run keeps.
     """
     cls, config = model_class(name)
     with torch.device("meta"):
         model: nn.Module = cls(**config)
+    nn.Module.to(model, dtype)  # not diffusers' own, whose advice is for pretrained weights
     return model
 
 

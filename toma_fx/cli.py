@@ -140,7 +140,7 @@ def _report(options: argparse.Namespace) -> None:
     hush_libraries()
     with progress(f"load {options.model}"):
         if options.model in RANDOM:
-            model = architecture(options.model).to(DTYPES[options.dtype])
+            model = architecture(options.model, DTYPES[options.dtype])
         else:
             model = load_model(options.model, dtype=DTYPES[options.dtype])
     with progress("count arithmetic"):
