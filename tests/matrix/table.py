@@ -177,7 +177,10 @@ def page(parts: dict[str, Part]) -> str:
 def summary(parts: dict[str, Part]) -> str:
     """A line for each section, as docs/limits.md has it."""
     lines = [parts[title].line for title in SECTIONS if title in parts]
-    said = "Lines of the matrix, each by the worst of its cells; the page says what ran them."
+    said = (
+        "A cell is one feature in one mode, such as a LoRA on Flux under `torch.compile`. A feature "
+        "works only if all of its cells do."
+    )
     return "\n".join([START, _line(HEADS), _line(["---"] * len(HEADS)), *lines, "", said, END])
 
 
