@@ -55,7 +55,7 @@ def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         (["sdlx"], "did you mean sdxl?"),
         (["flux", "--ratio", "1.5"], "ratio=1.5 must be a number in [0, 1)"),
         (["sdxl", "--speedup", "2", "--ratio", "0.5"], "speedup=2 chooses the ratio"),
-        (["sdxl", "--calibration", "none.json"], "cannot be read"),
+        (["sdxl", "--calibration", "none.json"], "there is no such file"),
         (["no/such/folder"], "there is no such folder"),
     ):
         assert main(["report", *words]) == 2

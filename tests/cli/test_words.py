@@ -102,7 +102,10 @@ def test_mistakes_name_the_word(text: str, said: str) -> None:
         ({"theta": 0.5}, "theta without a memory"),
         ({"region": "stipe"}, "did you mean stripe?"),
         ({"preset": "tomo"}, "did you mean toma?"),
-        ({"calibration": "none.json"}, "'none.json' cannot be read: No such file or directory;"),
+        (
+            {"calibration": "none.json"},
+            "'none.json' is no calibration that toma_fx saved: there is no such file;",
+        ),
         ({"calibration": "x.json", "region": "tile"}, "region cannot be given beside calibration"),
     ],
 )
@@ -115,9 +118,9 @@ def test_what_does_not_go_together_is_said(given: dict[str, object], said: str) 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("", "for it is no JSON"),
-        ("{}", "it lacks base"),
-        ('{"base": {"ratio": 7}}', "ratio=7 must be a number in [0, 1)"),
+        ("", "it is not JSON"),
+        ("{}", "it lacks 'base'"),
+        ('{"base": {"ratio": 7}}', "it lacks 'parts'"),
         ("[]", "toma_fx saved: "),
     ],
 )
