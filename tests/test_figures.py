@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 from tabulate import tabulate
@@ -299,3 +300,69 @@ def test_figures_that_the_readme_names() -> None:
     assert ratio == "0.5"
     figure = f"| {100 / float(times.split()[0]):.0f} % (batch 2, 2026-11-21) |"
     assert figure in readme, figure
+
+
+def span(values: Iterable[float]) -> str:
+    found = list(values)
+    return f"{min(found):.1f} to {max(found):.1f}"
+
+
+def of_operators() -> str:
+    """Of the three runs that hold 4096 tokens at ratio 0.5."""
+
+    def speeds(kind: str) -> list[float]:
+        rows = [
+            operator(BENCH + name, operator=kind, tokens="4096", width="640", ratio="0.5")
+            for name in ("operators", "readme", "growth")
+        ]
+        return [float(each["against_tomesd"]) for each in rows if each is not None]
+
+    merge, unmerge = speeds("merge"), speeds("unmerge")
+    assert len(merge) == len(unmerge) == 3
+    return f"give merge {span(merge)} times and unmerge {span(unmerge)} times tomesd's speed"
+
+
+def of_one_block() -> str:
+    speeds = [
+        float(row["times"])
+        for row in results(BENCH + "readme")
+        if row["contender"] == "default" and "batch 2" in row["table"]
+    ]
+    large, small = (" and ".join(f"{each:.1f}" for each in speeds[i : i + 2]) for i in (0, 2))
+    return f"it is {large} times as fast with 4096 tokens, and {small} times with 1024 tokens"
+
+
+def of_whole_models() -> str:
+    sdxl, flux = (
+        forward("", BENCH + name)[0][4].split()[0]
+        for name in ("sdxl-1024-batch-2", "flux-3-6-blocks-1024")
+    )
+    return (
+        f"SDXL's whole UNet {sdxl} times as fast at 1024 x 1024, and Flux at full width with "
+        f"3 + 6 blocks {flux} times as fast"
+    )
+
+
+def of_edits() -> str:
+    outside: dict[str, list[float]] = {}
+    for row in results("2026-11-26-amd-epyc-small-kontext-25-steps-images"):
+        if row["outside_true"]:
+            outside.setdefault(row["contender"], []).append(float(row["outside_true"]))
+    untouched, *rest = (
+        f"{fmean(outside[name]):.1f}" for name in ("untouched", "18 steps", "14 steps", "12 steps")
+    )
+    return f"{untouched} dB untouched, and {rest[0]}, {rest[1]} and {rest[2]} dB after 18, 14 and"
+
+
+@pytest.mark.parametrize(
+    ("page", "sentence"),
+    [
+        ("speed", of_operators),
+        ("speed", of_one_block),
+        ("speed", of_whole_models),
+        ("measured", of_edits),
+    ],
+)
+def test_figures_that_a_text_names(page: str, sentence: Callable[[], str]) -> None:
+    text = " ".join((ROOT / "docs" / f"{page}.md").read_text().split())
+    assert sentence() in text
