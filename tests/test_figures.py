@@ -1,37 +1,47 @@
 """Figures in the docs are those of the results in the repository.
 
-``EXPECTTEST_ACCEPT=1`` writes the tables of `docs/memory.md` anew.
+``EXPECTTEST_ACCEPT=1`` writes the tables of the pages anew, between their marks.
 """
 
 import csv
 import os
 import re
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 from tabulate import tabulate
 
 ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs" / "memory.md"
 RESULTS = ROOT / "benchmarks" / "results"
-# By the name of a table, its columns and the results that they show.
-TABLES = {
-    "sdxl": {
-        "Euler": "memory-sdxl-euler-25-steps",
-        "DPM++ 2M": "memory-sdxl-dpm-25-steps",
-    },
-    "flux": {"flow-match Euler": "memory-flux-euler-25-steps"},
-    "sdxl, 4 steps": {"Euler": "memory-sdxl-euler-4-steps"},
-    "flux, 4 steps": {"flow-match Euler": "memory-flux-euler-4-steps"},
-}
+BENCH = "2026-11-21-amd-epyc-"
+FAMILIES = "2026-11-26-amd-epyc-families-"
+Row = dict[str, str]
 
 
-def rows_of(name: str) -> dict[str, dict[str, str]]:
+def results(name: str) -> list[Row]:
     with (RESULTS / f"{name}.csv").open() as file:
-        return {each["row"].partition(": theta")[0]: each for each in csv.DictReader(file)}
+        return list(csv.DictReader(file))
 
 
-def cell(row: dict[str, str] | None) -> str:
+def markdown(heads: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
+    return tabulate(list(lines), list(heads), tablefmt="pipe", disable_numparse=True)
+
+
+def numbers(text: str) -> list[float]:
+    return [float(each) for each in text.split()]
+
+
+# The tables of docs/memory.md.
+
+
+def rows_of(name: str) -> dict[str, Row]:
+    return {each["row"].partition(": theta")[0]: each for each in results(name)}
+
+
+def quality(row: Row | None) -> str:
     if row is None:
         return ""
     theta = row["row"].partition(": theta ")[2]
@@ -39,27 +49,237 @@ def cell(row: dict[str, str] | None) -> str:
     return f"{found}, theta {theta}" if theta else found
 
 
-def table(columns: dict[str, str]) -> str:
-    results = {title: rows_of(name) for title, name in columns.items()}
-    cost = {row: float(each["arithmetic"]) for one in results.values() for row, each in one.items()}
+def memory(columns: dict[str, str]) -> str:
+    found = {title: rows_of(name) for title, name in columns.items()}
+    cost = {row: float(each["arithmetic"]) for one in found.values() for row, each in one.items()}
     lines = [
-        (row, f"{100 * cost[row]:.0f} %", *(cell(one.get(row)) for one in results.values()))
+        (row, f"{100 * cost[row]:.0f} %", *(quality(one.get(row)) for one in found.values()))
         for row in sorted(cost, key=lambda row: (-round(cost[row], 2), row))
     ]
-    heads = ("", "arithmetic", *(f"{title}, dB" for title in columns))
-    return tabulate(lines, heads, tablefmt="pipe", disable_numparse=True)
+    return markdown(("", "arithmetic", *(f"{title}, dB" for title in columns)), lines)
 
 
-@pytest.mark.parametrize("name", TABLES)
-def test_tables_of_memory(name: str) -> None:
-    page = PAGE.read_text()
+# Those of docs/speed.md.
+
+
+def kept(bound: Row, row: Row, base: Row) -> str:
+    """The share of the bound's saving, and its range in single rounds."""
+    rounds = [
+        100 * (untouched - call) / (untouched - least)
+        for untouched, call, least in zip(
+            *(numbers(each["calls"]) for each in (base, row, bound)), strict=True
+        )
+    ]
+    return f"{100 * float(row['kept']):.1f} ({min(rounds):.0f} to {max(rounds):.0f})"
+
+
+def forward(label: str, name: str, title: str = "", contender: str = "default") -> list[list[str]]:
+    """A line for each ratio of the contender, in the table whose title holds ``title``."""
+    rows = [each for each in results(name) if title in each["table"] and each.get("contender")]
+    base = next(each for each in rows if each["baseline"] == "True")
+    bounds = {each["ratio"]: each for each in rows if each["contender"] == "lower_bound"}
+    lines = []
+    for row in (each for each in rows if each["contender"] == contender):
+        bound = bounds[row["ratio"]]
+        low, high = numbers(row["times_spread"])
+        planning = f"{100 * float(row['planning']):.1f}" if row["planning"] else ""
+        lines.append(
+            [
+                label,
+                row["ratio"],
+                f"{float(base['seconds']):.2f}",
+                f"{float(row['seconds']):.2f}",
+                f"{float(row['times']):.2f} ({low:.2f} to {high:.2f})",
+                f"{float(bound['times']):.2f}",
+                kept(bound, row, base),
+                planning,
+            ]
+        )
+    return lines
+
+
+def forwards(*asked: tuple[str, ...]) -> str:
+    heads = (
+        "one forward",
+        "ratio",
+        "untouched, s",
+        "merged, s",
+        "times as fast",
+        "the bound, times as fast",
+        "of its saving, %",
+        "planning, %",
+    )
+    return markdown(heads, [line for each in asked for line in forward(*each)])
+
+
+def operator(name: str, **wanted: str) -> Row | None:
+    wanted = {"by": "toma_fx", "batch": "1", "region_tokens": "64", **wanted}
+    rows = (each for each in results(name) if wanted.items() <= each.items())
+    return next(rows, None)
+
+
+def beside_tomesd() -> str:
+    columns = [
+        ("ratio 0.25", "operators", "0.25"),
+        ("0.5", "operators", "0.5"),
+        ("0.75", "operators", "0.75"),
+        ("0.5, again", "readme", "0.5"),
+        ("0.75, again", "readme", "0.75"),
+    ]
+    lines = []
+    for tokens, width in (("4096", "640"), ("1024", "1280")):
+        for kind in ("merge", "unmerge"):
+            line = [f"{kind}, {tokens} tokens x {width}"]
+            for _, name, ratio in columns:
+                row = operator(BENCH + name, operator=kind, tokens=tokens, width=width, ratio=ratio)
+                assert row is not None
+                reached = 100 * float(row["reached"])
+                line.append(f"{float(row['against_tomesd']):.1f} ({reached:.0f} %)")
+            lines.append(line)
+    return markdown(("", *(title for title, _, _ in columns)), lines)
+
+
+def growth() -> str:
+    sizes = ("1024", "4096", "16384", "65536")
+    found = {
+        kind: [
+            row
+            for tokens in sizes
+            if (row := operator(BENCH + "growth", operator=kind, tokens=tokens, ratio="0.5"))
+        ]
+        for kind in ("select", "weigh", "merge", "unmerge", "reorder")
+    }
+    lines = [
+        [
+            f"{kind}, us a token",
+            *(f"{1e6 * float(each['seconds']) / int(each['tokens']):.2f}" for each in rows),
+        ]
+        for kind, rows in found.items()
+    ]
+    lines += [
+        [
+            f"{kind}, peak memory, KiB a token",
+            *(
+                f"{int(each['peak_bytes']) / int(each['tokens']) / 1024:.2f}"
+                for each in found[kind]
+            ),
+        ]
+        for kind in ("select", "weigh")
+    ]
+    return markdown(("tokens", *sizes), lines)
+
+
+def stack() -> str:
+    models = [
+        {each["contender"]: each for each in results(f"{BENCH}stack-{name}")}
+        for name in ("flux-1-2-blocks-512", "small-flux-images")
+    ]
+    measures: list[Callable[[Row], str]] = [
+        lambda row: f"{100 * float(row['error']):.1f}",
+        lambda row: f"{float(row['psnr']):.1f}",
+    ]
+    lines = []
+    alone = [each for each in models[0] if not each.endswith("merged") and "eager" not in each]
+    for name in alone:
+        both = (name, "merged" if name == "untouched, compiled" else f"{name}, merged")
+        line = [name]
+        for rows, measure in zip(models, measures, strict=True):
+            pair = [rows[each] for each in both]
+            line += [f"{float(each['times']):.2f}" if each["times"] else "" for each in pair]
+            line += [measure(each) if each["times"] else "" for each in pair]
+        if any(line[1:]):
+            lines.append(line)
+    heads = ("", "forward", "merged", "error, %", "merged")
+    return markdown((*heads, "image", "merged", "PSNR, dB", "merged"), lines)
+
+
+# Those of docs/measured.md.
+
+
+def edits() -> str:
+    columns = ("inside_untouched", "outside_untouched", "inside_true", "outside_true")
+
+    def mean(text: str) -> str:
+        return "{:.1f} ({:.1f} to {:.1f})".format(*numbers(text)) if text else ""
+
+    lines = [
+        [
+            row["contender"],
+            f"{100 * float(row['arithmetic']):.1f} %" if row["arithmetic"] else "",
+            *(mean(row[column]) for column in columns),
+        ]
+        for row in results("2026-11-26-amd-epyc-small-kontext-8-steps")
+    ]
+    heads = (column.replace("_", ", to ") for column in columns)
+    return markdown(("", "arithmetic", *heads), lines)
+
+
+# By the page and the name of its mark.
+TABLES: dict[tuple[str, str], Callable[[], str]] = {
+    ("memory", "sdxl"): partial(
+        memory, {"Euler": "memory-sdxl-euler-25-steps", "DPM++ 2M": "memory-sdxl-dpm-25-steps"}
+    ),
+    ("memory", "flux"): partial(memory, {"flow-match Euler": "memory-flux-euler-25-steps"}),
+    ("memory", "sdxl, 4 steps"): partial(memory, {"Euler": "memory-sdxl-euler-4-steps"}),
+    ("memory", "flux, 4 steps"): partial(memory, {"flow-match Euler": "memory-flux-euler-4-steps"}),
+    ("speed", "whole models"): partial(
+        forwards,
+        ("SDXL's UNet, batch 2", BENCH + "sdxl-1024-batch-2"),
+        ("SDXL's UNet, batch 2, stripes", BENCH + "sdxl-1024-batch-2", "", "default:region=stripe"),
+        ("Flux, 3 + 6 blocks", BENCH + "flux-3-6-blocks-1024"),
+        (
+            "Flux, 3 + 6 blocks, stripes",
+            BENCH + "flux-3-6-blocks-1024",
+            "",
+            "default:region=stripe",
+        ),
+    ),
+    ("speed", "512 x 512"): partial(
+        forwards,
+        ("SDXL's UNet", BENCH + "sdxl-512"),
+        ("SDXL's UNet, stripes", BENCH + "sdxl-512", "", "default:region=stripe"),
+        ("SDXL's UNet, again", BENCH + "readme", "sdxl, 512"),
+        ("Flux, 3 + 6 blocks", BENCH + "readme", "flux, 3 + 6 blocks, 512"),
+    ),
+    ("speed", "families"): partial(
+        forwards,
+        ("FLUX.2 klein 4B, 1 + 1 of 5 + 20, 1024 x 1024", FAMILIES + "flux2-klein-4b"),
+        ("Qwen-Image, 1 of 60, 1024 x 1024", FAMILIES + "qwen-image"),
+        ("Z-Image, 1 + 1 of 2 + 30, 512 x 512", FAMILIES + "z-image"),
+        ("Wan 2.2 5B, 1 of 30, 9 frames of 704 x 1280", FAMILIES + "wan2.2-5b"),
+        ("FLUX.2 dev, 1 + 1 of 8 + 48, 512 x 512", FAMILIES + "flux2-dev"),
+        ("Wan 2.1 1.3B, 4 of 30, 1 frame", FAMILIES + "wan2.1-1.3b-4-blocks"),
+        ("Wan 2.1 1.3B, 1 of 30, 1 frame", FAMILIES + "wan2.1-1.3b-growth", " 1 frames"),
+        ("Wan 2.1 1.3B, 1 of 30, 9 frames", FAMILIES + "wan2.1-1.3b-growth", " 9 frames"),
+        ("Wan 2.1 1.3B, 1 of 30, 21 frames", FAMILIES + "wan2.1-1.3b-growth", " 21 frames"),
+    ),
+    ("speed", "operators"): beside_tomesd,
+    ("speed", "growth"): growth,
+    ("speed", "stack"): stack,
+    ("measured", "edits"): edits,
+}
+
+
+@pytest.mark.parametrize(("page", "name"), TABLES)
+def test_tables(page: str, name: str) -> None:
+    path = ROOT / "docs" / f"{page}.md"
+    text = path.read_text()
     start, end = f"<!-- figures: {name} -->\n", f"<!-- end of {name} -->"
-    expected = f"{start}\n{table(TABLES[name])}\n\n{end}"
+    expected = f"{start}\n{TABLES[page, name]()}\n\n{end}"
     if os.environ.get("EXPECTTEST_ACCEPT"):
         between = re.escape(start) + ".*?" + re.escape(end)
-        PAGE.write_text(re.sub(between, lambda _: expected, page, flags=re.S))
+        path.write_text(re.sub(between, lambda _: expected, text, flags=re.S))
         return
-    assert expected in page
+    assert expected in text
+
+
+def test_every_mark_has_a_table() -> None:
+    marks = {
+        (path.stem, name)
+        for path in (ROOT / "docs").glob("*.md")
+        for name in re.findall(r"<!-- figures: (.*) -->", path.read_text())
+    }
+    assert marks == set(TABLES)
 
 
 def test_figures_that_the_readme_names() -> None:
@@ -76,3 +296,73 @@ def test_figures_that_the_readme_names() -> None:
         row = euler[name]
         figures = f"| {100 * float(row['arithmetic']):.0f} % | {float(row['psnr']):.1f} dB |"
         assert figures in readme, f"{name}: {figures}"
+    _, ratio, _, _, times, *_ = forward("", BENCH + "sdxl-1024-batch-2")[0]
+    assert ratio == "0.5"
+    figure = f"| {100 / float(times.split()[0]):.0f} % (batch 2, 2026-11-21) |"
+    assert figure in readme, figure
+
+
+def span(values: Iterable[float]) -> str:
+    found = list(values)
+    return f"{min(found):.1f} to {max(found):.1f}"
+
+
+def of_operators() -> str:
+    """Of the three runs that hold 4096 tokens at ratio 0.5."""
+
+    def speeds(kind: str) -> list[float]:
+        rows = [
+            operator(BENCH + name, operator=kind, tokens="4096", width="640", ratio="0.5")
+            for name in ("operators", "readme", "growth")
+        ]
+        return [float(each["against_tomesd"]) for each in rows if each is not None]
+
+    merge, unmerge = speeds("merge"), speeds("unmerge")
+    assert len(merge) == len(unmerge) == 3
+    return f"give merge {span(merge)} times and unmerge {span(unmerge)} times tomesd's speed"
+
+
+def of_one_block() -> str:
+    speeds = [
+        float(row["times"])
+        for row in results(BENCH + "readme")
+        if row["contender"] == "default" and "batch 2" in row["table"]
+    ]
+    large, small = (" and ".join(f"{each:.1f}" for each in speeds[i : i + 2]) for i in (0, 2))
+    return f"it is {large} times as fast with 4096 tokens, and {small} times with 1024 tokens"
+
+
+def of_whole_models() -> str:
+    sdxl, flux = (
+        forward("", BENCH + name)[0][4].split()[0]
+        for name in ("sdxl-1024-batch-2", "flux-3-6-blocks-1024")
+    )
+    return (
+        f"SDXL's whole UNet {sdxl} times as fast at 1024 x 1024, and Flux at full width with "
+        f"3 + 6 blocks {flux} times as fast"
+    )
+
+
+def of_edits() -> str:
+    outside: dict[str, list[float]] = {}
+    for row in results("2026-11-26-amd-epyc-small-kontext-25-steps-images"):
+        if row["outside_true"]:
+            outside.setdefault(row["contender"], []).append(float(row["outside_true"]))
+    untouched, *rest = (
+        f"{fmean(outside[name]):.1f}" for name in ("untouched", "18 steps", "14 steps", "12 steps")
+    )
+    return f"{untouched} dB untouched, and {rest[0]}, {rest[1]} and {rest[2]} dB after 18, 14 and"
+
+
+@pytest.mark.parametrize(
+    ("page", "sentence"),
+    [
+        ("speed", of_operators),
+        ("speed", of_one_block),
+        ("speed", of_whole_models),
+        ("measured", of_edits),
+    ],
+)
+def test_figures_that_a_text_names(page: str, sentence: Callable[[], str]) -> None:
+    text = " ".join((ROOT / "docs" / f"{page}.md").read_text().split())
+    assert sentence() in text
