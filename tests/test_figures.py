@@ -14,6 +14,8 @@ from statistics import fmean
 import pytest
 from tabulate import tabulate
 
+from benchmarks import methods
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BENCH = "2026-11-21-amd-epyc-"
@@ -222,6 +224,10 @@ TABLES: dict[tuple[str, str], Callable[[], str]] = {
     ("memory", "flux"): partial(memory, {"flow-match Euler": "memory-flux-euler-25-steps"}),
     ("memory", "sdxl, 4 steps"): partial(memory, {"Euler": "memory-sdxl-euler-4-steps"}),
     ("memory", "flux, 4 steps"): partial(memory, {"flow-match Euler": "memory-flux-euler-4-steps"}),
+    **{
+        ("choose", file.stem): partial(methods.table, file)
+        for file in sorted(RESULTS.glob("methods-*.csv"))
+    },
     ("speed", "whole models"): partial(
         forwards,
         ("SDXL's UNet, batch 2", BENCH + "sdxl-1024-batch-2"),
@@ -283,19 +289,21 @@ def test_every_mark_has_a_table() -> None:
 
 
 def test_figures_that_the_readme_names() -> None:
-    euler = rows_of("memory-sdxl-euler-25-steps")
+    rows = {each["row"]: each for each in results("methods-sdxl-25")}
     readme = (ROOT / "README.md").read_text()
     named = (
-        "18 steps",
-        "merged at every step, 0.25",
-        "merged at every step, 0.5",
-        "(3), 0.9, below 0.8, every 2, calibrated",
-        "nothing run between, below 0.8, every 2",
+        *("20 steps", "15 steps"),
+        *("merged at every step, ratio 0.25", "merged at every step, ratio 0.5"),
+        *(f"memory below noise level 0.8, every 2, {more}" for more in ("ratio 0.9", "theta 0")),
     )
     for name in named:
-        row = euler[name]
-        figures = f"| {100 * float(row['arithmetic']):.0f} % | {float(row['psnr']):.1f} dB |"
+        row = rows[name]
+        arithmetic, answers = (
+            f"{100 * float(row[key]):.0f} %" for key in ("arithmetic", "answers")
+        )
+        figures = f"| {arithmetic} | {float(row['psnr']):.1f} dB | {answers} |"
         assert figures in readme, f"{name}: {figures}"
+    assert f"{100 * float(rows['untouched']['answers']):.0f} % for the untouched model" in readme
     _, ratio, _, _, times, *_ = forward("", BENCH + "sdxl-1024-batch-2")[0]
     assert ratio == "0.5"
     figure = f"| {100 / float(times.split()[0]):.0f} % (batch 2, 2026-11-21) |"

@@ -178,8 +178,8 @@ def summary(parts: dict[str, Part]) -> str:
     """A line for each section, as docs/limits.md has it."""
     lines = [parts[title].line for title in SECTIONS if title in parts]
     said = (
-        "A cell is one feature in one mode, such as a LoRA on Flux under `torch.compile`. A feature "
-        "works only if all of its cells do."
+        "A cell is one feature in one mode, such as a LoRA on Flux under `torch.compile`. "
+        "A feature works only if all of its cells do."
     )
     return "\n".join([START, _line(HEADS), _line(["---"] * len(HEADS)), *lines, "", said, END])
 
