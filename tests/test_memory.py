@@ -200,7 +200,7 @@ def test_images_one_after_another_are_alike(name: str) -> None:
 def test_rows_at_different_timesteps_are_refused() -> None:
     call = calls_of("flux")[0]
     apart = {**call, "timestep": torch.tensor([0.5, 0.25])}
-    with pytest.raises(InputError, match=r"0\.25 to 0\.5, and Memory\(.*memory=None") as caught:
+    with pytest.raises(InputError, match=r"0\.25 to 0\.5, but Memory\(.*memory=None") as caught:
         output_of(merging("flux"), apart)
     assert "call the model once for each" in str(caught.value)
     output_of(merging("flux", every=1), apart)

@@ -65,7 +65,7 @@ def test_ctrl_c_is_one_line() -> None:
         process.send_signal(signal.SIGINT)
         # An import that tries a module out may take the signal for the module's failure.
         with suppress(subprocess.TimeoutExpired):
-            _, error = process.communicate(timeout=10)
+            _, error = process.communicate(timeout=60)
     assert process.returncode == 130
     assert lines_of(error) == ["toma-fx: interrupted"]
     assert "Traceback" not in error
