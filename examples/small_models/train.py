@@ -253,7 +253,7 @@ def train_diffusion(kind: Kind, options: argparse.Namespace) -> None:
     if options.start is None:
         pipe = pipeline(kind)
     else:
-        pipe = DiffusionPipeline.from_pretrained(options.start, torch_dtype=torch.float32)
+        pipe = DiffusionPipeline.from_pretrained(options.start, dtype=torch.float32)
     if options.start is None or stored.exists():
         pipe.vae.load_state_dict(torch.load(stored, weights_only=True))
         vae_record = json.loads((options.work / f"vae_{kind}.json").read_text())
