@@ -25,7 +25,8 @@ def progress(what: str, total: int | None = None, unit: str = "") -> Iterator[An
     from tqdm import tqdm
 
     here = sys.stderr.isatty()
-    how: dict[str, Any] = {"desc": what, "total": total, "unit": unit, "leave": False}
+    # In a log the last line stays, so that the next thing begins a line of its own.
+    how: dict[str, Any] = {"desc": what, "total": total, "unit": unit, "leave": not here}
     how |= {"mininterval": 0.1} if here else {"mininterval": SECONDS, "delay": SECONDS}
     if total is None:
         how["bar_format"] = "{desc}: {elapsed}"
