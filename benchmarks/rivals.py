@@ -146,7 +146,7 @@ def _apply_tomesd(pipeline: Any, ratio: float) -> Callable[[], None]:
     if not hasattr(pipeline, "unet"):
         raise ModelError(
             f"{TOMESD} merges in UNets, and {type(pipeline).__name__} has none; leave it out of "
-            "--variants"
+            "--variant"
         )
     if ratio > TOMESD_MOST:
         raise ConfigError(f"ratio={ratio:g} is above {TOMESD_MOST}, the most that {TOMESD} merges")

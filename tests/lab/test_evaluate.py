@@ -162,7 +162,7 @@ def test_accelerate_launches_several(flux: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a\nb\nc\n")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     command = ["-m", "toma_fx", "eval", str(flux), "--prompts", str(tmp_path / "prompts.txt")]
-    options = ["--ratio", "0.5", "--variants", "default", "--steps", "2", "--height", "128"]
+    options = ["--ratio", "0.5", "--variant", "default", "--steps", "2", "--height", "128"]
     options += ["--measures", "psnr", "--out", str(tmp_path / "out")]
     done = subprocess.run(
         [*launch, *command, *options],
