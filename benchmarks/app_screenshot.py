@@ -1,6 +1,6 @@
 """The picture of ``toma-fx app`` in the documentation, taken in a headless Chromium.
 
-    python benchmarks/app_screenshot.py docs/images/app.png
+    python -m benchmarks.app_screenshot docs/images/app.png
 
 It draws with the small SDXL, in the repository's folder.
 """

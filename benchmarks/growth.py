@@ -1,4 +1,4 @@
-"""Plots of how the operators' time and memory grow; needs matplotlib, of the ``lab`` extra."""
+"""Plots of how the operators' time and memory grow, with matplotlib."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -16,8 +16,7 @@ A row that the results hold already is not drawn again. ``--table`` prints them.
 import argparse
 import csv
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +25,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from tabulate import tabulate
-from torch import nn
 
 import toma_fx
+from benchmarks.real_size import real_share
 from toma_fx import Memory, MergeConfig
-from toma_fx.checkpoints import architecture
 from toma_fx.lab.intervals import mean_interval
 from toma_fx.lab.small_models import CALIBRATION, FOLDER, PROMPTS
-from toma_fx.runtime.plan import MERGED, RECALL, REMEMBER, UNTOUCHED
 
 RESULTS = Path(__file__).parent / "results"
 ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
@@ -144,7 +141,7 @@ class Bench:
         if config is None:
             share = (row.steps or self._steps) / self._steps
         else:
-            share = self._arithmetic(config)
+            share = real_share(self._pipe, self._kind, config, self._steps)
             toma_fx.restore(self._pipe)
         errors = ((images - self._untouched) ** 2).reshape(len(images), -1).mean(1)
         each = -10 * np.log10(np.maximum(errors, 1e-12))
@@ -152,24 +149,6 @@ class Bench:
         found_row = (name, share, each.mean(), low, high, len(each))
         numbers = " ".join(f"{value:.2f}" for value in each)
         return dict(zip(COLUMNS, (*found_row, numbers), strict=True))
-
-    def _arithmetic(self, config: MergeConfig) -> float:
-        """Of the real model's run, relative to untouched, by the pipeline's noise levels."""
-        merged = toma_fx.transform(_real(self._kind), replace(config, merge_below=1))
-        first = toma_fx.report(merged, steps=1)
-        costs = {UNTOUCHED: first.flops_before}
-        if config.memory is None:
-            costs[MERGED] = first.flops_after
-        else:
-            costs[REMEMBER] = first.flops_after
-            costs[RECALL] = 2 * toma_fx.report(merged, steps=2).flops_after - first.flops_after
-        shares = toma_fx.report(self._pipe, steps=self._steps).shares
-        return sum(share * costs[each] for each, share in shares.items()) / costs[UNTOUCHED]
-
-
-@cache
-def _real(kind: str) -> nn.Module:
-    return architecture(kind)
 
 
 def main() -> None:

@@ -16,8 +16,7 @@ import csv
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import cache
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +29,19 @@ from tabulate import tabulate
 
 import toma_fx
 from benchmarks.caches import DeepCache, first_block_cache, taylor_seer
-from examples.small_models.judge import Judge, features, load_judge, shares, true_pictures
+from benchmarks.real_size import real_share
+from examples.small_models.judge import Judge, distance_to_true, load_judge, shares
 from examples.small_models.pictures import DETAILED_SIZE, Scene, caption, draw, scene_of
 from toma_fx import Memory, MergeConfig
-from toma_fx.checkpoints import architecture
-from toma_fx.lab.distances import frechet_distance, ssim
+from toma_fx.lab.distances import ssim
 from toma_fx.lab.intervals import mean_interval
 from toma_fx.lab.small_models import FOLDER
-from toma_fx.runtime.plan import MERGED, RECALL, REMEMBER, UNTOUCHED
+from toma_fx.transform import while_transformed
 
 RESULTS = Path(__file__).parent / "results"
 IMAGES = Path(__file__).parent.parent / "build" / "methods"
-FIRST_SCENE, FIRST_TRUE, FIRST_OTHER = 40_000_000, 50_000_000, 60_000_000
-"""Scenes that no training saw: of the prompts, of the true pictures, and of calibrations."""
-TRUE_PICTURES = 400
+FIRST_SCENE, FIRST_OTHER = 40_000_000, 60_000_000
+"""Scenes that no training saw: of the prompts, and of calibrations."""
 Images = NDArray[np.uint8]
 Applied = Iterator[tuple[Mapping[str, Any], Callable[[], float]]]
 """Changes of the pipeline's call, and a function to the arithmetic of the run that was drawn."""
@@ -111,11 +109,9 @@ class Merging(Row):
         if self.calibrated:
             found = toma_fx.calibrate_theta(bench.pipe, lambda _: bench.draw_others(), config)
             config = found.config
-        toma_fx.transform(bench.pipe, config)
-        try:
-            yield {}, lambda: bench.real_share(config)
-        finally:
-            toma_fx.restore(bench.pipe)
+        kind, steps, side = bench.scenario.model, bench.scenario.steps, bench.scenario.real_side
+        with while_transformed(bench.pipe, config):
+            yield {}, lambda: real_share(bench.pipe, kind, config, steps, side)
 
 
 @dataclass(frozen=True)
@@ -263,7 +259,7 @@ class Bench:
         return drawn
 
     def scheduled(self, steps: int, power: float) -> dict[str, Any]:
-        """A call by a schedule whose steps lie at ``1 - (n / steps) ** (1 / power)``."""
+        """A call by a schedule whose steps lie at ``(1 - n / steps) ** power``."""
         at = (1 - np.arange(steps) / steps) ** power
         if self.scenario.model == "flux":
             return {"num_inference_steps": steps, "sigmas": at.tolist()}
@@ -282,22 +278,6 @@ class Bench:
             }
             self._powers[steps] = min(errors, key=errors.__getitem__)
         return self._powers[steps]
-
-    def real_share(self, config: MergeConfig) -> float:
-        """Of the real model's run, relative to untouched, by the pipeline's noise levels."""
-        scenario = self.scenario
-        side = scenario.real_side
-        merged = toma_fx.transform(_real(scenario.model), replace(config, merge_below=1))
-        first = toma_fx.report(merged, steps=1, height=side)
-        costs = {UNTOUCHED: first.flops_before}
-        if config.memory is None:
-            costs[MERGED] = first.flops_after
-        else:
-            both = toma_fx.report(merged, steps=2, height=side).flops_after
-            costs[REMEMBER] = first.flops_after
-            costs[RECALL] = 2 * both - first.flops_after
-        taken = toma_fx.report(self.pipe, steps=scenario.steps).shares
-        return sum(share * costs[each] for each, share in taken.items()) / costs[UNTOUCHED]
 
     def draw(self, row: Row | None) -> tuple[Images, float]:
         """The images of a row, None for the untouched model, and the run's arithmetic."""
@@ -319,8 +299,7 @@ class Bench:
             pairs = zip(images, untouched, strict=True)
             record["ssim"] = np.mean([ssim(_tensor(one), _tensor(other)) for one, other in pairs])
         record |= _with_interval("answers", shares(self._judge, images, self._scenes))
-        drawn, true = features(self._judge, images), _true_features(self._judge, self._size)
-        record["frechet"] = frechet_distance(drawn, true)
+        record["frechet"] = distance_to_true(self._judge, images)
         return record
 
 
@@ -331,18 +310,6 @@ def _with_interval(name: str, values: NDArray[Any]) -> dict[str, float]:
 
 def _tensor(image: Images) -> torch.Tensor:
     return torch.from_numpy(image).permute(2, 0, 1)
-
-
-@cache
-def _true_features(judge: Judge, size: int) -> torch.Tensor:
-    return features(
-        judge, true_pictures(TRUE_PICTURES, detailed=size >= DETAILED_SIZE, start=FIRST_TRUE)
-    )
-
-
-@cache
-def _real(kind: str) -> torch.nn.Module:
-    return architecture(kind)
 
 
 COLUMNS = (

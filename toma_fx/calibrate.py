@@ -10,8 +10,7 @@ each adds alone, times a factor for the ratio.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,7 +31,7 @@ from toma_fx.calibration_files import (
 from toma_fx.config import MergeConfig, matches
 from toma_fx.errors import ConfigError, ModelError
 from toma_fx.inputs import weightless
-from toma_fx.transform import model_of, pipeline_models, transform
+from toma_fx.transform import model_of, transform, while_transformed
 
 RATIOS = (0.25, 0.5, 0.75, 0.9)
 """What a part may get, and 0."""
@@ -237,18 +236,6 @@ def calibrate(
         uniform={r: before[""] - counted(replace(config, ratio=r))[""] for r in UNIFORM},
         by_ratio={ratio: value / by_ratio[PROBE] for ratio, value in by_ratio.items()},
     )
-
-
-@contextmanager
-def while_transformed(pipeline: Any, config: MergeConfig) -> Iterator[None]:
-    """Within it, a pipeline holds a transformed model; after it, its own again."""
-    untouched = pipeline_models(pipeline)
-    transform(pipeline, config)
-    try:
-        yield
-    finally:
-        for name, part in untouched.items():
-            setattr(pipeline, name, part)
 
 
 def _check_options(pipeline: Any, config: MergeConfig) -> None:

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from toma_fx.calibrate import Draw, Progress, check_same, error_of, while_transformed
+from toma_fx.calibrate import Draw, Progress, check_same, error_of
 from toma_fx.calibration_files import CalibrationFile, numbers, origin_of
 from toma_fx.config import MergeConfig
 from toma_fx.errors import ConfigError, ModelError
+from toma_fx.transform import while_transformed
 
 THETAS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 """The values that are tried unless others are given."""

@@ -300,3 +300,15 @@ def _check_model(model: nn.Module, family: Family | None) -> None:
             f"{type(model).__name__} is a subclass of diffusers' {known}, whose forward may run "
             "the blocks in a way of its own; transform a model of that class itself"
         )
+
+
+@contextlib.contextmanager
+def while_transformed(pipeline: Any, config: MergeConfig) -> Iterator[None]:
+    """Within it, a pipeline holds a transformed model; after it, its own again."""
+    untouched = pipeline_models(pipeline)
+    transform(pipeline, config)
+    try:
+        yield
+    finally:
+        for name, part in untouched.items():
+            setattr(pipeline, name, part)

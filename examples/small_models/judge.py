@@ -11,6 +11,7 @@ is also asked how soft and how noisy a picture is, so that its features notice b
 import argparse
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +25,14 @@ from tqdm import tqdm
 from examples.small_models import pictures
 from examples.small_models.losses import to_pixels
 from examples.small_models.pictures import DETAILED_SIZE, SIZE, Scene, Thing, draw, scene_of
+from toma_fx.lab.distances import frechet_distance
 
 WEIGHTS = Path(__file__).parent / "judge.safetensors"
 Drawn = npt.NDArray[np.uint8]
+TRUE_PICTURES = 400
+"""Number of true pictures that Frechet's distance compares with."""
+FIRST_TRUE = 50_000_000
+"""Index of the first of them; no training saw it."""
 
 QUESTIONS: dict[str, tuple[tuple[str, ...], Callable[[Scene], str]]] = {
     "layout": (tuple(pictures.LAYOUTS), lambda scene: scene.layout),
@@ -130,6 +136,20 @@ def accuracies(judge: Judge, drawn: Drawn, scenes: Sequence[Scene]) -> dict[str,
 def features(judge: Judge, drawn: Drawn) -> Tensor:
     """``(N, 128)`` features of ``N`` pictures, in float64."""
     return torch.cat([judge.features(pixels) for pixels in _pixels(drawn)]).double()
+
+
+def distance_to_true(judge: Judge, drawn: Drawn) -> float:
+    """Frechet's distance of ``(N, H, W, 3)`` pictures to true ones; 0 is equal.
+
+    Compare only sets of equally many pictures: it is biased upwards where they are few.
+    """
+    return frechet_distance(features(judge, drawn), _true_features(judge, drawn.shape[1]))
+
+
+@cache
+def _true_features(judge: Judge, size: int) -> Tensor:
+    true = true_pictures(TRUE_PICTURES, detailed=size >= DETAILED_SIZE, start=FIRST_TRUE)
+    return features(judge, true)
 
 
 def true_pictures(count: int, *, detailed: bool, start: int) -> Drawn:

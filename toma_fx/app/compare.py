@@ -29,7 +29,7 @@ from toma_fx.lab.small_models import own_settings
 from toma_fx.option_values import count
 from toma_fx.report import Report, report
 from toma_fx.schedule import Memory
-from toma_fx.transform import model_of, restore, transform
+from toma_fx.transform import model_of, while_transformed
 
 Tell = Callable[[str, float], None]
 """Called with what is done now, in words, and the share of the work that is over, in [0, 1]."""
@@ -220,11 +220,10 @@ def _transformed(pipeline: Any, config: MergeConfig) -> Iterator[list[str]]:
     said: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", TomaWarning)
-        transform(pipeline, config)
         try:
-            yield said
+            with while_transformed(pipeline, config):
+                yield said
         finally:
-            restore(pipeline)
             texts = [str(each.message) for each in caught if each.category is TomaWarning]
             said.extend(dict.fromkeys(texts))
     for each in caught:

@@ -33,14 +33,7 @@ def add_commands(commands: Any) -> None:
 def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help=MODEL)
     add = parser.add_argument
-    add(
-        "--ratio",
-        type=float,
-        nargs="+",
-        default=[0.25, 0.5, 0.75],
-        metavar="R",
-        help="(0.25 0.5 0.75)",
-    )
+    _add_ratios(parser, "(0.25 0.5 0.75)")
     add(
         "--variant",
         nargs="+",
@@ -56,19 +49,17 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
 def _add_calibrate(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", help=MODEL)
-    add(
-        "--ratio",
-        type=float,
-        nargs="+",
-        default=[0.25, 0.5, 0.75],
-        metavar="R",
-        help="to show (0.25 0.5 0.75)",
-    )
+    _add_ratios(parser, "to show (0.25 0.5 0.75)")
     add_prompts(parser)
     add("--out", type=Path, required=True, metavar="FILE.json", help="a setting for the others")
     add_drawing(parser)
     add_setting(parser, leave_out=("ratio", "block_ratios", "calibration", "memory", *OF_MEMORY))
     parser.set_defaults(run=_calibrate, default_prompts=small_models.CALIBRATION)
+
+
+def _add_ratios(parser: argparse.ArgumentParser, about: str) -> None:
+    ratios = [0.25, 0.5, 0.75]
+    parser.add_argument("--ratio", type=float, nargs="+", default=ratios, metavar="R", help=about)
 
 
 def add_prompts(parser: argparse.ArgumentParser) -> None:

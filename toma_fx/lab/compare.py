@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from toma_fx.config import MergeConfig
 from toma_fx.images import pixels, psnr
 from toma_fx.lab.draw import Task, draw
-from toma_fx.transform import pipeline_models, transform
+from toma_fx.transform import while_transformed
 
 CELL_PIXELS = 256
 LABEL_PIXELS = 40
@@ -44,15 +44,10 @@ def draw_settings(pipeline: Any, task: Task, settings: Mapping[str, MergeConfig]
     prompt = task.prompts[0]
     draw(pipeline, task, prompt, 0, steps=1)  # the first call of all is slower than the others
     untouched, seconds = draw(pipeline, task, prompt, 0)
-    models = pipeline_models(pipeline)
     drawn = [Drawn(name=UNTOUCHED, image=untouched, seconds=seconds, psnr=math.inf)]
     for name, config in settings.items():
-        transform(pipeline, config)
-        try:
+        with while_transformed(pipeline, config):
             image, seconds = draw(pipeline, task, prompt, 0)
-        finally:
-            for model_name, model in models.items():
-                setattr(pipeline, model_name, model)
         near = psnr(pixels(image), pixels(untouched))
         drawn.append(Drawn(name=name, image=image, seconds=seconds, psnr=near))
     return drawn

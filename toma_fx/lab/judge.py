@@ -10,16 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
-from toma_fx.lab.distances import frechet_distance
 from toma_fx.lab.measures import Unavailable
 from toma_fx.lab.networks import read_image
-
-TRUE_PICTURES = 400
-"""Number of true pictures that Frechet's distance compares with."""
-FIRST_TRUE = 50_000_000
-"""Index of the first of them; no training saw it."""
 
 
 def right_answers(files: Sequence[Path], texts: Sequence[str]) -> list[float] | Unavailable:
@@ -47,9 +40,7 @@ def distance_to_true(files: Sequence[Path]) -> list[float] | Unavailable:
         return judge
     if len(files) < 2:
         return Unavailable("a covariance needs at least 2 images")
-    drawn = _read(files)
-    features = _module("judge").features(judge, drawn)
-    return [frechet_distance(features, _true_features(drawn.shape[1]))]
+    return [_module("judge").distance_to_true(judge, _read(files))]
 
 
 @cache
@@ -58,15 +49,6 @@ def _judge() -> Any:
         return _module("judge").load_judge()
     except (ImportError, FileNotFoundError) as error:
         return Unavailable(f"the judge lies in a clone of the repository: {error}")
-
-
-@cache
-def _true_features(size: int) -> Tensor:
-    module = _module("judge")
-    detailed = size >= _module("pictures").DETAILED_SIZE
-    drawn = module.true_pictures(TRUE_PICTURES, detailed=detailed, start=FIRST_TRUE)
-    features: Tensor = module.features(_judge(), drawn)
-    return features
 
 
 def _module(name: str) -> Any:

@@ -1,0 +1,78 @@
+"""Caches beside merging: their arithmetic is that of the calls they computed, and they come off."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from benchmarks import methods
+from benchmarks.caches import DeepCache, first_block_cache, taylor_seer
+from examples.small_models.architecture import pipeline
+from examples.small_models.judge import Judge
+from toma_fx.lab.small_models import FOLDER
+
+STEPS = 6
+
+
+def drawn(pipe: Any) -> Any:
+    more: dict[str, Any] = {}
+    if hasattr(pipe, "transformer"):
+        more = {"max_sequence_length": 24}
+    return pipe(
+        "a small red star on a plain green ground under a blue sky",
+        height=128,
+        width=128,
+        num_inference_steps=STEPS,
+        generator=torch.Generator().manual_seed(0),
+        output_type="np",
+        **more,
+    ).images
+
+
+@pytest.mark.parametrize(
+    ("kind", "cache", "least", "most"),
+    [
+        ("sdxl", DeepCache(1), 1.0, 1.0),
+        ("sdxl", DeepCache(2), 0.5, 0.55),
+        ("sdxl", DeepCache(3), 0.33, 0.4),
+        ("flux", first_block_cache(0.0), 1.0, 1.0),
+        ("flux", first_block_cache(100.0), 1 / STEPS, 0.25),
+        ("flux", taylor_seer(2), 0.6, 0.9),
+    ],
+    ids=lambda value: getattr(value, "name", str(value)),
+)
+def test_a_cache_costs_what_it_computed_and_comes_off(
+    kind: str, cache: Any, least: float, most: float
+) -> None:
+    pipe = DiffusionPipeline.from_pretrained(FOLDER / kind)
+    pipe.set_progress_bar_config(disable=True)
+    untouched = drawn(pipe)
+    with cache.on(pipe) as share:
+        images = drawn(pipe)
+        assert least <= share() <= most
+    assert np.array_equal(images, untouched) == (least == 1.0)
+    assert np.array_equal(drawn(pipe), untouched)
+
+
+def test_a_scenario_is_drawn_once_and_judged_from_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    judge = Judge().eval()  # untrained, since its answers are not what is tested
+    monkeypatch.setattr(methods, "load_judge", lambda: judge)
+    pipeline("sdxl", tiny=True).save_pretrained(tmp_path / "pipe")
+    words = ["sdxl-4", "--prompts", "2", "--model", str(tmp_path / "pipe")]
+    words += ["--images", str(tmp_path / "images"), "--out", str(tmp_path)]
+    methods.main([*words, "--only", "3 steps", "ratio 0.5"])
+    first = (tmp_path / "methods-sdxl-4.csv").read_text()
+    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "images").rglob("*.npz")}
+    assert len(files) == 4  # untouched too, and 3 steps on both schedules
+    methods.main([*words, "--only", "3 steps", "ratio 0.5"])
+    assert (tmp_path / "methods-sdxl-4.csv").read_text() == first
+    assert {file: file.stat().st_mtime_ns for file in files} == files
+    said = capsys.readouterr().out
+    assert "3 steps" in said and "merged at every step, ratio 0.5" in said
+    assert "75 %" in said and "60 %" in said
