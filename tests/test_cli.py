@@ -76,7 +76,7 @@ def test_demo_draws_and_shows_report_graphs_and_times(
     demo.demo({}, model=str(tmp_path / "pipeline"), quick=True, steps=1, out=tmp_path / "pictures")
     out = capsys.readouterr().out
     assert (tmp_path / "pictures" / "pipeline.png").exists()
-    for word in ("untouched", "0.75", "PSNR"):
+    for word in ("untouched", "ratio 0.25", "ratio 0.5", "memory every 2", "PSNR"):
         assert word in out
     assert "torch.ops.toma.merge(" in out.partition("after")[2]
     assert "torch.ops.toma.merge(" not in out.partition("after")[0]

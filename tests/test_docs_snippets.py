@@ -21,10 +21,15 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    DiffusionPipeline,
+    FluxKontextPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 
 import toma_fx
-from tests.pipelines import tiny_sdxl_pipeline
+from tests.pipelines import tiny_flux_pipeline, tiny_sdxl_pipeline
 from tests.tiny import flux_inputs, tiny_flux, tiny_sdxl_unet
 
 ROOT = Path(__file__).parent.parent
@@ -38,7 +43,14 @@ def tiny_pipe() -> StableDiffusionXLPipeline:
     return pipe
 
 
-HUB = {"stabilityai/stable-diffusion-xl-base-1.0": tiny_pipe}
+def tiny_kontext_pipe() -> FluxKontextPipeline:
+    return FluxKontextPipeline(**tiny_flux_pipeline().components)
+
+
+HUB: dict[str, Callable[[], Any]] = {
+    "stabilityai/stable-diffusion-xl-base-1.0": tiny_pipe,
+    "black-forest-labs/FLUX.1-Kontext-dev": tiny_kontext_pipe,
+}
 """Names of the hub on the pages, and what they load here."""
 
 
@@ -176,6 +188,10 @@ def understood(command: str, monkeypatch: pytest.MonkeyPatch) -> bool:
     if words[:2] == ["accelerate", "launch"]:
         start = next(i for i, word in enumerate(words) if word.endswith(".py") or word == "-m")
         words = ["python", *words[start:]]
+    if words[0] == ".venv/bin/python":
+        words[0] = "python"
+    if words[:3] == ["python", "-m", "pytest"]:
+        return False
     if words[:3] == ["python", "-m", "toma_fx"]:
         words = ["toma-fx", *words[3:]]
     with pytest.raises(Parsed):
@@ -196,6 +212,8 @@ def run(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     runpy.run_path(words[1], run_name="__main__")
 
 
+# Another test may have imported a program that runs here as `python -m`.
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules after import:RuntimeWarning")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_are_understood(
     page: Path, parsing: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
