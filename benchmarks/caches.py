@@ -50,15 +50,58 @@ class DiffusersCache:
             side: Pixels along a side of the real model's image.
         """
         model, ran = pipe.transformer, Ran()
-        # Before the cache goes on: it calls the parts' own forwards.
-        undo = [model.register_forward_pre_hook(lambda *_: _add(ran, None))]
-        for path, part in _parts(model).items():
-            undo.append(_count_calls(part, ran, path))
+        undo = _counting(model, ran)  # before the cache goes on: it calls the parts' own forwards
         model.enable_cache(self.config)
         try:
             yield lambda: _flux_share(ran, model, side)
         finally:
             model.disable_cache()
+            for handle in undo:
+                handle.remove()
+
+
+@dataclass(frozen=True)
+class CacheDit:
+    """The cache of cache-dit (DBCache), with the model's first block as the one that decides.
+
+    Its blocks are left out while the first block's output has changed by less than a threshold
+    since the last full step.
+
+    Attributes:
+        threshold: of cache-dit, relative.
+        guided: whether a step makes two calls, with the prompt and without.
+    """
+
+    threshold: float
+    guided: bool = True
+
+    @property
+    def name(self) -> str:
+        """In tables."""
+        return f"cache-dit, threshold {self.threshold:g}"
+
+    @contextmanager
+    def on(self, pipe: Any, side: int = 1024) -> Iterator[Callable[[], float]]:
+        """The pipeline with the cache; the value is a function to the real model's arithmetic.
+
+        Args:
+            pipe: Small.
+            side: Pixels along a side of the real model's image.
+        """
+        package = import_module("cache_dit")
+        model, ran = pipe.transformer, Ran()
+        undo = _counting(model, ran)
+        config = package.DBCacheConfig(
+            Fn_compute_blocks=1,
+            max_warmup_steps=3,
+            residual_diff_threshold=self.threshold,
+            enable_separate_cfg=self.guided,
+        )
+        package.enable_cache(pipe, cache_config=config)
+        try:
+            yield lambda: _flux_share(ran, model, side)
+        finally:
+            package.disable_cache(pipe)
             for handle in undo:
                 handle.remove()
 
@@ -143,6 +186,12 @@ def _parts(model: nn.Module) -> dict[str, nn.Module]:
         for name, part in block.named_children()
         if any(isinstance(each, nn.Linear) for each in part.modules())
     }
+
+
+def _counting(model: nn.Module, ran: Ran) -> list[Any]:
+    """Hooks that count the calls of a model and of its parts."""
+    whole = model.register_forward_pre_hook(lambda *_: _add(ran, None))
+    return [whole, *(_count_calls(part, ran, path) for path, part in _parts(model).items())]
 
 
 def _count_calls(part: nn.Module, ran: Ran, path: str) -> Any:

@@ -31,7 +31,9 @@ from toma_fx.bench.compare import compare
 from toma_fx.bench.contenders import Setting, load, twin
 from toma_fx.bench.levels import models
 from toma_fx.bench.timing import Contender
+from toma_fx.checkpoints import architecture
 from toma_fx.errors import ConfigError, ModelError
+from toma_fx.inputs import random_inputs
 from toma_fx.lab import contenders as lab
 from toma_fx.transform import model_of
 from toma_fx.variants import FewerSteps, Merging, parse_variant
@@ -67,7 +69,7 @@ class Rival:
     def contender(self, pipeline: Any, ratio: float, steps: int, call: Call) -> lab.Contender:
         """Itself at a ratio, as `toma_fx.lab.contenders.contend` wants it."""
         untouched = count(model_of(pipeline), call)
-        with self._changed(pipeline, ratio):  # on real tensors: a rival may look at their values
+        with self.changed(pipeline, ratio):  # on real tensors: a rival may look at their values
             operations = count(model_of(pipeline), call, data=True)
         return lab.Contender(
             variant=self.name,
@@ -75,11 +77,27 @@ class Rival:
             steps=steps,
             arithmetic=operations / untouched,
             identity=f"{self.name} {self.source}",
-            changed=lambda: self._changed(pipeline, ratio),
+            changed=lambda: self.changed(pipeline, ratio),
         )
 
+    def real_share(self, ratio: float, side: int = 1024) -> float:
+        """The arithmetic of the real SDXL's call, relative to untouched (lower is cheaper).
+
+        Args:
+            ratio: of the rival.
+            side: pixels along a side of the image.
+        """
+        unet = architecture("sdxl")
+        inputs = random_inputs(unet, height=side)
+        call = Call((inputs.pop("sample"),), inputs)  # by position, where rivals' hooks look
+        untouched = count(unet, call)
+        with self.changed(BarePipeline(unet=unet), ratio):
+            # The tensors have no data, and the rival's hooks must be there when the call is made.
+            return count(unet, call, data=True) / untouched
+
     @contextmanager
-    def _changed(self, pipeline: Any, ratio: float) -> Iterator[None]:
+    def changed(self, pipeline: Any, ratio: float) -> Iterator[None]:
+        """The pipeline changed for a ratio, and as it was after."""
         undo = self.apply(pipeline, ratio)
         try:
             yield

@@ -71,17 +71,17 @@ def match(tokens_BND: Tensor, height: int, ratio: float, *, prune: bool) -> Fusi
         prune: whether fused sources are dropped.
     """
     batch, count, _ = tokens_BND.shape
-    token = torch.arange(count, device=tokens_BND.device)
-    width = count // height
+    token, width = torch.arange(count), count // height
     first = (token // width % 2 == 0) & (token % width % 2 == 0)
-    targets, sources = token[first], token[~first]
+    # Chosen on the CPU, so that their number needs no values of the device, which may be meta.
+    targets, sources = (token[each].to(tokens_BND.device) for each in (first, ~first))
     unit = F.normalize(tokens_BND, dim=-1)
     best = (unit[:, sources] @ unit[:, targets].transpose(1, 2)).max(-1)
     ranked = best.values.argsort(dim=-1, descending=True)
     fused = min(int(count * ratio), len(sources))
     away, staying = ranked[:, :fused], ranked[:, fused:]
     kept = torch.cat([targets.expand(batch, -1), sources[staying]], dim=1)
-    place = torch.zeros_like(token).expand(batch, -1).clone()
+    place = torch.zeros(batch, count, dtype=torch.long, device=tokens_BND.device)
     numbers = torch.arange(kept.shape[1], device=kept.device).expand(batch, -1)
     place.scatter_(1, kept, numbers)
     place.scatter_(1, sources[away], best.indices.gather(1, away))

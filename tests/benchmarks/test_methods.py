@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from benchmarks import methods
-from benchmarks.caches import DeepCache, first_block_cache, taylor_seer
+from benchmarks.caches import CacheDit, DeepCache, first_block_cache, taylor_seer
 from examples.small_models.architecture import pipeline
 from examples.small_models.judge import Judge
 from toma_fx.lab.small_models import FOLDER
@@ -41,6 +41,8 @@ def drawn(pipe: Any) -> Any:
         ("flux", first_block_cache(0.0), 1.0, 1.0),
         ("flux", first_block_cache(100.0), 1 / STEPS, 0.25),
         ("flux", taylor_seer(2), 0.6, 0.9),
+        ("flux", CacheDit(0.0, guided=False), 1.0, 1.0),
+        ("flux", CacheDit(100.0, guided=False), 3 / STEPS, 0.7),
     ],
     ids=lambda value: getattr(value, "name", str(value)),
 )
