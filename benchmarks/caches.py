@@ -15,9 +15,8 @@ from typing import Any
 from diffusers import FirstBlockCacheConfig, TaylorSeerCacheConfig
 from torch import nn
 
+from benchmarks.real_size import RealSize
 from toma_fx.arithmetic import Call, count, count_parts
-from toma_fx.checkpoints import architecture
-from toma_fx.inputs import random_inputs
 
 LISTS = ("transformer_blocks", "single_transformer_blocks")
 
@@ -42,18 +41,19 @@ class DiffusersCache:
     config: Any
 
     @contextmanager
-    def on(self, pipe: Any, side: int = 1024) -> Iterator[Callable[[], float]]:
+    def on(self, pipe: Any, real: RealSize) -> Iterator[Callable[[], float]]:
         """The pipeline with the cache; the value is a function to the real model's arithmetic.
 
         Args:
             pipe: Small.
-            side: Pixels along a side of the real model's image.
+            real: The real model's call.
         """
         model, ran = pipe.transformer, Ran()
         undo = _counting(model, ran)  # before the cache goes on: it calls the parts' own forwards
         model.enable_cache(self.config)
         try:
-            yield lambda: _flux_share(ran, model, side)
+            with model.cache_context("calls"):  # Kontext's pipeline names none; others name theirs
+                yield lambda: _flux_share(ran, model, real)
         finally:
             model.disable_cache()
             for handle in undo:
@@ -81,12 +81,12 @@ class CacheDit:
         return f"cache-dit, threshold {self.threshold:g}"
 
     @contextmanager
-    def on(self, pipe: Any, side: int = 1024) -> Iterator[Callable[[], float]]:
+    def on(self, pipe: Any, real: RealSize) -> Iterator[Callable[[], float]]:
         """The pipeline with the cache; the value is a function to the real model's arithmetic.
 
         Args:
             pipe: Small.
-            side: Pixels along a side of the real model's image.
+            real: The real model's call.
         """
         package = import_module("cache_dit")
         model, ran = pipe.transformer, Ran()
@@ -99,7 +99,7 @@ class CacheDit:
         )
         package.enable_cache(pipe, cache_config=config)
         try:
-            yield lambda: _flux_share(ran, model, side)
+            yield lambda: _flux_share(ran, model, real)
         finally:
             package.disable_cache(pipe)
             for handle in undo:
@@ -122,19 +122,19 @@ class DeepCache:
         return f"DeepCache, every {self.every}"
 
     @contextmanager
-    def on(self, pipe: Any, side: int = 1024) -> Iterator[Callable[[], float]]:
+    def on(self, pipe: Any, real: RealSize) -> Iterator[Callable[[], float]]:
         """The pipeline with the cache; the value is a function to the real model's arithmetic.
 
         Args:
             pipe: Small.
-            side: Pixels along a side of the real model's image.
+            real: The real model's call.
         """
         helper = self._helper(pipe)
         timesteps: list[int] = []
         hook = pipe.unet.register_forward_pre_hook(lambda _, args: timesteps.append(int(args[1])))
         helper.enable()
         try:
-            yield lambda: self._share(len(dict.fromkeys(timesteps)), side)
+            yield lambda: self._share(len(dict.fromkeys(timesteps)), real)
         finally:
             helper.disable()
             hook.remove()
@@ -144,9 +144,8 @@ class DeepCache:
         helper.set_params(cache_interval=self.every, cache_branch_id=0)
         return helper
 
-    def _share(self, steps: int, side: int) -> float:
-        unet = architecture("sdxl")
-        call = Call((), random_inputs(unet, height=side))
+    def _share(self, steps: int, real: RealSize) -> float:
+        unet, call = real.model, Call((), real.inputs())
         whole = count_parts(unet, call, [""])[""]
         helper = self._helper(SimpleNamespace(unet=unet))
         forward = unet.forward
@@ -207,10 +206,9 @@ def _add(ran: Ran, path: str | None) -> None:
         ran.parts[path] += 1
 
 
-def _flux_share(ran: Ran, small: nn.Module, side: int) -> float:
+def _flux_share(ran: Ran, small: nn.Module, real: RealSize) -> float:
     """The real Flux's, whose first block ran as the small one's first, others as its others."""
-    model = architecture("flux")
-    call = Call((), random_inputs(model, height=side))
+    model, call = real.model, Call((), real.inputs())
     paths = list(_parts(model))
     costs = count_parts(model, call, ["", *paths])
     shares = _shares_by_kind(ran, list(_parts(small)))

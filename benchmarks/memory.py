@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from tabulate import tabulate
 
 import toma_fx
-from benchmarks.real_size import real_share
+from benchmarks.real_size import RealSize, real_share
 from toma_fx import Memory, MergeConfig
 from toma_fx.lab.intervals import mean_interval
 from toma_fx.lab.small_models import CALIBRATION, FOLDER, PROMPTS
@@ -141,7 +141,7 @@ class Bench:
         if config is None:
             share = (row.steps or self._steps) / self._steps
         else:
-            share = real_share(self._pipe, self._kind, config, self._steps)
+            share = real_share(self._pipe, RealSize(self._kind), config, self._steps)
             toma_fx.restore(self._pipe)
         errors = ((images - self._untouched) ** 2).reshape(len(images), -1).mean(1)
         each = -10 * np.log10(np.maximum(errors, 1e-12))

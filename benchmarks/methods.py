@@ -7,16 +7,14 @@
 Every row of a scenario draws the same prompts and seeds with a small trained model. *The same
 image?* PSNR and SSIM to what the untouched model draws. *As good an image?* The judge's share of
 right answers about what the prompt says, and Frechet's distance in the judge's features to true
-pictures. The arithmetic is that of the real model at 1024 x 1024. Images that are there are not
+pictures. The arithmetic is that of the real model at its own size. Images that are there are not
 drawn again.
 """
 
 import argparse
 import csv
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,187 +22,19 @@ import diffusers
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from tabulate import tabulate
 
-import toma_fx
-from benchmarks.caches import DeepCache, first_block_cache, taylor_seer
-from benchmarks.real_size import real_share
+from benchmarks.scenarios import SCENARIOS, Item, Row, Scenario
 from examples.small_models.judge import Judge, distance_to_true, load_judge, shares
-from examples.small_models.pictures import DETAILED_SIZE, Scene, caption, draw, scene_of
-from toma_fx import Memory, MergeConfig
 from toma_fx.lab.distances import ssim
 from toma_fx.lab.intervals import mean_interval
 from toma_fx.lab.small_models import FOLDER
-from toma_fx.transform import while_transformed
 
 RESULTS = Path(__file__).parent / "results"
 IMAGES = Path(__file__).parent.parent / "build" / "methods"
 FIRST_SCENE, FIRST_OTHER = 40_000_000, 60_000_000
 """Scenes that no training saw: of the prompts, and of calibrations."""
 Images = NDArray[np.uint8]
-Applied = Iterator[tuple[Mapping[str, Any], Callable[[], float]]]
-"""Changes of the pipeline's call, and a function to the arithmetic of the run that was drawn."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scenario:
-    """What is drawn: a small model in the place of a real one."""
-
-    model: str
-    steps: int
-    call: Mapping[str, Any]
-    rows: Callable[[int], Iterator["Row"]]
-    scheduler: str | None = None
-    strength: float | None = None
-    """Of a second pass over a true picture that is enlarged to twice the side; None for none."""
-
-    @property
-    def real_side(self) -> int:
-        """Pixels along a side of the real model's image, whose arithmetic is counted."""
-        return 1024 if self.strength is None else 2048
-
-    def nominal(self, steps: int) -> int:
-        """The pipeline's number of steps so that it runs ``steps``; a second pass runs some."""
-        return steps if self.strength is None else round(steps / self.strength)
-
-
-@dataclass(frozen=True)
-class Row:
-    """A way to draw with less arithmetic; this one leaves out steps.
-
-    Attributes:
-        name: in tables.
-        steps: of the run; None for the scenario's.
-        power: of the schedule. Above 1, more of the steps lie where noise is low; "searched" takes
-            the power that draws other prompts closest to the untouched model.
-    """
-
-    name: str
-    steps: int | None = None
-    power: float | str = 1.0
-
-    @contextmanager
-    def on(self, bench: "Bench") -> Applied:
-        """The pipeline changed."""
-        steps = self.steps or bench.scenario.steps
-        changes: dict[str, Any] = {"num_inference_steps": bench.scenario.nominal(steps)}
-        if self.power != 1:
-            power = bench.best_power(steps) if self.power == "searched" else float(self.power)
-            changes = bench.scheduled(steps, power)
-        yield changes, lambda: steps / bench.scenario.steps
-
-
-@dataclass(frozen=True)
-class Merging(Row):
-    """A configuration of `toma_fx.transform`, whose theta may be calibrated on other prompts."""
-
-    config: MergeConfig = field(default_factory=MergeConfig)
-    calibrated: bool = False
-
-    @contextmanager
-    def on(self, bench: "Bench") -> Applied:
-        """The pipeline transformed."""
-        config = self.config
-        if self.calibrated:
-            found = toma_fx.calibrate_theta(bench.pipe, lambda _: bench.draw_others(), config)
-            config = found.config
-        kind, steps, side = bench.scenario.model, bench.scenario.steps, bench.scenario.real_side
-        with while_transformed(bench.pipe, config):
-            yield {}, lambda: real_share(bench.pipe, kind, config, steps, side)
-
-
-@dataclass(frozen=True)
-class Cached(Row):
-    """A cache of another project."""
-
-    cache: Any = None
-
-    @contextmanager
-    def on(self, bench: "Bench") -> Applied:
-        """The pipeline with the cache."""
-        with self.cache.on(bench.pipe, bench.scenario.real_side) as share:
-            yield {}, share
-
-
-def cached(made: Any) -> Cached:
-    """A row of a cache, under its own name."""
-    return Cached(made.name, cache=made)
-
-
-def sdxl_rows(steps: int) -> Iterator[Row]:
-    """Of a UNet."""
-    yield from _fewer(steps)
-    yield from _merging(steps)
-    for every in (2, 3, 5) if steps == 25 else (2,):
-        yield cached(DeepCache(every))
-
-
-def flux_rows(steps: int) -> Iterator[Row]:
-    """Of a transformer."""
-    yield from _fewer(steps)
-    yield from _merging(steps)
-    for threshold in (0.06, 0.1, 0.15) if steps == 25 else (0.1,):
-        yield cached(first_block_cache(threshold))
-    for every in (2, 3) if steps == 25 else (2,):
-        yield cached(taylor_seer(every))
-
-
-def second_pass_rows(steps: int) -> Iterator[Row]:
-    """Of a second pass with a UNet."""
-    yield from (Row(f"{count} steps", steps=count) for count in (8, 6, 4))
-    for ratio in (0.25, 0.5, 0.75):
-        yield Merging(f"merged at every step, ratio {ratio:g}", config=_config(ratio))
-    yield Merging("memory every 2, ratio 0.9", config=_config(0.9, 2), calibrated=True)
-    yield Merging("memory every 2, theta 0", config=_config(0.5, 2, theta=0.0))
-    yield cached(DeepCache(2))
-
-
-def _fewer(steps: int) -> Iterator[Row]:
-    counts = (20, 18, 15, 12, 10) if steps == 25 else (3, 2)
-    yield from (Row(f"{count} steps", steps=count) for count in counts)
-    for count in (18, 12) if steps == 25 else (3,):
-        yield Row(f"{count} steps, searched schedule", steps=count, power="searched")
-
-
-def _merging(steps: int) -> Iterator[Row]:
-    for ratio in (0.25, 0.5, 0.75):
-        yield Merging(f"merged at every step, ratio {ratio:g}", config=_config(ratio))
-    if steps == 25:
-        for ratio in (0.5, 0.75):
-            name = f"merged below noise level 0.8, ratio {ratio:g}"
-            yield Merging(name, config=_config(ratio, level=0.8))
-    for every in (2, 3) if steps == 25 else (2,):
-        level = 0.8 if steps == 25 else 1.0
-        where = f"below noise level {level:g}, every {every}" if level < 1 else f"every {every}"
-        yield Merging(
-            f"memory {where}, ratio 0.9", config=_config(0.9, every, level), calibrated=True
-        )
-        yield Merging(f"memory {where}, theta 0", config=_config(0.5, every, level, theta=0.0))
-
-
-def _config(
-    ratio: float, every: int | None = None, level: float = 1.0, theta: float | None = None
-) -> MergeConfig:
-    memory = None if every is None else Memory(every=every, theta=theta)
-    # Memory has no use for blocks that stay unmerged, and so that all compare alike, none does.
-    return MergeConfig(ratio=ratio, merge_below=level, memory=memory, skip=())
-
-
-SDXL: Mapping[str, Any] = {"guidance_scale": 7.5}
-FLUX: Mapping[str, Any] = {
-    "true_cfg_scale": 2.0,
-    "max_sequence_length": 24,
-    "negative_prompt": "",
-}
-SCENARIOS = {
-    "sdxl-25": Scenario(model="sdxl", steps=25, call=SDXL, rows=sdxl_rows),
-    "sdxl-25-dpm": Scenario(model="sdxl", steps=25, call=SDXL, rows=sdxl_rows, scheduler="dpm"),
-    "sdxl-4": Scenario(model="sdxl", steps=4, call=SDXL, rows=sdxl_rows),
-    "second-pass": Scenario(model="sdxl", steps=10, call=SDXL, rows=second_pass_rows, strength=0.4),
-    "flux-25": Scenario(model="flux", steps=25, call=FLUX, rows=flux_rows),
-    "flux-4": Scenario(model="flux", steps=4, call=FLUX, rows=flux_rows),
-}
 
 
 class Bench:
@@ -212,46 +42,35 @@ class Bench:
 
     def __init__(self, scenario: Scenario, prompts: int, folder: Path, judge: Judge) -> None:
         self.scenario = scenario
-        self.pipe: Any = diffusers.DiffusionPipeline.from_pretrained(folder)
+        self.pipe: Any = scenario.load(folder)
         self.pipe.set_progress_bar_config(disable=True)
         if scenario.scheduler == "dpm":
             made = diffusers.DPMSolverMultistepScheduler.from_config(self.pipe.scheduler.config)
             self.pipe.scheduler = made
         self._judge = judge
-        self._size = self.pipe.vae.config.sample_size
-        if scenario.strength is not None:
-            self.pipe = diffusers.AutoPipelineForImage2Image.from_pipe(self.pipe)
-            self.pipe.set_progress_bar_config(disable=True)
+        size = self.pipe.vae.config.sample_size
+        self._size = {} if "strength" in scenario.call else {"height": size, "width": size}
         indices = range(FIRST_SCENE, FIRST_SCENE + prompts)
-        self._scenes = [scene_of(index, held_out=index % 2 == 1) for index in indices]
-        self._others = [scene_of(index) for index in range(FIRST_OTHER, FIRST_OTHER + 4)]
+        self._items = [scenario.item(index, index % 2 == 1, size) for index in indices]
+        others = range(FIRST_OTHER, FIRST_OTHER + 4)
+        self._others = [scenario.item(index, False, size) for index in others]
         self._powers: dict[int, float] = {}
 
-    def _draw(self, scenes: list[Scene], **changes: Any) -> Images:
+    def _draw(self, items: Sequence[Item], **changes: Any) -> Images:
         steps = self.scenario.nominal(self.scenario.steps)
-        call = {"num_inference_steps": steps, **self.scenario.call, **changes}
+        call = {"num_inference_steps": steps, **self._size, **self.scenario.call, **changes}
         images = []
-        for place in range(0, len(scenes), 4):
-            some = scenes[place : place + 4]
-            seeds = range(place, place + len(some))
+        for place in range(0, len(items), 4):
+            some = items[place : place + 4]
             if "negative_prompt" in call:  # Flux wants as many as there are prompts
                 call["negative_prompt"] = [""] * len(some)
-            if self.scenario.strength is None:
-                call |= {"height": self._size, "width": self._size}
-            else:
-                call |= {"image": [*map(self._enlarged, some, seeds)]}
-                call |= {"strength": self.scenario.strength}
-            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-            prompts = [caption(scene) for scene in some]
-            images.append(self.pipe(prompts, generator=generators, output_type="np", **call).images)
+            call |= {key: [each.inputs[key] for each in some] for key in some[0].inputs}
+            seeds = range(place, place + len(some))
+            call["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
+            call["prompt"] = [each.prompt for each in some]
+            images.append(self.pipe(**call, output_type="np")[0])
         drawn: Images = np.asarray(np.concatenate(images) * 255 + 0.5, np.uint8)
         return drawn
-
-    def _enlarged(self, scene: Scene, seed: int) -> Image.Image:
-        detailed = self._size == DETAILED_SIZE
-        picture = Image.fromarray(draw(scene, seed, size=self._size, detailed=detailed))
-        side = 2 * self._size
-        return picture.resize((side, side), Image.Resampling.BICUBIC)
 
     def draw_others(self, **changes: Any) -> NDArray[np.float32]:
         """Prompts on which theta and schedules are chosen, from 0 to 1."""
@@ -282,9 +101,9 @@ class Bench:
     def draw(self, row: Row | None) -> tuple[Images, float]:
         """The images of a row, None for the untouched model, and the run's arithmetic."""
         if row is None:
-            return self._draw(self._scenes), 1.0
+            return self._draw(self._items), 1.0
         with row.on(self) as (changes, share):
-            return self._draw(self._scenes, **changes), share()
+            return self._draw(self._items, **changes), share()
 
     def record(
         self, name: str, share: float, images: Images, untouched: Images | None
@@ -298,7 +117,9 @@ class Bench:
             record |= _with_interval("psnr", each)
             pairs = zip(images, untouched, strict=True)
             record["ssim"] = np.mean([ssim(_tensor(one), _tensor(other)) for one, other in pairs])
-        record |= _with_interval("answers", shares(self._judge, images, self._scenes))
+        record |= _with_interval(
+            "answers", shares(self._judge, images, [each.scene for each in self._items])
+        )
         record["frechet"] = distance_to_true(self._judge, images)
         return record
 

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from benchmarks.options import command_options
+from benchmarks.real_size import RealSize
 from toma_fx.arithmetic import Call, count
 from toma_fx.bench.cli import add_timing
 from toma_fx.bench.command import setting_of, show
@@ -31,9 +32,7 @@ from toma_fx.bench.compare import compare
 from toma_fx.bench.contenders import Setting, load, twin
 from toma_fx.bench.levels import models
 from toma_fx.bench.timing import Contender
-from toma_fx.checkpoints import architecture
 from toma_fx.errors import ConfigError, ModelError
-from toma_fx.inputs import random_inputs
 from toma_fx.lab import contenders as lab
 from toma_fx.transform import model_of
 from toma_fx.variants import FewerSteps, Merging, parse_variant
@@ -80,15 +79,14 @@ class Rival:
             changed=lambda: self.changed(pipeline, ratio),
         )
 
-    def real_share(self, ratio: float, side: int = 1024) -> float:
-        """The arithmetic of the real SDXL's call, relative to untouched (lower is cheaper).
+    def real_share(self, ratio: float, real: RealSize) -> float:
+        """The arithmetic of the real UNet's call, relative to untouched (lower is cheaper).
 
         Args:
             ratio: of the rival.
-            side: pixels along a side of the image.
+            real: the real model's call.
         """
-        unet = architecture("sdxl")
-        inputs = random_inputs(unet, height=side)
+        unet, inputs = real.model, real.inputs()
         call = Call((inputs.pop("sample"),), inputs)  # by position, where rivals' hooks look
         untouched = count(unet, call)
         with self.changed(BarePipeline(unet=unet), ratio):
@@ -114,10 +112,17 @@ def named_variant(text: str) -> Merging | FewerSteps | Rival:
     Raises:
         ConfigError: when there is no such variant.
     """
-    if text == TOMESD:
-        return tomesd()
-    file = RIVALS / f"{text}.py"
-    return load_rival(file) if file.exists() else parse_variant(text)
+    known = text == TOMESD or (RIVALS / f"{text}.py").exists()
+    return named_rival(text) if known else parse_variant(text)
+
+
+def named_rival(name: str) -> Rival:
+    """The tomesd package, or a rival of the repository by the name of its file.
+
+    Raises:
+        ConfigError: when there is no such rival.
+    """
+    return tomesd() if name == TOMESD else load_rival(RIVALS / f"{name}.py")
 
 
 def load_rival(path: str | Path) -> Rival:

@@ -1,5 +1,7 @@
 """Caches beside merging: their arithmetic is that of the calls they computed, and they come off."""
 
+import csv
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +10,9 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from benchmarks import methods
+from benchmarks import methods, scenarios
 from benchmarks.caches import CacheDit, DeepCache, first_block_cache, taylor_seer
+from benchmarks.real_size import RealSize
 from examples.small_models.architecture import pipeline
 from examples.small_models.judge import Judge
 from toma_fx.lab.small_models import FOLDER
@@ -52,7 +55,7 @@ def test_a_cache_costs_what_it_computed_and_comes_off(
     pipe = DiffusionPipeline.from_pretrained(FOLDER / kind)
     pipe.set_progress_bar_config(disable=True)
     untouched = drawn(pipe)
-    with cache.on(pipe) as share:
+    with cache.on(pipe, RealSize(kind)) as share:
         images = drawn(pipe)
         assert least <= share() <= most
     assert np.array_equal(images, untouched) == (least == 1.0)
@@ -78,3 +81,20 @@ def test_a_scenario_is_drawn_once_and_judged_from_its_files(
     said = capsys.readouterr().out
     assert "3 steps" in said and "merged at every step, ratio 0.5" in said
     assert "75 %" in said and "60 %" in said
+
+
+def test_an_edit_is_drawn_and_only_its_reference_merges(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    judge = Judge().eval()
+    monkeypatch.setattr(methods, "load_judge", lambda: judge)
+    short = replace(scenarios.SCENARIOS["kontext-25"], steps=3)
+    monkeypatch.setitem(scenarios.SCENARIOS, "kontext-25", short)
+    words = ["kontext-25", "--prompts", "1", "--only", "references merged, ratio 0.5"]
+    methods.main([*words, "--images", str(tmp_path), "--out", str(tmp_path)])
+    with (tmp_path / "methods-kontext-25.csv").open() as file:
+        untouched, merged = csv.DictReader(file)
+    # Half of the reference's 4,096 tokens are left out, of 8,704 with the text.
+    assert 0.65 < float(merged["arithmetic"]) < 0.75 and untouched["arithmetic"] == "1.0"
+    assert 10 < float(merged["psnr"]) < 50

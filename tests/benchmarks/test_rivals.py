@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.real_size import RealSize
 from benchmarks.rivals import Rival, load_rival, tomesd
 from tests.pipelines import tiny_flux_pipeline, tiny_sdxl_pipeline
 from tests.tiny import smooth_images, unet_inputs
@@ -59,7 +60,7 @@ def test_more_is_saved_and_lost_at_a_higher_ratio_and_all_is_undone(rival: Rival
 
 def test_the_real_models_share_falls_with_the_ratio(rival: Rival) -> None:
     """And is between that of the blocks alone and all; the rival comes off the real model."""
-    shares = [rival.real_share(ratio) for ratio in (0.25, 0.5, 0.75, 0.25)]
+    shares = [rival.real_share(ratio, RealSize("sdxl")) for ratio in (0.25, 0.5, 0.75, 0.25)]
     assert 1 > shares[0] > shares[1] > shares[2] > 0.4
     assert shares[3] == shares[0]
 
