@@ -19,7 +19,8 @@ from toma_fx.arithmetic import Call, count, count_parts
 from toma_fx.checkpoints import architecture
 from toma_fx.inputs import random_inputs
 
-LISTS = ("transformer_blocks", "single_transformer_blocks")
+LISTS = ("transformer_blocks", "single_transformer_blocks", "blocks")
+"""Where transformers hold their blocks: Flux in the first two, Wan in the last."""
 
 
 @dataclass
@@ -42,12 +43,13 @@ class DiffusersCache:
     config: Any
 
     @contextmanager
-    def on(self, pipe: Any, side: int = 1024) -> Iterator[Callable[[], float]]:
+    def on(self, pipe: Any, real: str, side: int | None) -> Iterator[Callable[[], float]]:
         """The pipeline with the cache; the value is a function to the real model's arithmetic.
 
         Args:
             pipe: Small.
-            side: Pixels along a side of the real model's image.
+            real: Name of the real model.
+            side: Pixels along a side of its image; None for its native size.
         """
         model, ran = pipe.transformer, Ran()
         # Before the cache goes on: it calls the parts' own forwards.
@@ -56,7 +58,7 @@ class DiffusersCache:
             undo.append(_count_calls(part, ran, path))
         model.enable_cache(self.config)
         try:
-            yield lambda: _flux_share(ran, model, side)
+            yield lambda: _transformer_share(ran, model, real, side)
         finally:
             model.disable_cache()
             for handle in undo:
@@ -79,19 +81,14 @@ class DeepCache:
         return f"DeepCache, every {self.every}"
 
     @contextmanager
-    def on(self, pipe: Any, side: int = 1024) -> Iterator[Callable[[], float]]:
-        """The pipeline with the cache; the value is a function to the real model's arithmetic.
-
-        Args:
-            pipe: Small.
-            side: Pixels along a side of the real model's image.
-        """
+    def on(self, pipe: Any, real: str, side: int | None) -> Iterator[Callable[[], float]]:
+        """As `DiffusersCache.on`."""
         helper = self._helper(pipe)
         timesteps: list[int] = []
         hook = pipe.unet.register_forward_pre_hook(lambda _, args: timesteps.append(int(args[1])))
         helper.enable()
         try:
-            yield lambda: self._share(len(dict.fromkeys(timesteps)), side)
+            yield lambda: self._share(len(dict.fromkeys(timesteps)), real, side)
         finally:
             helper.disable()
             hook.remove()
@@ -101,8 +98,8 @@ class DeepCache:
         helper.set_params(cache_interval=self.every, cache_branch_id=0)
         return helper
 
-    def _share(self, steps: int, side: int) -> float:
-        unet = architecture("sdxl")
+    def _share(self, steps: int, real: str, side: int | None) -> float:
+        unet = architecture(real)
         call = Call((), random_inputs(unet, height=side))
         whole = count_parts(unet, call, [""])[""]
         helper = self._helper(SimpleNamespace(unet=unet))
@@ -139,7 +136,7 @@ def _parts(model: nn.Module) -> dict[str, nn.Module]:
     return {
         f"{blocks}.{index}.{name}": part
         for blocks in LISTS
-        for index, block in enumerate(getattr(model, blocks))
+        for index, block in enumerate(getattr(model, blocks, ()))
         for name, part in block.named_children()
         if any(isinstance(each, nn.Linear) for each in part.modules())
     }
@@ -158,9 +155,9 @@ def _add(ran: Ran, path: str | None) -> None:
         ran.parts[path] += 1
 
 
-def _flux_share(ran: Ran, small: nn.Module, side: int) -> float:
-    """The real Flux's, whose first block ran as the small one's first, others as its others."""
-    model = architecture("flux")
+def _transformer_share(ran: Ran, small: nn.Module, real: str, side: int | None) -> float:
+    """The real one's, whose first block ran as the small one's first, others as its others."""
+    model = architecture(real)
     call = Call((), random_inputs(model, height=side))
     paths = list(_parts(model))
     costs = count_parts(model, call, ["", *paths])
@@ -178,4 +175,5 @@ def _shares_by_kind(ran: Ran, paths: list[str]) -> Mapping[tuple[str, bool, str]
 
 def _kind(path: str) -> tuple[str, bool, str]:
     blocks, index, name = path.split(".", 2)
-    return blocks, blocks == LISTS[0] and index == "0", name
+    first = index == "0" and blocks != "single_transformer_blocks"  # which come after others
+    return blocks, first, name

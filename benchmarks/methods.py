@@ -7,8 +7,9 @@
 Every row of a scenario draws the same prompts and seeds with a small trained model. *The same
 image?* PSNR and SSIM to what the untouched model draws. *As good an image?* The judge's share of
 right answers about what the prompt says, and Frechet's distance in the judge's features to true
-pictures. The arithmetic is that of the real model at 1024 x 1024. Images that are there are not
-drawn again.
+pictures; of a clip, the judge sees the first, the middle and the last frame. The arithmetic is that
+of the real model at 1024 x 1024, or 81 frames of 480 x 832. Images that are there are not drawn
+again.
 """
 
 import argparse
@@ -30,8 +31,11 @@ from tabulate import tabulate
 import toma_fx
 from benchmarks.caches import DeepCache, first_block_cache, taylor_seer
 from benchmarks.real_size import real_share
+from examples.small_models.check import drawn_by, size_of
 from examples.small_models.judge import Judge, distance_to_true, load_judge, shares
 from examples.small_models.pictures import DETAILED_SIZE, Scene, caption, draw, scene_of
+from examples.small_models.text import PROMPT_TOKENS
+from examples.small_models.videos import FRAMES, looked_at
 from toma_fx import Memory, MergeConfig
 from toma_fx.lab.distances import ssim
 from toma_fx.lab.intervals import mean_interval
@@ -43,6 +47,7 @@ IMAGES = Path(__file__).parent.parent / "build" / "methods"
 FIRST_SCENE, FIRST_OTHER = 40_000_000, 60_000_000
 """Scenes that no training saw: of the prompts, and of calibrations."""
 Images = NDArray[np.uint8]
+"""``(N, H, W, 3)``, or clips ``(N, frames, H, W, 3)``."""
 Applied = Iterator[tuple[Mapping[str, Any], Callable[[], float]]]
 """Changes of the pipeline's call, and a function to the arithmetic of the run that was drawn."""
 
@@ -60,9 +65,11 @@ class Scenario:
     """Of a second pass over a true picture that is enlarged to twice the side; None for none."""
 
     @property
-    def real_side(self) -> int:
-        """Pixels along a side of the real model's image, whose arithmetic is counted."""
-        return 1024 if self.strength is None else 2048
+    def real(self) -> tuple[str, int | None]:
+        """The real model whose arithmetic is counted, and its image's side, None for native."""
+        if self.model == "wan":
+            return "wan2.1-1.3b", None
+        return self.model, 1024 if self.strength is None else 2048
 
     def nominal(self, steps: int) -> int:
         """The pipeline's number of steps so that it runs ``steps``; a second pass runs some."""
@@ -109,9 +116,9 @@ class Merging(Row):
         if self.calibrated:
             found = toma_fx.calibrate_theta(bench.pipe, lambda _: bench.draw_others(), config)
             config = found.config
-        kind, steps, side = bench.scenario.model, bench.scenario.steps, bench.scenario.real_side
+        (real, side), steps = bench.scenario.real, bench.scenario.steps
         with while_transformed(bench.pipe, config):
-            yield {}, lambda: real_share(bench.pipe, kind, config, steps, side)
+            yield {}, lambda: real_share(bench.pipe, real, config, steps, side)
 
 
 @dataclass(frozen=True)
@@ -123,7 +130,7 @@ class Cached(Row):
     @contextmanager
     def on(self, bench: "Bench") -> Applied:
         """The pipeline with the cache."""
-        with self.cache.on(bench.pipe, bench.scenario.real_side) as share:
+        with self.cache.on(bench.pipe, *bench.scenario.real) as share:
             yield {}, share
 
 
@@ -144,6 +151,17 @@ def flux_rows(steps: int) -> Iterator[Row]:
     """Of a transformer."""
     yield from _fewer(steps)
     yield from _merging(steps)
+    yield from _caches(steps)
+
+
+def wan_rows(steps: int) -> Iterator[Row]:
+    """Of a transformer for video, whose pipeline takes no schedule."""
+    yield from _fewer(steps, searched=False)
+    yield from _merging(steps)
+    yield from _caches(steps)
+
+
+def _caches(steps: int) -> Iterator[Row]:
     for threshold in (0.06, 0.1, 0.15) if steps == 25 else (0.1,):
         yield cached(first_block_cache(threshold))
     for every in (2, 3) if steps == 25 else (2,):
@@ -160,10 +178,10 @@ def second_pass_rows(steps: int) -> Iterator[Row]:
     yield cached(DeepCache(2))
 
 
-def _fewer(steps: int) -> Iterator[Row]:
+def _fewer(steps: int, *, searched: bool = True) -> Iterator[Row]:
     counts = (20, 18, 15, 12, 10) if steps == 25 else (3, 2)
     yield from (Row(f"{count} steps", steps=count) for count in counts)
-    for count in (18, 12) if steps == 25 else (3,):
+    for count in ((18, 12) if steps == 25 else (3,)) if searched else ():
         yield Row(f"{count} steps, searched schedule", steps=count, power="searched")
 
 
@@ -194,8 +212,13 @@ def _config(
 SDXL: Mapping[str, Any] = {"guidance_scale": 7.5}
 FLUX: Mapping[str, Any] = {
     "true_cfg_scale": 2.0,
-    "max_sequence_length": 24,
+    "max_sequence_length": PROMPT_TOKENS,
     "negative_prompt": "",
+}
+WAN: Mapping[str, Any] = {
+    "guidance_scale": 5.0,
+    "num_frames": FRAMES,
+    "max_sequence_length": PROMPT_TOKENS,
 }
 SCENARIOS = {
     "sdxl-25": Scenario(model="sdxl", steps=25, call=SDXL, rows=sdxl_rows),
@@ -204,6 +227,7 @@ SCENARIOS = {
     "second-pass": Scenario(model="sdxl", steps=10, call=SDXL, rows=second_pass_rows, strength=0.4),
     "flux-25": Scenario(model="flux", steps=25, call=FLUX, rows=flux_rows),
     "flux-4": Scenario(model="flux", steps=4, call=FLUX, rows=flux_rows),
+    "video-25": Scenario(model="wan", steps=25, call=WAN, rows=wan_rows),
 }
 
 
@@ -218,7 +242,7 @@ class Bench:
             made = diffusers.DPMSolverMultistepScheduler.from_config(self.pipe.scheduler.config)
             self.pipe.scheduler = made
         self._judge = judge
-        self._size = self.pipe.vae.config.sample_size
+        self._size = size_of(self.pipe)
         if scenario.strength is not None:
             self.pipe = diffusers.AutoPipelineForImage2Image.from_pipe(self.pipe)
             self.pipe.set_progress_bar_config(disable=True)
@@ -243,9 +267,9 @@ class Bench:
                 call |= {"strength": self.scenario.strength}
             generators = [torch.Generator().manual_seed(seed) for seed in seeds]
             prompts = [caption(scene) for scene in some]
-            images.append(self.pipe(prompts, generator=generators, output_type="np", **call).images)
-        drawn: Images = np.asarray(np.concatenate(images) * 255 + 0.5, np.uint8)
-        return drawn
+            drawn = self.pipe(prompts, generator=generators, output_type="np", **call)
+            images.append(drawn_by(drawn))
+        return np.concatenate(images)
 
     def _enlarged(self, scene: Scene, seed: int) -> Image.Image:
         detailed = self._size == DETAILED_SIZE
@@ -296,16 +320,22 @@ class Bench:
             errors = np.square(gap).reshape(len(images), -1).mean(1)
             each = 10 * np.log10(255**2 / np.maximum(errors, 1e-3))
             record |= _with_interval("psnr", each)
-            pairs = zip(images, untouched, strict=True)
+            pairs = zip(_frames(images), _frames(untouched), strict=True)
             record["ssim"] = np.mean([ssim(_tensor(one), _tensor(other)) for one, other in pairs])
-        record |= _with_interval("answers", shares(self._judge, images, self._scenes))
-        record["frechet"] = distance_to_true(self._judge, images)
+        pictures, scenes = looked_at(images, self._scenes)
+        answers = shares(self._judge, pictures, scenes).reshape(len(images), -1).mean(1)
+        record |= _with_interval("answers", answers)
+        record["frechet"] = distance_to_true(self._judge, pictures)
         return record
 
 
 def _with_interval(name: str, values: NDArray[Any]) -> dict[str, float]:
     low, high = mean_interval(values[:, None])
     return {name: float(values.mean()), f"{name} low": low, f"{name} high": high}
+
+
+def _frames(images: Images) -> Images:
+    return images.reshape(-1, *images.shape[-3:])
 
 
 def _tensor(image: Images) -> torch.Tensor:

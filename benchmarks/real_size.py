@@ -19,10 +19,11 @@ def real_share(
 
     Args:
         pipe: the small pipeline, transformed, whose noise levels say which steps merge.
-        kind: the real model, ``"sdxl"`` or ``"flux"``.
+        kind: the real model, such as ``"sdxl"``, ``"flux"`` or ``"wan2.1-1.3b"``.
         config: the options of the small one.
         steps: of the run.
-        side: of the real model's image, in pixels; its native size when left out.
+        side: of the real model's image, in pixels; its native size when left out, and of a video
+            its native number of frames.
     """
     merged = toma_fx.transform(_architecture(kind), replace(config, merge_below=1))
     first = toma_fx.report(merged, steps=1, height=side)
