@@ -171,7 +171,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--frames", type=int, help=f"of a clip (the VAE's parts have 9, other clips {FRAMES})"
     )
-    parser.add_argument("--clips", type=int, default=3000, dest="pictures")
+    parser.add_argument("--clips", type=int, default=3000, dest="pictures", metavar="CLIPS")
     parser.add_argument("--work", type=Path, default=Path("small_models_work"))
     parser.add_argument("--start", type=Path, help="a trained pipeline's folder to go on from")
     parser.add_argument("--output", type=Path, help="the trained pipeline's folder")
