@@ -18,7 +18,8 @@ from torch import nn
 from benchmarks.real_size import RealSize
 from toma_fx.arithmetic import Call, count, count_parts
 
-LISTS = ("transformer_blocks", "single_transformer_blocks")
+LISTS = ("transformer_blocks", "single_transformer_blocks", "blocks")
+"""Where transformers hold their blocks: Flux in the first two, Wan in the last."""
 
 
 @dataclass
@@ -53,7 +54,7 @@ class DiffusersCache:
         model.enable_cache(self.config)
         try:
             with model.cache_context("calls"):  # Kontext's pipeline names none; others name theirs
-                yield lambda: _flux_share(ran, model, real)
+                yield lambda: _transformer_share(ran, model, real)
         finally:
             model.disable_cache()
             for handle in undo:
@@ -99,7 +100,7 @@ class CacheDit:
         )
         package.enable_cache(pipe, cache_config=config)
         try:
-            yield lambda: _flux_share(ran, model, real)
+            yield lambda: _transformer_share(ran, model, real)
         finally:
             package.disable_cache(pipe)
             for handle in undo:
@@ -181,7 +182,7 @@ def _parts(model: nn.Module) -> dict[str, nn.Module]:
     return {
         f"{blocks}.{index}.{name}": part
         for blocks in LISTS
-        for index, block in enumerate(getattr(model, blocks))
+        for index, block in enumerate(getattr(model, blocks, ()))
         for name, part in block.named_children()
         if any(isinstance(each, nn.Linear) for each in part.modules())
     }
@@ -206,8 +207,8 @@ def _add(ran: Ran, path: str | None) -> None:
         ran.parts[path] += 1
 
 
-def _flux_share(ran: Ran, small: nn.Module, real: RealSize) -> float:
-    """The real Flux's, whose first block ran as the small one's first, others as its others."""
+def _transformer_share(ran: Ran, small: nn.Module, real: RealSize) -> float:
+    """The real one's, whose first block ran as the small one's first, others as its others."""
     model, call = real.model, Call((), real.inputs())
     paths = list(_parts(model))
     costs = count_parts(model, call, ["", *paths])
@@ -225,4 +226,5 @@ def _shares_by_kind(ran: Ran, paths: list[str]) -> Mapping[tuple[str, bool, str]
 
 def _kind(path: str) -> tuple[str, bool, str]:
     blocks, index, name = path.split(".", 2)
-    return blocks, blocks == LISTS[0] and index == "0", name
+    first = index == "0" and blocks != "single_transformer_blocks"  # which come after others
+    return blocks, first, name

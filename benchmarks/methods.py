@@ -7,8 +7,8 @@
 Every row of a scenario draws the same prompts and seeds with a small trained model. *The same
 image?* PSNR and SSIM to what the untouched model draws. *As good an image?* The judge's share of
 right answers about what the prompt says, and Frechet's distance in the judge's features to true
-pictures. The arithmetic is that of the real model at its own size. Images that are there are not
-drawn again.
+pictures; of a clip, the judge sees the first, the middle and the last frame. The arithmetic is that
+of the real model at its own size. Images that are there are not drawn again.
 """
 
 import argparse
@@ -25,7 +25,9 @@ from numpy.typing import NDArray
 from tabulate import tabulate
 
 from benchmarks.scenarios import SCENARIOS, Item, Row, Scenario
+from examples.small_models.check import drawn_by, size_of
 from examples.small_models.judge import Judge, distance_to_true, load_judge, shares
+from examples.small_models.videos import looked_at
 from toma_fx.lab.distances import ssim
 from toma_fx.lab.intervals import mean_interval
 from toma_fx.lab.small_models import FOLDER
@@ -35,6 +37,7 @@ IMAGES = Path(__file__).parent.parent / "build" / "methods"
 FIRST_SCENE, FIRST_OTHER = 40_000_000, 60_000_000
 """Scenes that no training saw: of the prompts, and of calibrations."""
 Images = NDArray[np.uint8]
+"""``(N, H, W, 3)``, or clips ``(N, frames, H, W, 3)``."""
 
 
 class Bench:
@@ -48,7 +51,7 @@ class Bench:
             made = diffusers.DPMSolverMultistepScheduler.from_config(self.pipe.scheduler.config)
             self.pipe.scheduler = made
         self._judge = judge
-        size = self.pipe.vae.config.sample_size
+        size = size_of(self.pipe)
         self._size = {} if "strength" in scenario.call else {"height": size, "width": size}
         indices = range(FIRST_SCENE, FIRST_SCENE + prompts)
         self._items = [scenario.item(index, index % 2 == 1, size) for index in indices]
@@ -68,9 +71,8 @@ class Bench:
             seeds = range(place, place + len(some))
             call["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
             call["prompt"] = [each.prompt for each in some]
-            images.append(self.pipe(**call, output_type="np")[0])
-        drawn: Images = np.asarray(np.concatenate(images) * 255 + 0.5, np.uint8)
-        return drawn
+            images.append(drawn_by(self.pipe(**call, output_type="np")))
+        return np.concatenate(images)
 
     def draw_others(self, **changes: Any) -> NDArray[np.float32]:
         """Prompts on which theta and schedules are chosen, from 0 to 1."""
@@ -115,18 +117,22 @@ class Bench:
             errors = np.square(gap).reshape(len(images), -1).mean(1)
             each = 10 * np.log10(255**2 / np.maximum(errors, 1e-3))
             record |= _with_interval("psnr", each)
-            pairs = zip(images, untouched, strict=True)
+            pairs = zip(_frames(images), _frames(untouched), strict=True)
             record["ssim"] = np.mean([ssim(_tensor(one), _tensor(other)) for one, other in pairs])
-        record |= _with_interval(
-            "answers", shares(self._judge, images, [each.scene for each in self._items])
-        )
-        record["frechet"] = distance_to_true(self._judge, images)
+        pictures, scenes = looked_at(images, [each.scene for each in self._items])
+        answers = shares(self._judge, pictures, scenes).reshape(len(images), -1).mean(1)
+        record |= _with_interval("answers", answers)
+        record["frechet"] = distance_to_true(self._judge, pictures)
         return record
 
 
 def _with_interval(name: str, values: NDArray[Any]) -> dict[str, float]:
     low, high = mean_interval(values[:, None])
     return {name: float(values.mean()), f"{name} low": low, f"{name} high": high}
+
+
+def _frames(images: Images) -> Images:
+    return images.reshape(-1, *images.shape[-3:])
 
 
 def _tensor(image: Images) -> torch.Tensor:

@@ -20,12 +20,13 @@ class RealSize:
 
     Attributes:
         name: of the model, as the command line knows it.
-        height: of the image, in pixels; it is square.
+        height: of the image, in pixels; it is square. None for the model's native size, and for its
+            native number of frames.
         references: images of the same size that Kontext edits.
     """
 
     name: str
-    height: int = 1024
+    height: int | None = 1024
     references: int = 0
 
     @property
@@ -39,7 +40,7 @@ class RealSize:
         if self.references:
             images = range(1 + self.references)
             inputs["hidden_states"] = torch.cat([inputs["hidden_states"] for _ in images], dim=1)
-            inputs["img_ids"] = torch.cat([_places(self.height, index) for index in images])
+            inputs["img_ids"] = torch.cat([_places(self.height or 1024, index) for index in images])
         return inputs
 
 

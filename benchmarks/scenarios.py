@@ -26,6 +26,8 @@ from examples.small_models.pictures import (
     parse,
     scene_of,
 )
+from examples.small_models.text import PROMPT_TOKENS
+from examples.small_models.videos import FRAMES
 from toma_fx import Memory, MergeConfig
 from toma_fx.transform import while_transformed
 
@@ -224,6 +226,13 @@ def flux_rows(steps: int) -> Iterator[Row]:
     yield from _transformer_caches(steps, guided=True)
 
 
+def wan_rows(steps: int) -> Iterator[Row]:
+    """Rows of a transformer for video, whose pipeline takes no schedule."""
+    yield from _fewer(steps, searched=False)
+    yield from _merging(steps)
+    yield from _transformer_caches(steps, guided=True)
+
+
 def second_pass_rows(steps: int) -> Iterator[Row]:
     """Rows of a second pass with a UNet."""
     yield from (Row(f"{count} steps", steps=count) for count in (8, 6, 4))
@@ -253,10 +262,10 @@ def _transformer_caches(steps: int, *, guided: bool) -> Iterator[Row]:
         yield cached(CacheDit(0.24, guided))
 
 
-def _fewer(steps: int) -> Iterator[Row]:
+def _fewer(steps: int, *, searched: bool = True) -> Iterator[Row]:
     counts = (20, 18, 15, 12, 10) if steps == 25 else (3, 2)
     yield from (Row(f"{count} steps", steps=count) for count in counts)
-    for count in (18, 12) if steps == 25 else (3,):
+    for count in ((18, 12) if steps == 25 else (3,)) if searched else ():
         yield Row(f"{count} steps, searched schedule", steps=count, power="searched")
 
 
@@ -301,16 +310,30 @@ SECOND_PASS: Mapping[str, Any] = {
 FLUX: Mapping[str, Any] = {
     "model": "flux",
     "real": RealSize("flux", height=1024),
-    "call": {"true_cfg_scale": 2.0, "max_sequence_length": 24, "negative_prompt": ""},
+    "call": {
+        "true_cfg_scale": 2.0,
+        "max_sequence_length": PROMPT_TOKENS,
+        "negative_prompt": "",
+    },
     "rows": flux_rows,
 }
 KONTEXT: Mapping[str, Any] = {
     "model": "kontext",
     "real": RealSize("flux", height=1024, references=1),
-    "call": {"max_area": 128 * 128, "_auto_resize": False, "max_sequence_length": 24},
+    "call": {"max_area": 128 * 128, "_auto_resize": False, "max_sequence_length": PROMPT_TOKENS},
     "rows": edit_rows,
     "item": edit_item,
     "load": kontext,
+}
+WAN: Mapping[str, Any] = {
+    "model": "wan",
+    "real": RealSize("wan2.1-1.3b", height=None),
+    "call": {
+        "guidance_scale": 5.0,
+        "num_frames": FRAMES,
+        "max_sequence_length": PROMPT_TOKENS,
+    },
+    "rows": wan_rows,
 }
 SCENARIOS = {
     "sdxl-25": Scenario(**SDXL, steps=25),
@@ -320,4 +343,5 @@ SCENARIOS = {
     "flux-25": Scenario(**FLUX, steps=25),
     "flux-4": Scenario(**FLUX, steps=4),
     "kontext-25": Scenario(**KONTEXT, steps=25),
+    "video-25": Scenario(**WAN, steps=25),
 }

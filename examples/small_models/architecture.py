@@ -1,7 +1,8 @@
 """Complete small pipelines of diffusers' and transformers' own classes, before any training.
 
-Both draw pictures of 128 x 128 pixels from latents of 32 x 32. The sizes are chosen for an hour
-or two of training on one CPU core; the structure is that of the large models.
+SDXL and Flux draw pictures of 128 x 128 pixels from latents of 32 x 32. Wan draws clips of 17
+frames of 96 x 96 pixels from 5 x 24 x 24 latents. The sizes are chosen for an hour or two of
+training on one CPU core; the structure is that of the large models.
 """
 
 from collections.abc import Callable
@@ -10,12 +11,16 @@ from typing import Any, Literal
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLWan,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
 )
 from torch import nn
 from transformers import (
@@ -24,6 +29,8 @@ from transformers import (
     CLIPTextModelWithProjection,
     T5Config,
     T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 from examples.small_models.text import PROMPT_TOKENS, clip_tokenizer, t5_tokenizer
@@ -38,7 +45,16 @@ def pipeline(kind: Kind, *, tiny: bool = False, seed: int = 0) -> Any:
     Returns:
         A ``StableDiffusionXLPipeline`` or a ``FluxPipeline``.
     """
-    build: Callable[[bool], Any] = _sdxl if kind == "sdxl" else _flux
+    return _seeded(_sdxl if kind == "sdxl" else _flux, tiny, seed)
+
+
+def video_pipeline(*, tiny: bool = False, seed: int = 0) -> WanPipeline:
+    """An untrained ``WanPipeline``; ``tiny`` is for tests."""
+    made: WanPipeline = _seeded(_wan, tiny, seed)
+    return made
+
+
+def _seeded(build: Callable[[bool], Any], tiny: bool, seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         made = build(tiny)
@@ -62,6 +78,18 @@ def vae(kind: Kind, *, tiny: bool = False) -> AutoencoderKL:
         use_post_quant_conv=not flux,
         mid_block_add_attention=False,
         force_upcast=False,
+    )
+
+
+def video_vae(*, tiny: bool = False) -> AutoencoderKLWan:
+    """Four pixels per latent along a side, and four frames, of which the first is by itself."""
+    return AutoencoderKLWan(
+        base_dim=4 if tiny else 16,
+        z_dim=16,
+        dim_mult=[1, 1, 1] if tiny else [1, 2, 2],
+        num_res_blocks=1,
+        temperal_downsample=[True, True],
+        scale_factor_spatial=4,
     )
 
 
@@ -115,36 +143,63 @@ def _flux(tiny: bool) -> FluxPipeline:
         axes_dims_rope=(4, 6, 6) if tiny else (8, 20, 20),
     )
     _close_gates(transformer)
-    config = T5Config(
-        vocab_size=len(t5_tokenizer()),
-        d_model=width,
-        d_ff=2 * width,
-        d_kv=width // 4,
-        num_layers=1 if tiny else 3,
-        num_heads=4,
-        dropout_rate=0.0,
-        feed_forward_proj="gated-gelu",
-        pad_token_id=0,
-        eos_token_id=1,
-    )
     return FluxPipeline(
         vae=vae("flux", tiny=tiny),
         text_encoder=_clip(CLIPTextModel, pooled, layers=2),
         tokenizer=clip_tokenizer(),
-        text_encoder_2=T5EncoderModel(config),
+        text_encoder_2=T5EncoderModel(T5Config(**_t5(width, tiny))),
         tokenizer_2=t5_tokenizer(),
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
     )
 
 
+def _wan(tiny: bool) -> WanPipeline:
+    text, width = (32, 32) if tiny else (128, 256)
+    transformer = WanTransformer3DModel(
+        num_attention_heads=2 if tiny else 4,
+        attention_head_dim=width // (2 if tiny else 4),
+        text_dim=text,
+        freq_dim=width,
+        ffn_dim=3 * width,
+        num_layers=2 if tiny else 6,
+        rope_max_seq_len=64,
+    )
+    _close_gates(transformer)
+    return WanPipeline(
+        vae=video_vae(tiny=tiny),
+        text_encoder=UMT5EncoderModel(UMT5Config(**_t5(text, tiny))),
+        tokenizer=t5_tokenizer(),
+        transformer=transformer,
+        scheduler=UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+    )
+
+
+def _t5(width: int, tiny: bool) -> dict[str, Any]:
+    return {
+        "vocab_size": len(t5_tokenizer()),
+        "d_model": width,
+        "d_ff": 2 * width,
+        "d_kv": width // 4,
+        "num_layers": 1 if tiny else 3,
+        "num_heads": 4,
+        "dropout_rate": 0.0,
+        "feed_forward_proj": "gated-gelu",
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+    }
+
+
 def _close_gates(transformer: nn.Module) -> None:
-    """Starts each block as the identity (adaLN-Zero), from where training is quickest."""
+    """Starts each block as the identity (adaLN-Zero), from where training is quickest.
+
+    Wan's gates stay a little open, by its tables.
+    """
+    last = ("norm.linear", "norm1.linear", "norm1_context.linear", "time_proj")
     for name, module in transformer.named_modules():
-        if isinstance(module, nn.Linear) and (
-            name == "proj_out"
-            or name.endswith(("norm.linear", "norm1.linear", "norm1_context.linear"))
-        ):
+        if isinstance(module, nn.Linear) and (name == "proj_out" or name.endswith(last)):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
 

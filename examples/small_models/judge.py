@@ -25,6 +25,7 @@ from tqdm import tqdm
 from examples.small_models import pictures
 from examples.small_models.losses import to_pixels
 from examples.small_models.pictures import DETAILED_SIZE, SIZE, Scene, Thing, draw, scene_of
+from examples.small_models.videos import CLIP_SIZE, clips_of
 from toma_fx.lab.distances import frechet_distance
 
 WEIGHTS = Path(__file__).parent / "judge.safetensors"
@@ -139,7 +140,7 @@ def features(judge: Judge, drawn: Drawn) -> Tensor:
 
 
 def distance_to_true(judge: Judge, drawn: Drawn) -> float:
-    """Frechet's distance of ``(N, H, W, 3)`` pictures to true ones; 0 is equal.
+    """Frechet's distance of ``(N, H, W, 3)`` pictures, or frames, to true ones; 0 is equal.
 
     Compare only sets of equally many pictures: it is biased upwards where they are few.
     """
@@ -148,7 +149,10 @@ def distance_to_true(judge: Judge, drawn: Drawn) -> float:
 
 @cache
 def _true_features(judge: Judge, size: int) -> Tensor:
-    true = true_pictures(TRUE_PICTURES, detailed=size >= DETAILED_SIZE, start=FIRST_TRUE)
+    if size == CLIP_SIZE:
+        true = clips_of(range(FIRST_TRUE, FIRST_TRUE + TRUE_PICTURES), 1)[:, 0]
+    else:
+        true = true_pictures(TRUE_PICTURES, detailed=size >= DETAILED_SIZE, start=FIRST_TRUE)
     return features(judge, true)
 
 

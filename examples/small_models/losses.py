@@ -1,5 +1,6 @@
 """What each model is trained on: a function from a step's number to its loss."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -32,13 +33,17 @@ def vae_loss(model: Any, pictures: npt.NDArray[np.uint8], batch: int, crop: int)
             posterior = model.encode(pixels).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=generator).to(model.device)
             decoded = model.decode(posterior.mean + posterior.std * noise).sample
-        error = decoded.float() - pixels
-        edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
-        prior = posterior.kl().mean() / posterior.mean[0].numel()
-        total: Tensor = error.abs().mean() + error.square().mean() + 0.5 * edges + 1e-3 * prior
-        return total
+        return vae_error(decoded.float() - pixels, posterior)
 
     return loss
+
+
+def vae_error(error: Tensor, posterior: Any) -> Tensor:
+    """Of pixels ``(..., H, W)``, and of clips ``(N, 3, F, H, W)`` from frame to frame as well."""
+    edges = [error.diff(dim=dim).abs().mean() for dim in range(2, error.ndim)]
+    prior = posterior.kl().sum() / posterior.mean.numel()
+    total: Tensor = error.abs().mean() + error.square().mean() + 0.5 * sum(edges) + 1e-3 * prior
+    return total
 
 
 def sdxl_loss(parts: Any, pipe: Any, latents: Tensor, tokens: list[Tensor], batch: int) -> Loss:
@@ -176,6 +181,44 @@ def edit_loss(
     return loss
 
 
+def wan_loss(
+    parts: Any, pipe: Any, latents: Tensor, tokens: tuple[Tensor, Tensor], batch: int
+) -> Loss:
+    """Rectified flow, at times from the distribution that the scheduler's shift gives.
+
+    One caption in ten is replaced by the empty one.
+
+    Args:
+        parts: holds the transformer and the text encoder.
+        pipe: whose scheduler says the shift.
+        latents: of clips, in the VAE's scale.
+        tokens: of the captions and, in the last row, of the empty one: their numbers, and a mask.
+        batch: clips of a step.
+    """
+    shift = math.log(pipe.scheduler.config.flow_shift)
+
+    def loss(step: int) -> Tensor:
+        generator = torch.Generator().manual_seed(step)
+        chosen = torch.randint(len(latents), (batch,), generator=generator)
+        clean = latents[chosen].float()
+        noise = torch.randn(clean.shape, generator=generator)
+        time = torch.sigmoid(torch.randn(batch, generator=generator) + shift)
+        mixed = torch.lerp(clean, noise, time.view(-1, 1, 1, 1, 1))
+        dropped = torch.rand(batch, generator=generator) < 0.1
+        ids, mask = (each[torch.where(dropped, len(latents), chosen)] for each in tokens)
+        mixed, target, time, ids, mask = _moved(parts, mixed, noise - clean, time, ids, mask)
+        with autocast(mixed.device):
+            states = parts["text_encoder"](ids, mask).last_hidden_state
+            predicted = parts["transformer"](
+                hidden_states=mixed,
+                timestep=1000 * time,
+                encoder_hidden_states=states * mask[..., None],  # as the pipeline does
+            ).sample
+        return F.mse_loss(predicted.float(), target)
+
+    return loss
+
+
 def tokens_of(pipe: Any, captions: list[str]) -> list[Tensor]:
     """What each tokenizer makes of the captions and, in the last row, of the empty one."""
     return [
@@ -192,6 +235,11 @@ def tokens_of(pipe: Any, captions: list[str]) -> list[Tensor]:
 def to_pixels(pictures: npt.NDArray[np.uint8]) -> Tensor:
     """Bytes ``(N, H, W, 3)`` to numbers from -1 to 1, ``(N, 3, H, W)``."""
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def clip_pixels(clips: npt.NDArray[np.uint8]) -> Tensor:
+    """Bytes ``(N, F, H, W, 3)`` to numbers from -1 to 1, ``(N, 3, F, H, W)``."""
+    return torch.from_numpy(clips).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
 
 def autocast(device: torch.device) -> torch.autocast:

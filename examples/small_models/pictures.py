@@ -76,6 +76,17 @@ class Scene:
     sky: str
 
 
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A thing with its centre and its radius, in a picture whose height is 128."""
+
+    thing: Thing
+    x: float
+    y: float
+    radius: float
+    mirrored: bool = False
+
+
 def is_held_out(thing: Thing) -> bool:
     """Whether training shows nothing of this colour and shape, such as a red star.
 
@@ -185,37 +196,62 @@ def draw(
     """
     generator = np.random.default_rng((seed, 1234))
     fine = np.random.default_rng((seed, 4321)) if detailed else None
-    scale = np.float32(SIZE / size)  # coordinates run to 128 at every size
-    y, x = (np.mgrid[0:size, 0:size].astype(np.float32) + np.float32(0.5)) * scale
+    picture = background(scene, generator, size, size, fine)
+    for placed in places(scene, generator):
+        if placed.thing != without:
+            picture = add_thing(picture, placed, fine)
+    return to_bytes(picture)
 
-    def cover(distance: Pixels) -> Pixels:
-        return _cover(distance / scale)
 
+def background(
+    scene: Scene,
+    generator: np.random.Generator,
+    height: int,
+    width: int,
+    fine: np.random.Generator | None = None,
+) -> Pixels:
+    """Sky and ground, ``(height, width, 3)`` from 0 to 1; what is drawn by ``fine`` is square."""
+    x, y, scale = _grid(height, width)
     horizon = SIZE * generator.uniform(0.52, 0.66)
     picture = _sky(scene, y / horizon, generator, fine)
     if fine is not None:
         haze = np.array(SKIES[scene.sky][1], np.float32)
         picture = detail.add_mountains(picture, y, horizon, haze, fine)
     ground = _ground(scene, x, y, horizon, generator, fine)
-    picture = _blend(picture, ground, cover(horizon - y))
+    picture = _blend(picture, ground, _cover((horizon - y) / scale))
     if fine is not None:
         picture = detail.add_trees(picture, x, y, horizon, fine)
-    for thing, centre, radius, mirrored in _places(scene, generator):
-        if thing == without:
-            continue
-        side = -1.0 if mirrored else 1.0
-        shape = SHAPES[thing.shape]
-        distance = shape(side * (x - centre[0]), y - centre[1], radius)
-        light = 1.0 + 0.25 * np.clip((centre[1] - y) / radius, -1, 1)
-        if fine is not None:
-            light = light + detail.surface(size, fine)
-            shadow = shape(side * (x - centre[0] - 4), y - centre[1] - 5, radius)
-            picture = _blend(picture, 0.45 * picture, _cover(shadow / 4))
-        colour = np.array(COLOURS[thing.colour], np.float32)
-        edge = np.full(3, 0.55 if thing.colour == "black" else 0.05, np.float32)
-        picture = _blend(picture, edge, cover(distance))
-        picture = _blend(picture, light[..., None] * colour, cover(distance + 1.6))
+    return picture
+
+
+def add_thing(picture: Pixels, placed: Placed, fine: np.random.Generator | None = None) -> Pixels:
+    """A picture ``(H, W, 3)`` with a thing in front."""
+    x, y, scale = _grid(*picture.shape[:2])
+    left, top, radius = placed.x, placed.y, placed.radius
+    side = -1.0 if placed.mirrored else 1.0
+    shape = SHAPES[placed.thing.shape]
+    distance = shape(side * (x - left), y - top, radius)
+    light = 1.0 + 0.25 * np.clip((top - y) / radius, -1, 1)
+    if fine is not None:
+        light = light + detail.surface(len(picture), fine)
+        shadow = shape(side * (x - left - 4), y - top - 5, radius)
+        picture = _blend(picture, 0.45 * picture, _cover(shadow / 4))
+    colour = np.array(COLOURS[placed.thing.colour], np.float32)
+    edge = np.full(3, 0.55 if placed.thing.colour == "black" else 0.05, np.float32)
+    picture = _blend(picture, edge, _cover(distance / scale))
+    return _blend(picture, light[..., None] * colour, _cover((distance + 1.6) / scale))
+
+
+def to_bytes(picture: Pixels) -> npt.NDArray[np.uint8]:
+    """Numbers from 0 to 1 as bytes."""
     return np.asarray(np.clip(picture, 0, 1) * 255 + 0.5, np.uint8)
+
+
+def _grid(height: int, width: int) -> tuple[Pixels, Pixels, np.floating[Any]]:
+    """Each pixel's x and y, of which y runs to 128 at every size, and a pixel's side."""
+    scale = np.float32(SIZE / height)
+    y, x = (np.mgrid[0:height, 0:width].astype(np.float32) + np.float32(0.5)) * scale
+    return x, y, scale
 
 
 def _sky(
@@ -230,7 +266,8 @@ def _sky(
         add = detail.add_stars if scene.sky == "starry" else detail.add_clouds
         return add(sky, fine)
     if scene.sky == "starry":
-        for row, column in generator.integers(2, SIZE - 2, (40, 2)):
+        for star in generator.integers(2, SIZE - 2, (40, 2)):
+            row, column = star * sky.shape[:2] // SIZE
             sky[row, column] = 0.95
             sky[row - 1 : row + 2, column] = np.maximum(sky[row - 1 : row + 2, column], 0.55)
             sky[row, column - 1 : column + 2] = np.maximum(sky[row, column - 1 : column + 2], 0.55)
@@ -264,10 +301,8 @@ def _ground(
     return np.asarray(tone[..., None] * np.array(GROUNDS[scene.ground]), np.float32)
 
 
-def _places(
-    scene: Scene, generator: np.random.Generator
-) -> list[tuple[Thing, tuple[float, float], float, bool]]:
-    """Each thing with its centre, its radius and whether it is mirrored, from back to front."""
+def places(scene: Scene, generator: np.random.Generator) -> list[Placed]:
+    """The scene's things in their places, from back to front."""
 
     def near(value: float, spread: float) -> float:
         return float(SIZE * generator.uniform(value - spread, value + spread))
@@ -278,12 +313,12 @@ def _places(
     first, second = scene.first, scene.second
     if scene.layout == "row":
         y, shift, size = near(0.6, 0.12), near(0, 0.03), radius(first) * 0.68
-        return [(first, (SIZE * (0.18 + 0.32 * i) + shift, y), size, False) for i in range(3)]
+        return [Placed(first, SIZE * (0.18 + 0.32 * i) + shift, y, size) for i in range(3)]
     if scene.layout == "mirror":
         x, y, size = near(0.26, 0.02), near(0.55, 0.12), radius(first)
-        return [(first, (x, y), size, False), (first, (SIZE - x, y), size, True)]
+        return [Placed(first, x, y, size), Placed(first, SIZE - x, y, size, mirrored=True)]
     if second is None:
-        return [(first, (near(0.5, 0.12), near(0.55, 0.12)), radius(first), False)]
+        return [Placed(first, near(0.5, 0.12), near(0.55, 0.12), radius(first))]
     sizes = radius(first), radius(second)
     if scene.layout == "left of":
         centres = [(near(x, 0.02), near(0.55, 0.1)) for x in (0.26, 0.74)]
@@ -296,7 +331,7 @@ def _places(
         x, y = near(0.5, 0.08), near(0.52, 0.08)
         centres = [(x + side * v * reach, y + 0.5 * v * reach) for v in (0.9, -0.9)]
     front, back = centres
-    return [(second, back, sizes[1], False), (first, front, sizes[0], False)]
+    return [Placed(second, *back, sizes[1]), Placed(first, *front, sizes[0])]
 
 
 def _cover(distance: Pixels) -> Pixels:

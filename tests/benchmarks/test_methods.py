@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, WanPipeline
 
 from benchmarks import methods, scenarios
 from benchmarks.caches import CacheDit, DeepCache, first_block_cache, taylor_seer
 from benchmarks.real_size import RealSize
-from examples.small_models.architecture import pipeline
+from examples.small_models import judge as judge_module
+from examples.small_models.architecture import pipeline, video_pipeline
+from examples.small_models.check import drawn_by
 from examples.small_models.judge import Judge
 from toma_fx.lab.small_models import FOLDER
 
@@ -21,18 +23,33 @@ STEPS = 6
 
 
 def drawn(pipe: Any) -> Any:
-    more: dict[str, Any] = {}
+    more: dict[str, Any] = {"height": 128, "width": 128}
     if hasattr(pipe, "transformer"):
-        more = {"max_sequence_length": 24}
-    return pipe(
+        more["max_sequence_length"] = 24
+    if isinstance(pipe, WanPipeline):
+        more |= {"height": 32, "width": 32, "num_frames": 5}
+    output = pipe(
         "a small red star on a plain green ground under a blue sky",
-        height=128,
-        width=128,
         num_inference_steps=STEPS,
         generator=torch.Generator().manual_seed(0),
         output_type="np",
         **more,
-    ).images
+    )
+    return drawn_by(output)
+
+
+def pipeline_of(kind: str) -> Any:
+    """The repository's, and for Wan an untrained one, as its size is not what is tested."""
+    pipe = tiny_wan() if kind == "wan" else DiffusionPipeline.from_pretrained(FOLDER / kind)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def tiny_wan() -> WanPipeline:
+    pipe = video_pipeline(tiny=True)
+    torch.manual_seed(0)
+    torch.nn.init.normal_(pipe.transformer.proj_out.weight, std=0.1)  # else it says nothing
+    return pipe
 
 
 @pytest.mark.parametrize(
@@ -46,16 +63,19 @@ def drawn(pipe: Any) -> Any:
         ("flux", taylor_seer(2), 0.6, 0.9),
         ("flux", CacheDit(0.0, guided=False), 1.0, 1.0),
         ("flux", CacheDit(100.0, guided=False), 3 / STEPS, 0.7),
+        ("wan", first_block_cache(0.0), 1.0, 1.0),
+        ("wan", first_block_cache(100.0), 1 / STEPS, 0.25),
+        ("wan", taylor_seer(2), 0.6, 0.9),
     ],
     ids=lambda value: getattr(value, "name", str(value)),
 )
 def test_a_cache_costs_what_it_computed_and_comes_off(
     kind: str, cache: Any, least: float, most: float
 ) -> None:
-    pipe = DiffusionPipeline.from_pretrained(FOLDER / kind)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = pipeline_of(kind)
     untouched = drawn(pipe)
-    with cache.on(pipe, RealSize(kind)) as share:
+    real = RealSize("wan2.1-1.3b", height=None) if kind == "wan" else RealSize(kind)
+    with cache.on(pipe, real) as share:
         images = drawn(pipe)
         assert least <= share() <= most
     assert np.array_equal(images, untouched) == (least == 1.0)
@@ -71,16 +91,49 @@ def test_a_scenario_is_drawn_once_and_judged_from_its_files(
     pipeline("sdxl", tiny=True).save_pretrained(tmp_path / "pipe")
     words = ["sdxl-4", "--prompts", "2", "--model", str(tmp_path / "pipe")]
     words += ["--images", str(tmp_path / "images"), "--out", str(tmp_path)]
-    methods.main([*words, "--only", "3 steps", "ratio 0.5"])
+    methods.main([*words, "--only", "3 steps", "step, ratio 0.5"])
     first = (tmp_path / "methods-sdxl-4.csv").read_text()
     files = {file: file.stat().st_mtime_ns for file in (tmp_path / "images").rglob("*.npz")}
     assert len(files) == 4  # untouched too, and 3 steps on both schedules
-    methods.main([*words, "--only", "3 steps", "ratio 0.5"])
+    methods.main([*words, "--only", "3 steps", "step, ratio 0.5"])
     assert (tmp_path / "methods-sdxl-4.csv").read_text() == first
     assert {file: file.stat().st_mtime_ns for file in files} == files
     said = capsys.readouterr().out
     assert "3 steps" in said and "merged at every step, ratio 0.5" in said
     assert "75 %" in said and "60 %" in said
+
+
+def _shorten(monkeypatch: pytest.MonkeyPatch, name: str, steps: int) -> None:
+    short = replace(scenarios.SCENARIOS[name], steps=steps)
+    monkeypatch.setitem(scenarios.SCENARIOS, name, short)
+
+
+def test_clips_are_compared_in_all_frames_and_judged_in_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    judge = Judge().eval()
+    monkeypatch.setattr(methods, "load_judge", lambda: judge)
+    monkeypatch.setattr(judge_module, "TRUE_PICTURES", 8)  # each is drawn
+    _shorten(monkeypatch, "video-25", steps=4)
+    tiny_wan().save_pretrained(tmp_path / "pipe")
+    words = ["video-25", "--prompts", "2", "--model", str(tmp_path / "pipe")]
+    words += ["--images", str(tmp_path / "images"), "--out", str(tmp_path)]
+    methods.main([*words, "--only", "3 steps", "every step, ratio 0.5", "every 2, theta 0", "0.1"])
+    with (tmp_path / "methods-video-25.csv").open() as lines:
+        rows = {row["row"]: row for row in csv.DictReader(lines)}
+    assert [*rows] == [
+        "untouched",
+        "3 steps",
+        "merged at every step, ratio 0.5",
+        "memory every 2, theta 0",
+        "first-block cache, threshold 0.1",
+    ]
+    assert all(row["images"] == "2" for row in rows.values())
+    assert all(float(row["arithmetic"]) < 1 for row in [*rows.values()][1:4])
+    assert float(rows["merged at every step, ratio 0.5"]["psnr"]) > 10
+    clips = np.load(next((tmp_path / "images").rglob("untouched.npz")))["images"]
+    assert clips.shape == (2, 17, 96, 96, 3)
 
 
 def test_an_edit_is_drawn_and_only_its_reference_merges(
@@ -89,8 +142,7 @@ def test_an_edit_is_drawn_and_only_its_reference_merges(
     torch.manual_seed(0)
     judge = Judge().eval()
     monkeypatch.setattr(methods, "load_judge", lambda: judge)
-    short = replace(scenarios.SCENARIOS["kontext-25"], steps=3)
-    monkeypatch.setitem(scenarios.SCENARIOS, "kontext-25", short)
+    _shorten(monkeypatch, "kontext-25", steps=3)
     words = ["kontext-25", "--prompts", "1", "--only", "references merged, ratio 0.5"]
     methods.main([*words, "--images", str(tmp_path), "--out", str(tmp_path)])
     with (tmp_path / "methods-kontext-25.csv").open() as file:
