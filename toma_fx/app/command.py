@@ -35,7 +35,11 @@ def add_app(commands: Any) -> None:
 def _app(options: argparse.Namespace) -> None:
     if find_spec("gradio") is None:
         raise ConfigError("the app needs gradio, which is not here: pip install 'toma-fx[app]'")
+    from toma_fx.hub import check_name
+
     models = options.model or _small_models()
+    for each in models:
+        check_name(each)
     hush_libraries()
     from toma_fx.app.compare import Studio
     from toma_fx.app.page import CSS, THEME, build_page

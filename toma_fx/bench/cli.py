@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from toma_fx.choices import DTYPE_NAMES
+from toma_fx.choices import DTYPE_NAMES, MODEL_NAMES
 
 KINDS = {
     "model": "Time one forward of a whole model.",
@@ -67,6 +67,9 @@ def add_timing(parser: argparse.ArgumentParser) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
+    from toma_fx.hub import check_name
+
+    check_name(options.model, MODEL_NAMES)  # before torch is imported, which takes seconds
     from toma_fx.bench.command import run
 
     run(options)

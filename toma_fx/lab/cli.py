@@ -108,7 +108,10 @@ def add_drawing(parser: argparse.ArgumentParser) -> None:
 
 
 def _eval(options: argparse.Namespace) -> None:
+    from toma_fx.hub import check_name
+
     need_packages("torchmetrics")
+    check_name(options.model)  # before torch is imported, which takes seconds
     from toma_fx.lab.evaluate import evaluate
     from toma_fx.variants import check_ratios, parse_variant
 
@@ -121,6 +124,9 @@ def _eval(options: argparse.Namespace) -> None:
 
 
 def _calibrate(options: argparse.Namespace) -> None:
+    from toma_fx.hub import check_name
+
+    check_name(options.model)
     from toma_fx.lab.calibration import as_table, calibrate_to_file
 
     given = given_in(options)
