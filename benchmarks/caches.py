@@ -30,7 +30,7 @@ class Ran:
     parts: Counter[str] = field(default_factory=Counter)
 
     def share(self, part: str) -> float:
-        """From 0 to 1."""
+        """Share of the calls that computed a part, from 0 to 1."""
         return self.parts[part] / self.calls
 
 
@@ -75,7 +75,7 @@ class DeepCache:
 
     @property
     def name(self) -> str:
-        """In tables."""
+        """Name in tables."""
         return f"DeepCache, every {self.every}"
 
     @contextmanager
@@ -159,7 +159,7 @@ def _add(ran: Ran, path: str | None) -> None:
 
 
 def _flux_share(ran: Ran, small: nn.Module, side: int) -> float:
-    """The real Flux's, whose first block ran as the small one's first, others as its others."""
+    """The share of the real Flux; its blocks ran as the small one's first or other ones."""
     model = architecture("flux")
     call = Call((), random_inputs(model, height=side))
     paths = list(_parts(model))

@@ -133,7 +133,7 @@ def cached(made: Any) -> Cached:
 
 
 def sdxl_rows(steps: int) -> Iterator[Row]:
-    """Of a UNet."""
+    """Rows of a scenario with a UNet."""
     yield from _fewer(steps)
     yield from _merging(steps)
     for every in (2, 3, 5) if steps == 25 else (2,):
@@ -141,7 +141,7 @@ def sdxl_rows(steps: int) -> Iterator[Row]:
 
 
 def flux_rows(steps: int) -> Iterator[Row]:
-    """Of a transformer."""
+    """Rows of a scenario with a transformer."""
     yield from _fewer(steps)
     yield from _merging(steps)
     for threshold in (0.06, 0.1, 0.15) if steps == 25 else (0.1,):
@@ -151,7 +151,7 @@ def flux_rows(steps: int) -> Iterator[Row]:
 
 
 def second_pass_rows(steps: int) -> Iterator[Row]:
-    """Of a second pass with a UNet."""
+    """Rows of a second pass with a UNet."""
     yield from (Row(f"{count} steps", steps=count) for count in (8, 6, 4))
     for ratio in (0.25, 0.5, 0.75):
         yield Merging(f"merged at every step, ratio {ratio:g}", config=_config(ratio))
@@ -187,7 +187,7 @@ def _config(
     ratio: float, every: int | None = None, level: float = 1.0, theta: float | None = None
 ) -> MergeConfig:
     memory = None if every is None else Memory(every=every, theta=theta)
-    # Memory has no use for blocks that stay unmerged, and so that all compare alike, none does.
+    # Every block merges: memory has no use for unmerged blocks, and rows must compare alike.
     return MergeConfig(ratio=ratio, merge_below=level, memory=memory, skip=())
 
 
@@ -319,7 +319,7 @@ COLUMNS = (
 
 
 def table(file: Path) -> str:
-    """Of a scenario's results, in Markdown; the most arithmetic first."""
+    """The table of a scenario's results, in Markdown; the most arithmetic first."""
     with file.open() as lines:
         known = sorted(csv.DictReader(lines), key=lambda each: -float(each["arithmetic"]))
     shown = [

@@ -1,4 +1,4 @@
-"""What a run of a small pipeline would cost with the real model in its place."""
+"""The arithmetic of a small pipeline's run, with the real model in its place."""
 
 from dataclasses import replace
 from functools import cache
@@ -21,8 +21,8 @@ def real_share(
         pipe: the small pipeline, transformed, whose noise levels say which steps merge.
         kind: the real model, ``"sdxl"`` or ``"flux"``.
         config: the options of the small one.
-        steps: of the run.
-        side: of the real model's image, in pixels; its native size when left out.
+        steps: steps of the run.
+        side: side of the real model's image in pixels; its native size when left out.
     """
     merged = toma_fx.transform(_architecture(kind), replace(config, merge_below=1))
     first = toma_fx.report(merged, steps=1, height=side)

@@ -1,4 +1,4 @@
-"""The report tells what was rewritten, and its arithmetic is right."""
+"""The report lists what was rewritten, and its arithmetic is right."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""The scope of a thread: where blocks share a plan that no dictionary of kwargs reaches."""
+"""The scope of a thread, in which blocks share a plan that no dictionary of kwargs reaches."""
 
 import re
 from collections.abc import Iterator
