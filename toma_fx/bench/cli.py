@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from toma_fx.choices import DTYPE_NAMES, MODEL_NAMES
+from toma_fx.setting import add_variants
 
 KINDS = {
     "model": "Time one forward of a whole model.",
@@ -50,14 +51,7 @@ def add_timing(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         help="share of tokens merged away, one or more (0.5)",
     )
-    add(
-        "--variant",
-        nargs="+",
-        metavar="SETTING",
-        default=["lower_bound", "default"],
-        help="one or more, such as toma:region=stripe placement=keys,skip= calibrated.json: "
-        "presets and options of toma-fx report (lower_bound default)",
-    )
+    add_variants(parser, ("lower_bound", "default"))
     add("--height", type=int, metavar="PIXELS", help="(the model's own)")
     add("--width", type=int, metavar="PIXELS", help="(like the height)")
     add(

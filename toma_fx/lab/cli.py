@@ -16,7 +16,7 @@ from toma_fx.errors import ConfigError
 from toma_fx.lab import small_models
 from toma_fx.lab.measures import MEASURES, OF_SMALL_MODELS
 from toma_fx.quiet import hush_libraries
-from toma_fx.setting import OF_MEMORY, add_setting, config_of, given_in
+from toma_fx.setting import OF_MEMORY, add_setting, add_variants, config_of, given_in
 
 MODEL = "folder or hub name of a diffusers pipeline"
 
@@ -32,16 +32,9 @@ def add_commands(commands: Any) -> None:
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help=MODEL)
-    add = parser.add_argument
-    _add_ratios(parser, "(0.25 0.5 0.75)")
-    add(
-        "--variant",
-        nargs="+",
-        default=["default", "steps"],
-        metavar="SETTING",
-        help="one or more, such as toma:region=stripe placement=keys,skip= calibrated.json: "
-        "presets and options of toma-fx report; steps, or steps=18, merges nothing (default steps)",
-    )
+    _add_ratios(parser, "share of tokens merged away, one or more")
+    more = "; steps, or steps=18, merges nothing"
+    add_variants(parser, ("default", "steps"), more=more)
     add_measuring(parser, default="all")
     parser.set_defaults(run=_eval)
 
@@ -49,7 +42,7 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
 def _add_calibrate(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", help=MODEL)
-    _add_ratios(parser, "to show (0.25 0.5 0.75)")
+    _add_ratios(parser, "ratios to show")
     add_prompts(parser)
     add(
         "--out",
@@ -64,8 +57,9 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_ratios(parser: argparse.ArgumentParser, about: str) -> None:
-    ratios = [0.25, 0.5, 0.75]
-    parser.add_argument("--ratio", type=float, nargs="+", default=ratios, metavar="R", help=about)
+    how: dict[str, Any] = {"type": float, "nargs": "+", "default": [0.25, 0.5, 0.75]}
+    about = f"{about} ({' '.join(map(str, how['default']))})"
+    parser.add_argument("--ratio", **how, metavar="R", help=about)
 
 
 def add_prompts(parser: argparse.ArgumentParser) -> None:
