@@ -150,6 +150,16 @@ def test_every_block_is_named_once() -> None:
     assert named == [block.path for block in model.toma_recipe.blocks]
 
 
+def test_paths_are_abbreviated_and_never_broken() -> None:
+    sdxl, flux = (str(toma_fx.report(toma_fx.transform(architecture(n)))) for n in ("sdxl", "flux"))
+    assert "\ndown_blocks.1.*.0.*.0-1 " in sdxl
+    assert "\nsingle_transformer_blocks.0-9 " in flux
+    for text in (sdxl, flux):
+        first = [line.split(" ")[0] for line in text.splitlines()]
+        assert not any(word.endswith(".") for word in first)
+        assert max(map(len, text.splitlines())) <= 80
+
+
 def test_impossible_size_and_untransformed_model_are_refused() -> None:
     model = tiny_flux()
     with pytest.raises(ModelError, match="not transformed"):
