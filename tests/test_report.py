@@ -151,7 +151,9 @@ def test_every_block_is_named_once() -> None:
 
 
 def test_paths_are_abbreviated_and_never_broken() -> None:
-    sdxl, flux = (str(toma_fx.report(toma_fx.transform(architecture(n)))) for n in ("sdxl", "flux"))
+    sdxl, flux = (
+        toma_fx.report(toma_fx.transform(architecture(name))).text() for name in ("sdxl", "flux")
+    )
     assert "\ndown_blocks.1.*.0.*.0-1 " in sdxl
     assert "\nsingle_transformer_blocks.0-4 " in flux
     for text in (sdxl, flux):
