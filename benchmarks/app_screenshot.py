@@ -17,7 +17,7 @@ SEED = "1"
 
 
 def main() -> None:
-    """Start the page, draw, and save what is to be seen."""
+    """Start the page, draw, and save a picture of it."""
     command = [sys.executable, "-m", "toma_fx", "app"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
@@ -42,7 +42,7 @@ def shoot(url: str, file: str) -> None:
         page.get_by_role("button", name="Draw both").click()
         page.wait_for_selector("#figures table", timeout=300_000)
         page.mouse.move(0, 0)
-        page.wait_for_timeout(3000)  # until pictures are there and what shows progress has faded
+        page.wait_for_timeout(3000)  # until the pictures are there and the progress bar has faded
         page.screenshot(path=file, full_page=True)
         browser.close()
 

@@ -1,4 +1,4 @@
-"""The picture of the README: what the small SDXL draws untouched, merged, and with memory.
+"""The picture of the README: images of the small SDXL, untouched, merged, and with memory.
 
 python -m benchmarks.before_after docs/images/before_after.png
 """

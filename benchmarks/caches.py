@@ -30,7 +30,7 @@ class Ran:
     parts: Counter[str] = field(default_factory=Counter)
 
     def share(self, part: str) -> float:
-        """From 0 to 1."""
+        """Share of the calls that computed a part, from 0 to 1."""
         return self.parts[part] / self.calls
 
 
@@ -119,7 +119,7 @@ class DeepCache:
 
     @property
     def name(self) -> str:
-        """In tables."""
+        """Name in tables."""
         return f"DeepCache, every {self.every}"
 
     @contextmanager
@@ -208,7 +208,7 @@ def _add(ran: Ran, path: str | None) -> None:
 
 
 def _transformer_share(ran: Ran, small: nn.Module, real: RealSize) -> float:
-    """The real one's, whose first block ran as the small one's first, others as its others."""
+    """The share of the real model; its blocks ran as the small one's first or other ones."""
     model, call = real.model, Call((), real.inputs())
     paths = list(_parts(model))
     costs = count_parts(model, call, ["", *paths])

@@ -22,13 +22,13 @@ See = Callable[[str, int, Tensor, Grid], None]
 def layers_of(model: nn.Module, config: MergeConfig, count: int) -> tuple[str, ...]:
     """Paths of the blocks to look at: evenly spaced ones of those that a configuration merges.
 
-    They are the first blocks of groups, which make the plans, where there are enough of them, as in
-    a UNet; and any merged blocks otherwise, as in Flux.
+    If there are enough groups, as in a UNet, these are the first blocks of groups, which make the
+    plans. Otherwise, as in Flux, they are any merged blocks.
 
     Args:
         model: an untouched model.
-        config: of the merging.
-        count: how many, at most.
+        config: the options of the merging.
+        count: the largest number of blocks.
     """
     groups = {block.path: block.group for block in recipe_of(model, config).merged}
     # In the order of the computation; a UNet lists its middle last.
@@ -49,13 +49,13 @@ def _is_up(path: str) -> bool:
 def watching(model: nn.Module, layers: Sequence[str], see: See) -> Iterator[None]:
     """Show ``see`` the tokens that enter layers, at every call of an untouched model.
 
-    Of a batch, the last image's are shown: with guidance, those with the prompt.
+    In a batch, the last image counts: with guidance, the one with the prompt.
 
     Args:
         model: a UNet or a Flux transformer.
         layers: paths of transformer blocks.
-        see: what looks; a step is a change of timestep, and of several calls at one the first, with
-            the prompt, is shown (Flux's true guidance makes a second).
+        see: the function to call. A new timestep begins a step. When a step makes several calls, as
+            with Flux's true guidance, it sees only the first, which has the prompt.
 
     Raises:
         ModelError: when Flux is given tokens of more than one image, as Kontext is.
@@ -83,7 +83,7 @@ class _Watch:
     first: bool = True
     """Whether this is the first call at its timestep."""
     grids: dict[str, Grid] = field(default_factory=dict)
-    """By path of the stage; Flux, whose tokens have one grid throughout, has it under ""."""
+    """Grids by the path of a stage. Flux has one grid throughout, under ""."""
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]

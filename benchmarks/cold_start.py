@@ -31,7 +31,7 @@ from toma_fx.variants import UNTOUCHED
 def cold_starts(setting: Setting) -> list[Timing]:
     """Time the first call, compiling included, of the untouched model and each contender, in turn.
 
-    Every call has a process and a folder for torch's compile caches of its own. Loading and
+    Every call has its own process, and its own folder for torch's compile caches. Loading and
     transforming are not counted.
 
     Args:
@@ -81,7 +81,7 @@ def _first_call(
     size: dict[str, Any],
 ) -> None:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = caches
-    os.environ["TRITON_CACHE_DIR"] = str(Path(caches) / "triton")  # kernels that are no inductor's
+    os.environ["TRITON_CACHE_DIR"] = str(Path(caches) / "triton")  # kernels not of Inductor
     model: Any = load_model(name, **weights)
     inputs = random_inputs(model, **size)
     if config is not None:

@@ -1,9 +1,9 @@
-"""What merging references costs an edit, on the small Kontext of the repository.
+"""Distances of edits whose references merge, on the small Kontext of the repository.
 
 Pairs of scenes that training did not show are edited with the untouched model, with references
 merged, with everything merged in blocks, and with fewer steps at the arithmetic of each of those.
 The distance is measured inside and outside the edited part: to the untouched model's picture, and
-to the true one. What was drawn is kept in ``--images``, and the same command goes on where it was
+to the true one. ``--images`` keeps the pictures, and the same command goes on where it was
 stopped. The model runs in bfloat16 by autocast, as in its training, the decoder in float32.
 
     python -m benchmarks.edit_references --out benchmarks/results
@@ -40,7 +40,7 @@ from toma_fx.tables import Column, Table, percent
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples" / "small_models"
 TOKEN = 8
-"""Pixels along a side."""
+"""Pixels along a side of a token."""
 CONFIGS = {
     **{f"references, {r:g}": MergeConfig(ratio=r, tokens="references") for r in (0.5, 0.75, 0.9)},
     **{f"everything, {r:g}": MergeConfig(ratio=r) for r in (0.25, 0.5)},
@@ -58,13 +58,13 @@ THROUGH_VAE = "the true one, through the VAE"
 
 @dataclass(frozen=True)
 class Contender:
-    """What edits the pictures, and what it costs."""
+    """A model that edits the pictures, with its arithmetic."""
 
     name: str
     transformer: Any
     steps: int
     arithmetic: float
-    """Relative to the untouched model's at all steps."""
+    """Arithmetic relative to the untouched model's at all steps."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,11 @@ class Pair:
     before: Picture
     after: Picture
     inside: np.ndarray[Any, np.dtype[np.bool_]]
-    """``(H, W)``: whole tokens."""
+    """``(H, W)``: the tokens that the edit changed, as whole squares of pixels."""
 
 
 def pair_of(index: int) -> Pair:
-    """A pair that training did not show."""
+    """A pair of scenes that training did not show."""
     edit = edit_of(index)
     before, after = draw_edit(edit, index)
     changed = (before != after).any(-1)
@@ -129,7 +129,7 @@ def decoded(pipe: Any, latents: Tensor) -> Picture:
 
 
 def arithmetic_of(pipe: Any, call: Call, config: MergeConfig, steps: int) -> float:
-    """Of a run, relative to the untouched model's."""
+    """The arithmetic of a run, relative to the untouched model's."""
     merging = transform(pipe.transformer, config)
     named = inspect.signature(merging.forward).bind(*call.args, **call.kwargs).arguments
     last = LastCall(to_meta(named), grids_in(merging, named))
@@ -138,7 +138,7 @@ def arithmetic_of(pipe: Any, call: Call, config: MergeConfig, steps: int) -> flo
 
 
 def contenders(pipe: Any, steps: int) -> list[Contender]:
-    """The untouched model, what merges, and fewer steps of equal arithmetic."""
+    """The untouched model, the merging ones, and fewer steps of equal arithmetic."""
     call = first_call(pipe.transformer, lambda: draw(pipe, pair_of(UNSEEN), steps))
     merging, fewer = [], {}
     for name, config in CONFIGS.items():
@@ -151,7 +151,7 @@ def contenders(pipe: Any, steps: int) -> list[Contender]:
 
 
 def psnr(picture: Picture, other: Picture, where: Any) -> float:
-    """In dB, over a part of the picture."""
+    """PSNR in dB, over a part of the picture."""
     error = (picture[where].astype(float) - other[where].astype(float)) ** 2
     return float(10 * np.log10(255**2 / error.mean())) if error.any() else float("inf")
 
@@ -168,12 +168,12 @@ def measured(pair: Pair, picture: Picture, untouched: Picture | None) -> dict[st
 
 @torch.no_grad()
 def through_vae(pipe: Any, picture: Picture) -> Picture:
-    """A picture that was encoded and decoded: no model draws closer to it, but by luck."""
+    """A picture that was encoded and decoded; only luck lets a model draw a closer one."""
     return decoded(pipe, pipe.vae.encode(to_pixels(picture[None])).latent_dist.mean)
 
 
 def rows_of(pipe: Any, pair: Pair, drawing: Sequence[Contender]) -> Iterator[dict[str, Any]]:
-    """What each contender makes of a pair; the first one is the untouched model."""
+    """The measures of each contender on a pair; the first one is the untouched model."""
     own = {"pair": pair.index, "edit": pair.edit.kind}
     yield {"contender": BEFORE, **own, **measured(pair, pair.before, None)}
     yield {"contender": THROUGH_VAE, **own, **measured(pair, through_vae(pipe, pair.after), None)}

@@ -22,7 +22,7 @@ def plot_growth(rows: Sequence[Mapping[str, Any]], file: Path) -> Path:
     """Draw time and memory against everything that varies, other things at their first value.
 
     Args:
-        rows: of `benchmarks.operators.operators`.
+        rows: the rows of `benchmarks.operators.operators`.
         file: the PNG file.
 
     Returns:
@@ -78,9 +78,9 @@ def curves(
     """Name, x and y of every operator's curve, in the order of x.
 
     Args:
-        rows: of `benchmarks.operators.operators`.
-        axis: what varies; every other of `AXES` stays as in the first row.
-        key: what is drawn against it.
+        rows: the rows of `benchmarks.operators.operators`.
+        axis: the key that varies; every other of `AXES` stays as in the first row.
+        key: the key to draw against it.
     """
     fixed = {other: rows[0][other] for other in AXES if other != axis}
     found: dict[str, list[tuple[float, float]]] = {}

@@ -25,7 +25,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def wan() -> tuple[nn.Module, str, Callable[[int], dict[str, Any]]]:
-    """Wan 2.1 1.3B with one block, where that is, and a call of it."""
+    """Wan 2.1 1.3B with one block, the path of the block, and its call for a number of tokens."""
     config = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960}
     model = WanTransformer3DModel(**config, num_layers=1).bfloat16()
 

@@ -51,11 +51,11 @@ class _Live(TorchDispatchMode):
 def peak_memory(run: Callable[[], object]) -> int:
     """Bytes of tensors that a call holds at its peak, beyond what was there before it.
 
-    On a GPU as `toma_fx.bench.timing.peak_memory`. On the CPU, allocations and releases as torch's
-    profiler sees them, compiled code included; scratch memory inside oneDNN is not in it.
+    On a GPU it is `toma_fx.bench.timing.peak_memory`. On the CPU torch's profiler reports the
+    allocations, those of compiled code included, but not the scratch memory inside oneDNN.
 
     Args:
-        run: called once.
+        run: the call; it is made once.
     """
     if torch.cuda.is_available():
         return timing.peak_memory(run)
@@ -79,7 +79,8 @@ def live_peak(run: Callable[[], object]) -> int:
     Scratch memory inside kernels is not in it.
 
     Args:
-        run: called once; its tensors may be those of torch's ``FakeTensorMode``, without data.
+        run: the call, which is made once. Its tensors may be without data, as those of torch's
+            ``FakeTensorMode``.
     """
     with torch.no_grad(), _Live() as live:
         result = run()  # kept, as a caller would
@@ -102,14 +103,14 @@ def peak_of_model(
     """`live_peak` of one eager forward on the CPU, from shapes alone.
 
     Args:
-        name: of a published model, such as ``"sdxl"`` or ``"flux"``.
+        name: name of a published model, such as ``"sdxl"`` or ``"flux"``.
         config: how to merge; the model is untouched without it. The call merges, and makes plans.
-        dtype: of the model.
-        height: in pixels; the model's own when left out.
-        width: in pixels; like ``height`` when left out.
-        frames: of a video; the model's own when left out.
-        batch: images, or videos.
-        **changes: of the model's configuration, such as ``num_layers=3``.
+        dtype: dtype of the model.
+        height: height in pixels; the model's own when left out.
+        width: width in pixels; like ``height`` when left out.
+        frames: frames of a video; the model's own when left out.
+        batch: number of images, or videos.
+        **changes: changes of the model's configuration, such as ``num_layers=3``.
     """
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         model = load_model(name, dtype=dtype, **changes)
@@ -118,5 +119,5 @@ def peak_of_model(
             return live_peak(lambda: model(**inputs))
         merged = transform(model, config)
         keeps = REUSE in policy_of(config).variants
-        with forced(Decision(keeps=keeps)):  # which holds the plans, as the state of a model would
+        with forced(Decision(keeps=keeps)):  # this holds the plans, as a model's state would
             return live_peak(lambda: merged(**inputs))

@@ -37,16 +37,16 @@ ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
     "sdxl": {"guidance_scale": 7.5},
     "flux": {"true_cfg_scale": 2.0, "max_sequence_length": 24, "negative_prompt": ""},
 }
-"""Guidance as people draw with SDXL; that of the small Flux's card."""
+"""SDXL has a usual guidance; Flux has the guidance of the small model's card."""
 THETA = {"sdxl": 1.0, "flux": 0.25}
-"""Of rows that are not calibrated."""
+"""Theta of the rows that are not calibrated."""
 COLUMNS = ("row", "arithmetic", "psnr", "low", "high", "prompts", "psnr of each")
 Images = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Row:
-    """What is compared: some steps of the untouched model, or all of one that is transformed."""
+    """A row of the table: some steps of the untouched model, or all steps of a transformed one."""
 
     name: str
     config: MergeConfig | None = None
@@ -56,7 +56,7 @@ class Row:
 
 
 def rows(kind: str, steps: int) -> Iterator[Row]:
-    """What is compared on a model in runs of some steps."""
+    """The rows of a model, for runs with this number of steps."""
     fewer = (20, 18, 16, 14) if steps == 25 else (3, 2)
     for count in fewer:
         yield Row(f"{count} steps", steps=count)
@@ -93,12 +93,12 @@ def _config(
     memory = None
     if every is not None:
         memory = Memory(every=every, theta=theta, extrapolate=form == 3, control=form != 1)
-    # Memory has no use for blocks that stay unmerged, and so that all compare alike, none does.
+    # Every block merges: memory has no use for unmerged blocks, and rows must compare alike.
     return MergeConfig(ratio=ratio, merge_below=level, memory=memory, skip=())
 
 
 class Bench:
-    """A small pipeline, and what its untouched model draws."""
+    """A small pipeline, and the images of its untouched model."""
 
     def __init__(self, kind: str, scheduler: str, steps: int, prompts: list[str]) -> None:
         self._kind, self._steps, self._prompts = kind, steps, prompts
@@ -152,7 +152,7 @@ class Bench:
 
 
 def main() -> None:
-    """Measure what is missing, or print what is there."""
+    """Measure the missing rows, or print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

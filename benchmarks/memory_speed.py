@@ -1,4 +1,4 @@
-"""How long the steps of a run with memory take, beside untouched and merged ones.
+"""Times of the steps of a run with memory, beside untouched and merged steps.
 
 A full step runs a block on all tokens and on merged ones; a step between runs it on merged tokens,
 and reads and adds what is remembered. All are calls of the whole model with compiled blocks, in

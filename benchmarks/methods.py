@@ -146,7 +146,7 @@ COLUMNS = (
 
 
 def table(file: Path) -> str:
-    """Of a scenario's results, in Markdown; the most arithmetic first."""
+    """The table of a scenario's results, in Markdown; the most arithmetic first."""
     with file.open() as lines:
         known = sorted(csv.DictReader(lines), key=lambda each: -float(each["arithmetic"]))
     shown = [

@@ -3,7 +3,7 @@
     python -m benchmarks.operators --ratio 0.5 0.25 0.75 --repeats 15
     python -m benchmarks.operators --tokens 4096 1024 --one-by-one --out growth
 
-Where something varies, ``--out`` also gets a plot of how time and memory grow with it.
+When a value varies, ``--out`` also gets a plot of time and memory against it.
 """
 
 import argparse
@@ -43,10 +43,10 @@ from toma_fx.tables import Column, Table, mebibytes, number, percent, seconds, s
 
 OPERATORS = ("select", "weigh", "merge", "unmerge", "reorder")
 SAMPLE_SECONDS = 0.02
-"""A sample is at least as long, so that the clock's own time does not matter."""
+"""A sample takes at least this long, so that the clock's own time does not matter."""
 SHAPES = {"sdxl": ((4096, 640), (1024, 1280)), "flux": ((4096, 3072),)}
-"""Tokens and width where plans are made for an image of 1024 x 1024 pixels; the first two are also
-the sizes of the paper's Tables 4 and 5."""
+"""Tokens and width of the levels that make plans, for an image of 1024 x 1024 pixels. The first two
+are also the sizes of the paper's Tables 4 and 5."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +62,11 @@ class Shape:
 
     @property
     def layout(self) -> tuple[int, ...]:
-        """How one grid of so many tokens is cut into regions."""
+        """The regions of one grid with this number of tokens."""
         return layout([self.tokens], self.region_tokens, self.ratio)
 
     def needs(self, operator: str) -> tuple[Needs, torch.dtype]:
-        """What an operator needs at least, and the dtype of its products."""
+        """The least that an operator needs, and the dtype of its products."""
         keep, size = self.layout[:2]
         regions = total_regions(self.layout)
         given = (self.batch, self.tokens, self.width, regions, size, keep, self.dtype.itemsize)
@@ -110,7 +110,7 @@ def operators(
     """Time every one of `OPERATORS` at every shape.
 
     Args:
-        shapes: settings of the operators.
+        shapes: the settings to time.
         device: ``"cuda"`` or ``"cpu"``.
         repeats: samples of each.
         compiled: compile ``select`` and ``weigh``.
@@ -213,8 +213,8 @@ def _ours(shape: Shape, device: str, compiled: bool) -> list[Contender]:
         unmerge: (merge(tokens, merge_weight), unmerge_weight),
         reorder: (tokens, toma.tile_order(tokens, *_grid(shape.tokens))),
     }
-    # Each of the others is one operator, which compiling leaves as it is, and called alone they
-    # would mostly time the guards of their compiled function.
+    # Each of the others is one operator, which compiling does not change. Called alone, they would
+    # mostly time the guards of their compiled function.
     return [
         Contender(
             name=function.__name__,
@@ -237,7 +237,7 @@ def _tokens(shape: Shape, device: str) -> Tensor:
 
 
 def _grid(tokens: int) -> tuple[int, int]:
-    """Rows and columns of an image of so many tokens, as near to a square as can be."""
+    """Rows and columns of an image with this number of tokens, as near to a square as can be."""
     rows = next(rows for rows in range(math.isqrt(tokens), 0, -1) if tokens % rows == 0)
     return rows, tokens // rows
 
@@ -252,7 +252,7 @@ def _why_not(shape: Shape) -> str:
 
 
 def _tomesd(shape: Shape, device: str) -> list[Contender]:
-    """Its merge and unmerge, with its own defaults: one destination in each 2 x 2 tokens."""
+    """Merge and unmerge of tomesd, with its own defaults: one destination in each 2 x 2 tokens."""
     package: Any = import_module(f"{TOMESD}.merge")
     tokens, side = _tokens(shape, device), round(shape.tokens**0.5)
     merge, unmerge = package.bipartite_soft_matching_random2d(

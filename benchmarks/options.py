@@ -1,4 +1,4 @@
-"""What the command lines of the benchmarks share."""
+"""Code that the command lines of the benchmarks share."""
 
 import argparse
 import shlex
@@ -11,12 +11,12 @@ from toma_fx.quiet import hush_libraries
 def command_options(
     parser: argparse.ArgumentParser, module: str, arguments: Sequence[str] | None
 ) -> argparse.Namespace:
-    """The options, and under ``command`` the words that run the benchmark with them.
+    """Parsed options; their ``command`` holds the words that run the benchmark again.
 
     Args:
-        parser: with everything but ``command``.
-        module: that is run.
-        arguments: those of the process when left out.
+        parser: parser of all options but ``command``.
+        module: name of the module that runs.
+        arguments: words of the command line; those of the process when left out.
     """
     options = parser.parse_args(arguments)
     given = sys.argv[1:] if arguments is None else arguments

@@ -22,8 +22,8 @@ def with_planning(table: Table, planning: dict[tuple[str, float], float]) -> Tab
     """A table of `toma_fx.bench.compare.compare` with the share of planning in every row.
 
     Args:
-        table: of whole models.
-        planning: of `planning_seconds`.
+        table: table of whole models.
+        planning: seconds of `planning_seconds`.
     """
     rows = []
     for row in table.rows:
@@ -41,14 +41,14 @@ def planning_seconds(
     """Seconds that all plans of one call take, timed alone, by variant and ratio.
 
     Args:
-        model: untouched.
+        model: an untouched model.
         setting: sizes, ratios and variants.
         repeats: samples of each plan.
     """
     found = {}
     for name, ratio, config in merged_configs(setting):
         if config.selector == "fixed":
-            continue  # its weights look at no token, so there is nothing to plan
+            continue  # fixed weights look at no token, so there is nothing to plan
         plans = planned(merged_copy(model, config), setting)
         calls = [_plan_call(shape, layout, config, setting) for shape, layout in plans]
         timings = interleaved(calls, repeats, at_least=0.02, clock=setting.clock)
@@ -59,7 +59,7 @@ def planning_seconds(
 
 
 Plans = Counter[tuple[tuple[int, ...], tuple[int, ...]]]
-"""Shapes ``(B, N, D)`` of tokens, and how they are cut into regions: how often."""
+"""Number of plans by the tokens' shape ``(B, N, D)`` and their layout of regions."""
 
 
 class _Selections(TorchFunctionMode):

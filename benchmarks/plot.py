@@ -26,7 +26,7 @@ X_LABELS = {
     "seconds": "time for an image (s)",
 }
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f3c8d", "#666666")
-"""Okabe and Ito's, told apart by people who do not see all colours, and two more."""
+"""Colours of Okabe and Ito, which colour-blind people can tell apart, and two more."""
 MARKERS = "osD^vPX*"
 FEWER_STEPS = "fewer steps"
 
@@ -46,7 +46,7 @@ class Point:
 def plot(
     results: Path, *, x: str = "arithmetic", ys: Sequence[str] = ("psnr",), file: Path | None = None
 ) -> Path:
-    """Draw what `toma_fx.lab.evaluate.evaluate` measured.
+    """Draw the measures of `toma_fx.lab.evaluate.evaluate`.
 
     Args:
         results: its ``out``, or a table of `benchmarks.study.run_study`.

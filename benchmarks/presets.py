@@ -3,8 +3,8 @@
     python -m benchmarks.presets readme --out benchmarks/results    (make bench)
     python -m benchmarks.presets h200 --out benchmarks/results      (make bench-gpu)
 
-A part that fails, or that would start after its time, is a row that says so: what the other parts
-measured is kept.
+A part that fails, or that would start too late, becomes a row with the reason. The tables of the
+other parts are kept.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from toma_fx.tables import Column, Table
 from toma_fx.variants import Merging, merging
 
 MINUTES = 8.0
-"""After these no further part of a preset is started."""
+"""No part of a preset starts later than this."""
 Part = Callable[[], Iterable[Table]]
 DEFAULT = Merging(name="default")
 OURS = (merging({"preset": LOWER_BOUND}), DEFAULT)
@@ -53,7 +53,7 @@ def readme(*, small: bool = False, compiled: bool = True) -> dict[str, Part]:
 
 
 def h200(*, small: bool = False, compiled: bool = True) -> dict[str, Part]:
-    """What is measured whenever a GPU is at hand."""
+    """The tables to measure whenever a GPU is at hand."""
     base = Setting(
         ratios=(0.25, 0.5, 0.75), variants=OURS, overrides=_small(small), compiled=compiled
     )
@@ -78,7 +78,7 @@ def _small(wanted: bool) -> Mapping[str, Any]:
 
 
 def _sized(base: Setting, **changes: Any) -> Setting:
-    """A setting with changes; a test's has its own size, one ratio, and calls everything once."""
+    """A setting with changes; that of a test has its own size and one ratio, and calls all once."""
     if base.overrides:
         changes |= {"height": 128, "repeats": 1, "steps": 2, "blocks": None, "ratios": (0.5,)}
         changes["overrides"] = tiny(changes.get("model", base.model))
@@ -100,10 +100,10 @@ def run_preset(
 
     Args:
         name: one of `PRESETS`.
-        record: where tables are kept.
+        record: the record that keeps the tables.
         small: models and sizes of a test.
         compiled: compile blocks and operators.
-        minutes: after these no further part is started.
+        minutes: no part starts later than this.
     """
     start = time.monotonic()
     for title, part in PRESETS[name](small=small, compiled=compiled).items():

@@ -1,4 +1,4 @@
-"""What a run of a small pipeline would cost with the real model in its place."""
+"""The arithmetic of a small pipeline's run, with the real model in its place."""
 
 from dataclasses import dataclass, replace
 from functools import cache
@@ -51,7 +51,7 @@ def real_share(pipe: Any, real: RealSize, config: MergeConfig, steps: int) -> fl
         pipe: the small pipeline, transformed, whose noise levels say which steps merge.
         real: the real model's call.
         config: the options of the small one.
-        steps: of the run.
+        steps: steps of the run.
     """
     merged, inputs = toma_fx.transform(real.model, replace(config, merge_below=1)), real.inputs()
     costs: dict[str, float] = {}

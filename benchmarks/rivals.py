@@ -60,13 +60,13 @@ class Rival:
 
     name: str
     apply: Callable[[Any, float], Callable[[], None]]
-    """Changes a pipeline in place for a ratio, and returns what undoes that. It is called before
-    every image, so that none depends on those before it."""
+    """Changes a pipeline in place for a ratio, and returns a function that undoes the change. It is
+    called before every image, so that no image depends on those before it."""
     source: str
     """Fingerprint of the code: images of other code are not mixed with these."""
 
     def contender(self, pipeline: Any, ratio: float, steps: int, call: Call) -> lab.Contender:
-        """Itself at a ratio, as `toma_fx.lab.contenders.contend` wants it."""
+        """The rival at one ratio, as `toma_fx.lab.contenders.contend` asks for it."""
         untouched = count(model_of(pipeline), call)
         with self.changed(pipeline, ratio):  # on real tensors: a rival may look at their values
             operations = count(model_of(pipeline), call, data=True)
@@ -192,14 +192,14 @@ def _remove_tomesd(package: Any, pipeline: Any) -> None:
 
 
 def _repeated(model: Any) -> Iterator[nn.Module]:
-    """What ``compile_repeated_blocks`` looks for, under whatever name a rival gave its class."""
+    """The blocks for ``compile_repeated_blocks``, by any name that a rival gave their class."""
     for module in model.modules():
         if any(cls.__name__ in model._repeated_blocks for cls in type(module).__mro__):
             yield module
 
 
 class BarePipeline(diffusers.DiffusionPipeline):  # type: ignore[misc]
-    """A pipeline that holds a denoising model and nothing else: what rivals expect to change."""
+    """A pipeline that holds only a denoising model, because rivals expect to change a pipeline."""
 
     def __init__(self, **model: nn.Module) -> None:
         super().__init__()
@@ -212,16 +212,16 @@ def rival_contenders(
     setting: Setting,
     call: Callable[[nn.Module], object],
 ) -> Iterator[Contender]:
-    """Rivals as they are, and compiled where they can be; graph breaks are allowed to them.
+    """Rivals as they are, and compiled where they can be; graph breaks are allowed.
 
     Args:
         rivals: in the order of the table.
-        model: untouched; it stays so.
+        model: an untouched model, which stays untouched.
         setting: ratios, and whether to compile.
-        call: calls the model that it is given.
+        call: a function that calls a given model.
     """
     part = "unet" if isinstance(model, diffusers.UNet2DConditionModel) else "transformer"
-    undo: list[Any] = []  # held, since what it closes may be closed when it is collected
+    undo: list[Any] = []  # held, because a context that is collected closes itself
 
     def runner(rival: Rival, ratio: float, compiled: bool) -> Callable[[], object]:
         @functools.cache

@@ -1,4 +1,4 @@
-"""What an operator needs at least, what the machine gives, and so the time that it cannot beat."""
+"""The least that an operator needs, the machine's peaks, and the time that follows from both."""
 
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ class Needs:
 
 @dataclass(frozen=True, kw_only=True)
 class Peaks:
-    """What the machine gives, measured in the same run."""
+    """The peaks of the machine, measured in the same run."""
 
     bytes: float
     """Bytes a second of a large copy, read and written."""
@@ -37,7 +37,7 @@ class Peaks:
         return max(needs.bytes / self.bytes, (needs.matmul + needs.other) / self.flops[dtype])
 
     def limit(self, needs: Needs, dtype: torch.dtype) -> str:
-        """``"memory"`` or ``"arithmetic"``: which of the two decides the bound."""
+        """``"memory"`` or ``"arithmetic"``, whichever decides the bound."""
         return "memory" if self.bound(needs, dtype) * self.bytes <= needs.bytes else "arithmetic"
 
 
@@ -79,7 +79,7 @@ def measure_peaks(
 def select_needs(
     batch: int, tokens: int, width: int, regions: int, size: int, keep: int, item: int
 ) -> Needs:
-    """Of ``select`` by facility location: all similarities of a region, then ``keep`` gains.
+    """The needs of facility location: all similarities of a region, then ``keep`` gains.
 
     Args:
         batch: images.
@@ -100,7 +100,7 @@ def select_needs(
 def weigh_needs(
     batch: int, tokens: int, width: int, regions: int, size: int, keep: int, item: int
 ) -> Needs:
-    """Of ``weigh`` over regions; arguments as in `select_needs`."""
+    """The needs of ``weigh`` over regions; arguments as in `select_needs`."""
     weights = regions * size * keep
     return Needs(
         bytes=batch * (tokens * width * item + regions * keep * 8 + 2 * weights * item),
@@ -112,7 +112,7 @@ def weigh_needs(
 def mix_needs(
     batch: int, tokens: int, width: int, regions: int, size: int, keep: int, item: int
 ) -> Needs:
-    """Of ``merge`` and of ``unmerge``, which need the same; arguments as in `select_needs`."""
+    """The needs of ``merge``, and also of ``unmerge``; arguments as in `select_needs`."""
     kept, weights = regions * keep, regions * size * keep
     return Needs(
         bytes=batch * item * ((tokens + kept) * width + weights),
@@ -121,5 +121,5 @@ def mix_needs(
 
 
 def reorder_needs(batch: int, tokens: int, width: int, item: int) -> Needs:
-    """Of ``reorder``, which reads and writes every token; arguments as in `select_needs`."""
+    """The needs of ``reorder``, which moves every token; arguments as in `select_needs`."""
     return Needs(bytes=tokens * (8 + 2 * batch * width * item), matmul=0)

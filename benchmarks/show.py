@@ -1,9 +1,9 @@
-"""Pictures of what merging does inside a model, while it draws one image.
+"""Pictures of merging inside a model, while it draws one image.
 
     python -m benchmarks.show MODEL --prompt "a red cube on a table" --out pictures
 
-Hidden states are those of the untouched model, so one run shows what every layer and step has to
-offer, and another variant looks at the same tokens.
+Hidden states are those of the untouched model. So one run shows every layer and step, and another
+variant sees the same tokens.
 """
 
 import argparse
@@ -35,7 +35,7 @@ CELL_INCHES = 2.0
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
-    """What is shown.
+    """The layers, steps and ratio to show.
 
     Raises:
         ConfigError: when a number is below 1, or nothing is merged.
@@ -45,7 +45,7 @@ class Look:
     seed: int = 0
     layers: int = 6
     columns: int = 5
-    """Denoising steps, from the first to the last."""
+    """Number of denoising steps to show, from the first to the last."""
     interval: int = 10
     """Steps that share the destinations of their first, as in the paper's Figure 4."""
 
@@ -67,22 +67,22 @@ class Seen:
 
 @dataclass
 class Notes:
-    """What was seen while an image was drawn."""
+    """The tokens and destinations seen while an image was drawn."""
 
     columns: tuple[int, ...]
     destinations: dict[str, list[Tensor]] = field(default_factory=dict)
-    """Of each layer, by step."""
+    """Destinations of each layer, by step."""
     seen: dict[tuple[str, int], Seen] = field(default_factory=dict)
-    """By layer and step, at the steps that are columns."""
+    """Layers at the steps that are columns, by layer and step."""
 
 
 def show(task: Task, look: Look, out: Path) -> list[Path]:
-    """Draw an image and the pictures of what merging would do in it.
+    """Draw an image, and pictures of the merging that it would meet.
 
     Args:
         task: the pipeline and the first of its prompts.
-        look: what is shown.
-        out: the folder.
+        look: the layers, steps and ratio to show.
+        out: the folder of the pictures.
 
     Returns:
         the files: ``image.png``; ``destinations.png``, destinations and clusters over the image by
@@ -90,7 +90,7 @@ def show(task: Task, look: Look, out: Path) -> list[Path]:
         first step of an interval (the paper's Figure 4).
 
     Raises:
-        TomaError: when the model or an option is not what it must be.
+        TomaError: when the model or an option cannot be used.
     """
     pipeline = load_pipeline(task.model, dtype=task.dtype)
     model = model_of(pipeline)

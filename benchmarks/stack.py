@@ -1,10 +1,10 @@
-"""Merging together with what else makes a model faster: a row with each, without and with merging.
+"""Merging together with other ways to make a model faster, each without and with merging.
 
     python -m benchmarks.stack flux --blocks 1 2 --height 512
     python -m benchmarks.stack examples/small_models/flux --image --steps 8
 
-Every addition is made to a copy that shares the model's weights, compiled block by block. What
-cannot run here stays in the table with the reason.
+Every addition is made to a copy that shares the model's weights, compiled block by block. An
+addition that cannot run here stays in the table with the reason.
 """
 
 import argparse
@@ -47,9 +47,9 @@ MERGED = "merged"
 BACKENDS = ("native", "_native_flash", "_native_cudnn", "_native_efficient", "flash", "sage")
 MODES = ("reduce-overhead", "max-autotune-no-cudagraphs")
 KNOWN = ("unet", "flux")
-"""Families whose layers and outputs are those that additions expect."""
+"""Families with the layers and outputs that additions expect."""
 CACHE_THRESHOLD = 0.1
-"""Of the first-block cache: a step is skipped when the first block's output changed by less."""
+"""The first-block cache skips a step when its first block's output changed by less than this."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,16 +60,16 @@ class Addition:
     before: Callable[[Any], None] = lambda model: None
     """Changes the model; `toma_fx.transform` comes after it."""
     after: Callable[[Any], None] = lambda model: None
-    """Changes the model that `toma_fx.transform` may have made, before it is compiled."""
+    """Changes the model after `toma_fx.transform`, if any, and before it is compiled."""
     mode: str | None = None
-    """Of ``torch.compile``."""
+    """Mode of ``torch.compile``."""
     fullgraph: bool = True
     runs: bool = False
     """Whether it needs the steps of a denoising run, and so whole images."""
 
 
 def additions(model: nn.Module) -> Iterator[Addition]:
-    """What can be added to a model of this class."""
+    """The additions that a model of this class can have."""
     yield Addition(name="fused QKV projections", before=_fuse)
     for backend in BACKENDS:
         yield Addition(
@@ -106,7 +106,7 @@ def _int8(model: nn.Module) -> None:
 
 
 def _is_large(module: nn.Module, path: str) -> bool:
-    """Linear layers of the transformer blocks; embeddings and modulations stay as they are."""
+    """Whether it is a linear layer of a block; embeddings and modulations stay as they are."""
     return isinstance(module, nn.Linear) and "transformer_blocks" in path and "norm" not in path
 
 
@@ -133,7 +133,7 @@ def changed(
 
 @dataclass(kw_only=True)
 class Stack:
-    """The contenders, and how far the outputs of their last calls are from the first one's."""
+    """The contenders, and the distances of their last outputs from the first contender's."""
 
     model: nn.Module
     setting: Setting
@@ -190,7 +190,7 @@ class Stack:
         return Contender(name=name, run=run, ratio=ratio, warm_ups=warm_ups, **fields)
 
     def distances(self) -> dict[tuple[str, float | None], float]:
-        """PSNR in dB of images; of outputs, the relative error."""
+        """PSNR in dB for images; the relative error for outputs."""
         first = self.outputs[EAGER, None]
         rest = {key: value for key, value in self.outputs.items() if key != (EAGER, None)}
         if isinstance(first, Tensor):
@@ -203,8 +203,7 @@ def stacked(setting: Setting, *, image: bool) -> Iterator[Table]:
     """A table of every addition, for each ratio.
 
     Args:
-        setting: its first variant that merges, the lower bound apart, is what additions are made
-            to.
+        setting: additions are made to its first variant that merges, the lower bound apart.
         image: draw whole images, and give their PSNR; otherwise one forward of the model, and the
             relative error of its output.
 

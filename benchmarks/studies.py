@@ -1,4 +1,4 @@
-"""What each study compares, and the paper's own figures for it.
+"""The variants that each study compares, and the paper's own figures for it.
 
 A study is data: variants as `toma_fx.variants` reads them, in groups, at some ratios.
 `benchmarks.study` draws, measures and writes it. The paper's figures are copied from its draft and
@@ -12,7 +12,7 @@ from typing import get_args
 from toma_fx.config import Selector
 
 Figures = Mapping[tuple[str, float | None], tuple[str, ...]]
-"""By variant (``"untouched"`` among them) and ratio, a text for each column."""
+"""A text for each column, by variant (``"untouched"`` among them) and ratio."""
 
 NO_BODY = "not in the sources"
 
@@ -23,31 +23,31 @@ class Paper:
 
     table: str
     setting: str
-    """What it was measured on."""
+    """Model, size and machine of its measurements."""
     columns: tuple[str, ...] = ()
     """None where the body of the table is not in the sources."""
     figures: Figures = field(default_factory=dict)
     says: str = ""
-    """What its figures, or its text where there are none, show."""
+    """The finding of its figures, or of its text where there are none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """A table of ours."""
+    """One of our tables."""
 
     title: str
     groups: tuple[tuple[str, ...], ...]
     """Variants. Differences are taken to the first of a group, at the same ratio."""
     ratios: tuple[float, ...] = (0.5,)
     shares_of_steps: tuple[float, ...] = ()
-    """Of the steps, for rows with so many steps and no merging."""
+    """Shares of the steps, for rows with fewer steps and no merging."""
     model: str = "sdxl"
-    """Which of the small pipelines is studied when no other is named."""
+    """The small pipeline to study when no other is named."""
     paper: Paper | None = None
     note: str = ""
 
     def variants(self, steps: int) -> tuple[tuple[str, ...], ...]:
-        """The groups, rows with fewer of so many steps included."""
+        """The groups, with rows of fewer steps than this number."""
         counts = dict.fromkeys(round(steps * share) for share in self.shares_of_steps)
         fewer = tuple(f"steps={count}" for count in counts if 1 <= count < steps)
         return (*self.groups, fewer) if fewer else self.groups
@@ -68,7 +68,7 @@ PAPER_EVERY_STEP = "toma:schedule=1/1"
 """The setting of the paper's ablations: weights over the image, a new plan at every step."""
 ABLATION = "SDXL base, 1024 x 1024, 50 steps, ratio 0.5"
 SELECTORS = tuple(f"selector={name}" for name in get_args(Selector)[1:] if name != "fixed")
-"""All but the first, which is the default, and the one that never looks at a token."""
+"""All selectors but the default, which is the first, and ``fixed``, which looks at no token."""
 REGION_SIZES = ("region_tokens=4", "region_tokens=16", "region_tokens=256", "region=image")
 
 TABLE_8 = Paper(
@@ -101,7 +101,7 @@ TABLE_8 = Paper(
 
 STUDIES: dict[str, Study] = {
     "selection": Study(
-        title="How destinations are chosen",
+        title="Choice of destinations",
         groups=(
             _changed(
                 PAPER_EVERY_STEP,
@@ -155,7 +155,7 @@ STUDIES: dict[str, Study] = {
         ),
     ),
     "schedule": Study(
-        title="How often a plan is made",
+        title="Steps between plans",
         groups=(
             (
                 PAPER_EVERY_STEP,
@@ -238,13 +238,13 @@ STUDIES: dict[str, Study] = {
         "paper has no such table.",
     ),
     "noise": Study(
-        title="Noise level from which on tokens are merged",
+        title="Noise level below which tokens merge",
         groups=(_changed("default", *(f"merge_below={n}" for n in (0.9, 0.75, 0.6, 0.4, 0.25))),),
         ratios=(*ALL_RATIOS, 0.9),
         note="The paper merges at every step and has no such table.",
     ),
     "flux-noise": Study(
-        title="Noise level from which on Flux merges, in all blocks and in single-stream ones",
+        title="Noise level below which Flux merges, in all blocks and in single-stream ones",
         groups=(
             _changed("default", *(f"merge_below={n}" for n in (0.95, 0.89, 0.78, 0.6))),
             _changed(FLUX_SINGLE, *(f"merge_below={n}" for n in (0.95, 0.89, 0.78, 0.6))),
@@ -260,13 +260,13 @@ STUDIES: dict[str, Study] = {
         note="The paper has no such table; its authors' code uses 0.001, and 0.025 or 0.02 before.",
     ),
     "residual": Study(
-        title="Where merging is placed, and what becomes of the residual stream",
+        title="Place of merging, and treatment of the residual stream",
         groups=(("default", "default:residual=replace", "default:placement=component"),),
         ratios=ALL_RATIOS,
         note="The paper's ToMA_once replaces it (Table 8: python -m benchmarks.study variants).",
     ),
     "components": Study(
-        title="Which components run on merged tokens",
+        title="Components that run on merged tokens",
         groups=(
             _changed(
                 "default:placement=component",
@@ -279,7 +279,7 @@ STUDIES: dict[str, Study] = {
         note="The paper merges all three and has no such table.",
     ),
     "share": Study(
-        title="Who uses one plan",
+        title="Blocks that share a plan",
         groups=(_changed("default", "share=block"),),
         note="The paper shares among blocks (section 4.3.2) and has no such table.",
     ),

@@ -1,11 +1,11 @@
-"""One table of the paper, or one question of ours, on a model at hand.
+"""One table of the paper, or one of our own questions, on a model at hand.
 
     python -m benchmarks.study variants --seeds 2 --out tables/sdxl
     python -m benchmarks.study rivals MODEL --prompts prompts.txt --out tables
 
-Contenders are compared on the same prompts and seeds, so the difference of two is known better than
-either: images that are hard for one are hard for the other. Each row therefore also has its
-difference from the first row of its group, image by image.
+Contenders draw the same prompts and seeds, and images that are hard for one are hard for the other.
+So the difference of two contenders is known better than the measure of either. Each row therefore
+also has its difference from the first row of its group, image by image.
 """
 
 import argparse
@@ -37,17 +37,17 @@ def run_study(name: str, task: Task, plan: Plan, out: Path) -> str:
 
     Args:
         name: one of `STUDIES`.
-        task: what is drawn.
-        plan: the measures and networks, and the ratios, where they are not to be the study's own
-            (it has none otherwise). Its variants are not used.
-        out: the folder, new or of an earlier run with the same task.
+        task: prompts and settings to draw.
+        plan: the measures and networks. Its ratios, if any, replace the study's own. Its variants
+            are not used.
+        out: a new folder, or that of an earlier run with the same task.
 
     Returns:
         the Markdown; nothing in processes other than the first.
 
     Raises:
-        TomaError: when the model or a variant is not what it must be, or the folder holds images of
-            another task.
+        TomaError: when the model or a variant cannot be used, or the folder holds images of another
+            task.
     """
     study = STUDIES[name]
     groups = study.variants(task.steps)
@@ -78,7 +78,7 @@ def study_rows(
     Args:
         groups: variants.
         outcomes: one for each contender, the untouched model's first.
-        seeds: of each prompt.
+        seeds: number of seeds of each prompt.
         chosen: names of the measures.
     """
     untouched, *others = zip(outcomes, summary_rows(outcomes, seeds, chosen), strict=True)
@@ -107,11 +107,11 @@ def as_markdown(
 
     Args:
         name: one of `STUDIES`.
-        study: what that is.
-        task: what was drawn.
-        rows: of `study_rows`, with the paper's figures.
+        study: the study of that name.
+        task: the task that was drawn.
+        rows: rows of `study_rows`, with the paper's figures.
         chosen: names of the measures.
-        notes: what else readers must know.
+        notes: further notes for readers.
     """
     compared = next((n for n in ("psnr", *chosen) if n in chosen and MEASURES[n].kind != "set"), "")
     summary = as_table(rows, chosen)
@@ -150,7 +150,7 @@ def as_markdown(
 def _differences(
     outcome: Outcome, first: Outcome | None, seeds: int, chosen: Sequence[str]
 ) -> dict[str, Any]:
-    """Of each measure of single images, the mean difference and the ends of its interval."""
+    """The mean difference of each measure of single images, and the ends of its interval."""
     cells: dict[str, Any] = {}
     for name in (name for name in chosen if MEASURES[name].kind != "set"):
         keys = (f"{name}_difference", f"{name}_difference_low", f"{name}_difference_high")

@@ -42,20 +42,20 @@ TINY: Mapping[str, Mapping[str, Any]] = {
     "wan": _WAN,
     "wan_vace": {**_WAN, "vace_layers": [0, 1]},
 }
-"""By family."""
+"""Configurations by family."""
 
 WIDE_AS_THE_MODEL = ("added_kv_proj_dim",)
-"""What is the width of a small model, 32, where the published one has it at all."""
+"""Fields that take the width of a small model, 32, if the published one has them at all."""
 
 
 def tiny(model: str) -> dict[str, Any]:
-    """What a model that is small enough for a test has in its configuration instead.
+    """The changes of a model's configuration that make it small enough for a test.
 
     Args:
-        model: its name.
+        model: the name of a published model.
 
     Raises:
-        ConfigError: when none is known.
+        ConfigError: when no small configuration is known.
     """
     known = [name for name in RANDOM if FAMILIES[name].name in TINY]
     if model not in known:

@@ -1,10 +1,10 @@
-"""How many latent frames a tile of a video should reach through, on painted moving scenes.
+"""The number of latent frames that a tile of a video should reach through, on painted scenes.
 
 A scene is a background that moves as a camera pans, and things that move on it, each at a speed of
 its own. It is seen as a video model sees it: 8 x 8 pixels and 4 frames become a latent, 2 x 2
-latents a token. Tokens are merged and spread back, and the error is how far they are then from what
-they were, as a share of their spread. No model takes part, so the result holds for where tokens
-are alike, and not for what a model makes of them.
+latents a token. Tokens are merged and spread back. The error is their distance from the original
+tokens, as a share of their spread. No model takes part, so the result says where tokens are alike,
+and not what a model makes of them.
 
     python -m benchmarks.video_tiles
 """
@@ -24,9 +24,9 @@ from toma_fx.runtime import regions
 toma = torch.ops.toma
 
 FRAMES, ROWS, COLUMNS = 21, 30, 52
-"""Of tokens: Wan's 81 frames of 480 x 832 pixels."""
+"""The grid of tokens: Wan's 81 frames of 480 x 832 pixels."""
 SPEEDS = (0.0, 0.25, 0.5, 1.0, 2.0)
-"""Of the camera, in tokens a latent frame; 1 is 64 pixels a second at 16 frames a second."""
+"""Speeds of the camera, in tokens a latent frame; 1 is 64 pixels a second at 16 frames a second."""
 CHUNKS = (1, 2, 4, 8, 20)
 CHANNELS = 16
 THINGS = 6
@@ -87,7 +87,7 @@ def scene(speed: float, seed: int) -> Tensor:
 
 
 def error(tokens: Tensor, ratio: float, chunk: int) -> float:
-    """What merging loses, as a share of the tokens' spread."""
+    """The error of merging, as a share of the tokens' spread."""
     config = MergeConfig(ratio=ratio, region_frames=chunk)
     border = TokenGrids(
         grids=lambda model, call: (Grid(ROWS, COLUMNS, FRAMES),), enter=(), leave=()

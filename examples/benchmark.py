@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     part = "unet" if hasattr(pipe, "unet") else "transformer"
     untouched = getattr(pipe, part)
     models: dict[str, Any] = {"untouched": untouched}
-    # Each shares the untouched model's weights, so that all fit into memory at once.
+    # All share the untouched model's weights, so that they fit into memory at once.
     models |= {f"ratio {r:g}": toma_fx.transform(untouched, ratio=r) for r in options.ratio}
     if options.compile:  # after transform
         for model in models.values():

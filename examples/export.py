@@ -1,11 +1,11 @@
-"""From a pipeline to files: a merged SDXL or Flux model, and what a denoising loop needs.
+"""From a pipeline to files: a merged SDXL or Flux model, and the tensors of a denoising loop.
 
     python examples/export.py                           # a small model with random weights
     python examples/export.py --model NAME --prompt "a red fox"         # a pipeline of yours
     python examples/export.py --model sdxl --package    # the real size, random weights
     python examples/export.py --merge-below 0.6         # a program for each side of a noise level
-    python examples/export.py --select-every 10 --weigh-every 5      # and for the steps of a plan
-    python examples/export.py --ratio 0.9 --memory-every 2           # and for those with memory
+    python examples/export.py --select-every 10 --weigh-every 5    # a program for each kind of step
+    python examples/export.py --ratio 0.9 --memory-every 2         # the same, with memory
 
 Then ``python examples/run_exported.py exported``, which imports nothing but torch.
 """
@@ -54,7 +54,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--select-every", type=int, default=1, help="steps between selections")
     parser.add_argument("--weigh-every", type=int, default=1, help="steps between weights")
     parser.add_argument("--memory-every", type=int, help="steps from one full step to the next")
-    parser.add_argument("--theta", type=float, help="how far merged tokens are believed, then")
+    parser.add_argument(
+        "--theta", type=float, help="with memory: share of the correction that is added"
+    )
     parser.add_argument("--package", action="store_true", help="also compile with AOTInductor")
     parser.add_argument("--out", type=Path, default=Path("exported"))
     options = parser.parse_args(arguments)
@@ -107,7 +109,7 @@ def _measured(name: str) -> Iterator[None]:
 
 
 def _pipeline(options: argparse.Namespace) -> tuple[nn.Module, dict[str, Any], nn.Module]:
-    """The denoising model of a pipeline, a request as the pipeline would make it, its decoder."""
+    """The denoising model of a pipeline, a request as the pipeline makes it, and the decoder."""
     pipe = diffusers.DiffusionPipeline.from_pretrained(options.model)
     flux = hasattr(pipe, "transformer")
     if not flux:  # the loop's sampler; Flux has it already
@@ -135,7 +137,7 @@ def _pipeline(options: argparse.Namespace) -> tuple[nn.Module, dict[str, Any], n
 
 
 class _Decoder(nn.Module):
-    """Latents ``(1, ...)`` as the denoising model has them become an image ``(3, H, W)``, 0..1."""
+    """Decodes the denoising model's latents ``(1, ...)`` to an image ``(3, H, W)``, 0..1."""
 
     def __init__(self, pipe: Any, size: int) -> None:
         super().__init__()
@@ -180,7 +182,7 @@ def _request(inputs: dict[str, Any], scheduler: Any, flux: bool) -> dict[str, An
 
 
 def _peak_memory() -> str:
-    """Of this process so far."""
+    """Peak memory of this process so far."""
     try:
         import resource
     except ImportError:

@@ -1,4 +1,4 @@
-"""Flux with as many merged tokens as a wanted speed-up takes.
+"""Flux with as many merged tokens as a given speed-up needs.
 
 python examples/flux.py                                       # a small pipeline of this repository
 python examples/flux.py --model black-forest-labs/FLUX.1-dev --speedup 1.3 --offload

@@ -70,8 +70,8 @@ def denoise(models: dict[str, Any], request: dict[str, Any], seed: int) -> Tenso
 
     Args:
         models: exported programs or packages, by variant.
-        request: what ``examples/export.py`` wrote: inputs, timesteps, noise levels, and when what
-            runs.
+        request: the file of ``examples/export.py``: inputs, timesteps, noise levels, and the
+            variant of each step.
         seed: of the noise.
     """
     inputs, sigmas = request["inputs"], request["sigmas"]
@@ -120,7 +120,7 @@ def _save(image: Tensor, path: Path) -> None:
 
 
 def _peak_memory() -> str:
-    """Of this process so far."""
+    """Peak memory of this process so far."""
     try:
         import resource
     except ImportError:

@@ -9,7 +9,7 @@ the functions here to reach the scope.
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -125,8 +125,10 @@ class CallScope:
 
 
 class _Thread(threading.local):
-    # A class attribute, so that a guard of Dynamo holds in threads that never called a model.
-    scope: ClassVar[CallScope | None] = None
+    # Each thread begins with a value of its own. With a default of the class, a guard of Dynamo
+    # says that the thread has no value yet, and the first call itself would break that guard.
+    def __init__(self) -> None:
+        self.scope: CallScope | None = None
 
 
 _THREAD = _Thread()
@@ -140,7 +142,7 @@ def current() -> CallScope | None:
 def enter(scope: CallScope | None) -> CallScope | None:
     """Set the scope of this thread and return the previous one, to be restored later."""
     before = _THREAD.scope
-    _THREAD.scope = scope  # type: ignore[misc]
+    _THREAD.scope = scope
     return before
 
 

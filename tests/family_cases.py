@@ -1,4 +1,4 @@
-"""Calls of tiny FLUX.2, Qwen-Image, Z-Image and Wan models, and what their image tokens show."""
+"""Calls of tiny FLUX.2, Qwen-Image, Z-Image and Wan models, and values of their image tokens."""
 
 import functools
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What two processes draw that share one model with memory."""
+"""Two processes draw with one model with memory."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""A ratio for each block: who merges how much, and who shares a plan with whom."""
+"""A ratio for each block: how much each merges, and which blocks share a plan."""
 
 import pickle
 from typing import Any

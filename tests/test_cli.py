@@ -117,6 +117,7 @@ def test_help_is_a_sentence_for_each_command() -> None:
 
 def test_choices_are_what_they_name() -> None:
     assert tuple(checkpoints.DTYPES) == choices.DTYPE_NAMES
+    assert checkpoints.RANDOM == choices.MODEL_NAMES
 
 
 def test_every_example_has_a_main() -> None:

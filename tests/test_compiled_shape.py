@@ -1,4 +1,4 @@
-"""What merging costs a compiled block, read from the code that Inductor writes.
+"""The cost of merging in a compiled block, read from the code that Inductor writes.
 
 A lost fusion or a new copy shows up here as a diff.
 """

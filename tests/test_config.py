@@ -1,4 +1,4 @@
-"""Options: what they hold, which values they refuse, and what the refusals say."""
+"""Options: their values, the values that they refuse, and the messages."""
 
 import ast
 import copy

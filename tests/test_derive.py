@@ -1,4 +1,4 @@
-"""Families that are read off a call of a model: what is derived, and what is refused."""
+"""Families that are read off a call of a model: derivations and refusals."""
 
 import inspect
 import pickle

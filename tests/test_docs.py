@@ -1,4 +1,4 @@
-"""What the page for compiler people shows and lists is what the code does."""
+"""The page for compiler people agrees with the code."""
 
 import re
 from pathlib import Path

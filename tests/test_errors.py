@@ -1,4 +1,4 @@
-"""What users are told when something cannot work: one line with the value and the way out."""
+"""Messages for things that cannot work: one line with the value and the way out."""
 
 import copy
 import functools

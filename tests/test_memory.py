@@ -1,4 +1,4 @@
-"""Memory: which steps are full, and that no run takes what another left."""
+"""Memory: the steps that are full, and runs that take nothing from one another."""
 
 import copy
 import pickle

@@ -1,4 +1,4 @@
-"""Models with memory among what else is done to models: hooks, caches, gradients, files."""
+"""Models with memory and other changes of models: hooks, caches, gradients, files."""
 
 import functools
 from collections.abc import Callable

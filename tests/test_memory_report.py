@@ -1,4 +1,4 @@
-"""What the report says of a model with memory: what a run keeps, and its arithmetic."""
+"""The report of a model with memory: the bytes that a run keeps, and its arithmetic."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Merging below a noise level: which calls merge, in every way of running a model."""
+"""Merging below a noise level: the calls that merge, in every way of running a model."""
 
 import copy
 import pickle

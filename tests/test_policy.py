@@ -1,4 +1,4 @@
-"""What decides which graphs a call runs: every run computes what it would compute alone."""
+"""The policy that chooses a call's graphs: every run computes what it would compute alone."""
 
 import copy
 import functools

@@ -1,4 +1,4 @@
-"""What the README and the pages on options and on how it works show is what the code does."""
+"""The README and the pages on options and on how it works agree with the code."""
 
 import runpy
 from pathlib import Path

@@ -1,6 +1,6 @@
 """Edit models whose references alone merge, beside diffusers' own models on sequences cut by hand.
 
-What is merged by hand shares no code with toma_fx: greedy facility location and weights of
+Merging by hand shares no code with toma_fx. It takes greedy facility location and weights from
 `tests.reference`, one reference at a time, rows of the batch in loops.
 """
 

@@ -1,4 +1,4 @@
-"""The report tells what was rewritten, and its arithmetic is right."""
+"""The report lists what was rewritten, and its arithmetic is right."""
 
 from collections.abc import Callable
 from typing import Any
@@ -148,6 +148,18 @@ def test_every_block_is_named_once() -> None:
         for index in range(group.blocks[0], group.blocks[1] + 1)
     ]
     assert named == [block.path for block in model.toma_recipe.blocks]
+
+
+def test_paths_are_abbreviated_and_never_broken() -> None:
+    sdxl, flux = (
+        toma_fx.report(toma_fx.transform(architecture(name))).text() for name in ("sdxl", "flux")
+    )
+    assert "\ndown_blocks.1.*.0.*.0-1 " in sdxl
+    assert "\nsingle_transformer_blocks.0-4 " in flux
+    for text in (sdxl, flux):
+        first = [line.split(" ")[0] for line in text.splitlines()]
+        assert not any(word.endswith(".") for word in first)
+        assert max(map(len, text.splitlines())) <= 80
 
 
 def test_impossible_size_and_untransformed_model_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""The small Kontext: its pairs of pictures, its training at a tiny size, and what is shipped."""
+"""The small Kontext: its pairs of pictures, its training at a tiny size, and its files."""
 
 import json
 from pathlib import Path

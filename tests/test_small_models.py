@@ -1,4 +1,4 @@
-"""The small trained models: their pictures, their training at a tiny size, and what is shipped."""
+"""The small trained models: their pictures, their training at a tiny size, and their files."""
 
 import json
 from pathlib import Path

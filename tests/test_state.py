@@ -1,4 +1,4 @@
-"""Runs and their plans: which calls belong together, and that nothing is kept for good."""
+"""Runs and their plans: calls that belong together, and no plan is kept for good."""
 
 import copy
 import pickle

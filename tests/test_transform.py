@@ -1,4 +1,4 @@
-"""What ``transform`` promises for any model: what stays the same, and what merging may depend on.
+"""The promises of ``transform`` for any model: what stays, and what merging may depend on.
 
 That merged blocks compute the method is checked in ``test_reference``. Most comparisons here run in
 float64, where the blocks see tokens that agree to 1e-15 however a batch is cut or ordered; so no

@@ -56,16 +56,9 @@ def load_model(
     if name in RANDOM:
         cls, config = model_class(name)
         return random_weights(cls, {**config, **changes}, dtype, device)
-    how = find(name, RANDOM)
+    where = _located(name)
     try:
-        index = diffusers.DiffusionPipeline.load_config(name, **how)
-        part = {"subfolder": next(part for part, cls in index.items() if _is_known(cls))}
-    except (OSError, StopIteration):
-        part = {}
-    try:
-        model: nn.Module = diffusers.AutoModel.from_pretrained(
-            name, torch_dtype=dtype, **part, **how
-        )
+        model: nn.Module = diffusers.AutoModel.from_pretrained(name, torch_dtype=dtype, **where)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"no model could be loaded from {name!r}: {first_line(error)}; give the name of a "
@@ -101,6 +94,36 @@ def load_pipeline(name: str, *, dtype: str = "float32", device: Any = None) -> A
     return pipeline.to(device)
 
 
+def _located(name: str) -> dict[str, Any]:
+    """Return how ``from_pretrained`` finds a model, which may be a part of a pipeline."""
+    import diffusers
+
+    how = find(name, RANDOM)
+    try:
+        index = diffusers.DiffusionPipeline.load_config(name, **how)
+        return {**how, "subfolder": next(part for part, cls in index.items() if _is_known(cls))}
+    except (OSError, StopIteration):
+        return how
+
+
+def _saved_class(name: str) -> tuple[Any, dict[str, Any]] | None:
+    """Return the class of a saved model and its configuration; None where they do not say it all.
+
+    They do not where the weights are quantised, or where the class is none of diffusers.
+    """
+    import diffusers
+
+    class ModelConfig(diffusers.ConfigMixin):  # type: ignore[misc]
+        config_name = "config.json"
+
+    try:
+        config: dict[str, Any] = ModelConfig.load_config(name, **_located(name))
+    except OSError:
+        return None
+    cls = getattr(diffusers, config.get("_class_name", ""), None)
+    return None if cls is None or "quantization_config" in config else (cls, config)
+
+
 def _is_known(entry: Any) -> bool:
     """Return whether an entry of a pipeline's index, (library, class), is a known model."""
     known = {name.rpartition(".")[2] for name in MODELS}
@@ -110,14 +133,26 @@ def _is_known(entry: Any) -> bool:
 def architecture(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Return a model without weights, on the meta device, for transforming and reporting.
 
+    Of a saved model only the configuration is read, unless its weights are quantised: then
+    `load_model` loads it.
+
     Args:
-        name: one of `RANDOM`, such as ``"sdxl"``.
-        dtype: of its parameters, which sizes the bytes that a run keeps.
+        name: as `load_model` takes it.
+        dtype: of its parameters, except those that its class keeps in float32.
+
+    Raises:
+        ModelError: when there is neither a pipeline nor a model under that name.
     """
-    cls, config = model_class(name)
+    found = model_class(name) if name in RANDOM else _saved_class(name)
+    if found is None:
+        return load_model(name, dtype=dtype)
+    cls, config = found
     with torch.device("meta"):
-        model: nn.Module = cls(**config)
-    nn.Module.to(model, dtype)  # not diffusers' own, whose advice is for pretrained weights
+        model: nn.Module = cls.from_config(config)
+    in_float32 = {*(cls._keep_in_fp32_modules or ())}  # as from_pretrained leaves them
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point() and in_float32.isdisjoint(name.split(".")):
+            tensor.data = tensor.data.to(dtype)
     return model
 
 

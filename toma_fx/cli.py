@@ -14,7 +14,7 @@ from pathlib import Path
 import toma_fx
 from toma_fx.app.command import add_app
 from toma_fx.bench.cli import add_bench
-from toma_fx.choices import DTYPE_NAMES, PROMPT
+from toma_fx.choices import DTYPE_NAMES, MODEL_NAMES, PROMPT
 from toma_fx.errors import ConfigError, TomaError
 from toma_fx.lab.cli import add_commands
 from toma_fx.parser import Parser
@@ -119,6 +119,10 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
 
 
 def _demo(options: argparse.Namespace) -> None:
+    from toma_fx.hub import check_name
+
+    if options.model is not None:
+        check_name(options.model, MODEL_NAMES)
     given = given_in(options)
     config_of(given)  # before loading, which can take minutes
     from toma_fx.demo import demo
@@ -129,20 +133,20 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
+    from toma_fx.hub import check_name
+
+    check_name(options.model, MODEL_NAMES)
     given = given_in(options)
     if options.speedup is not None and {"ratio", "calibration"} & given.keys():
         raise ConfigError(
             f"speedup={options.speedup:g} chooses the ratio; leave --ratio and --calibration out"
         )
     config = config_of(given)  # before loading, which can take minutes
-    from toma_fx.checkpoints import DTYPES, RANDOM, architecture, load_model
+    from toma_fx.checkpoints import DTYPES, architecture
 
     hush_libraries()
     with progress(f"load {options.model}"):
-        if options.model in RANDOM:
-            model = architecture(options.model, DTYPES[options.dtype])
-        else:
-            model = load_model(options.model, dtype=DTYPES[options.dtype])
+        model = architecture(options.model, DTYPES[options.dtype])
     with progress("count arithmetic"):
         transformed = toma_fx.transform(model, config, speedup=options.speedup)
         names = ("height", "width", "frames", "batch", "steps")

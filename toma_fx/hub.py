@@ -14,6 +14,26 @@ PATIENCE = 4.0
 """Seconds that the hub may take for a first answer."""
 
 
+def check_name(name: str, known: Iterable[str] = ()) -> None:
+    """Refuse a name that no model can have. This takes no time, and asks no hub.
+
+    Args:
+        name: a folder, ``owner/name`` on the hub, or one of ``known``.
+        known: other names that are taken here, one of which could have been meant.
+
+    Raises:
+        ModelError: when it is none of the three.
+    """
+    known = tuple(known)
+    if name in known or Path(name).is_dir():
+        return
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
+        raise ModelError(
+            f"no model could be loaded from {name!r}: there is no such folder, and names on the "
+            f"hub are OWNER/NAME{did_you_mean(name, known)}"
+        )
+
+
 def find(name: str, known: Iterable[str] = ()) -> dict[str, Any]:
     """Look for a model, and say how ``from_pretrained`` shall be called.
 
@@ -31,14 +51,9 @@ def find(name: str, known: Iterable[str] = ()) -> dict[str, Any]:
         ModelError: when there is no such folder and the name is none of a hub, or the hub cannot be
             reached and nothing of the model is on this machine.
     """
+    check_name(name, known)
     if Path(name).is_dir():
         return {"local_files_only": True}
-    meant = did_you_mean(name, known)
-    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
-        raise ModelError(
-            f"no model could be loaded from {name!r}: there is no such folder, and names on the "
-            f"hub are OWNER/NAME{meant}"
-        )
     from huggingface_hub import constants, try_to_load_from_cache
 
     if constants.HF_HUB_OFFLINE:
@@ -52,7 +67,7 @@ def find(name: str, known: Iterable[str] = ()) -> dict[str, Any]:
         return {"local_files_only": True}
     raise ModelError(
         f"no model could be loaded from {name!r}: there is no such folder, nothing of it was "
-        f"loaded before, and {why}{meant}"
+        f"loaded before, and {why}{did_you_mean(name, known)}"
     )
 
 

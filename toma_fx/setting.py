@@ -11,7 +11,7 @@ Several values of one name are parted by ``+``.
 """
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -127,6 +127,26 @@ def add_setting(parser: argparse.ArgumentParser, *, leave_out: tuple[str, ...] =
         else:
             how |= {"type": _typed(name), "metavar": option.shown}
         group.add_argument(flag, dest=name, **how)
+
+
+def add_variants(
+    parser: argparse.ArgumentParser, default: Sequence[str], *, more: str = ""
+) -> None:
+    """Add ``--variant``, which takes settings in the short form.
+
+    Args:
+        parser: of a command that compares settings.
+        default: the settings to compare when none are given.
+        more: help on further words that the command takes.
+    """
+    parser.add_argument(
+        "--variant",
+        nargs="+",
+        default=[*default],
+        metavar="SETTING",
+        help="one or more, such as toma:region=stripe placement=keys,skip= calibrated.json: "
+        f"presets and options of toma-fx report{more} ({' '.join(default)})",
+    )
 
 
 def given_in(options: argparse.Namespace) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Rows of figures as a table for people; what benchmarks and evaluations print."""
+"""Rows of figures as a table for people, which benchmarks and evaluations print."""
 
 import re
 import textwrap
@@ -12,6 +12,8 @@ WIDTH = 80
 """Columns of a screen."""
 PADDING = 2
 """Columns by which tabulate makes a header wider than it is."""
+PATH = re.compile(r"[a-z]\w*(\.\w+)*\.(\d+(-\d+)?|\*)")
+"""The path of a block, of consecutive blocks, or of all blocks of a list."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,9 @@ class Table:
 
 
 def fitted(headers: Sequence[str], rows: Sequence[Sequence[Any]], width: int | None = WIDTH) -> str:
-    """A table for a screen: cells are broken into lines where it would be too wide.
+    """A table for a screen: where it would be too wide, cells are broken into lines.
+
+    The path of a block is abbreviated instead.
 
     Args:
         headers: of the columns.
@@ -110,10 +114,31 @@ def _whole(pieces: Sequence[str]) -> int:
 
 
 def _longest(pieces: Sequence[str]) -> int:
+    if PATH.fullmatch(text := "".join(pieces)):
+        return len(_abbreviated(text, 0))
     return max((len(piece.rstrip()) for piece in pieces), default=0)
 
 
+def _abbreviated(path: str, width: int) -> str:
+    """A block's path with stars for its longest words after the first one, until it fits.
+
+    A star matches a word as in the patterns of `toma_fx.MergeConfig.skip`.
+
+    >>> _abbreviated("down_blocks.1.attentions.0.transformer_blocks.0-1", 24)
+    'down_blocks.1.*.0.*.0-1'
+    """
+    first, *rest = path.split(".")
+    for word in sorted((each for each in rest if each[0].isalpha()), key=len, reverse=True):
+        if len(path) <= width:
+            break
+        rest[rest.index(word)] = "*"
+        path = ".".join([first, *rest])
+    return path
+
+
 def _filled(pieces: Sequence[str], width: int) -> str:
+    if PATH.fullmatch(text := "".join(pieces)):
+        return _abbreviated(text, width)
     lines = [""]
     for piece in pieces:
         if lines[-1] and len((lines[-1] + piece).rstrip()) > width:

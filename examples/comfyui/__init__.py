@@ -5,7 +5,7 @@ into ComfyUI's Python. Nothing here imports ComfyUI, so the nodes also run witho
 
 A ``MODEL`` of ComfyUI holds its own implementation of a UNet or of Flux, not a diffusers module,
 and toma_fx rewrites diffusers modules. These nodes therefore have a type of their own,
-``DIFFUSERS_PIPELINE``, which no ``MODEL`` can be plugged into; what goes out is an ordinary
+``DIFFUSERS_PIPELINE``, which no ``MODEL`` can be plugged into. Their output is an ordinary
 ``IMAGE``.
 """
 
@@ -74,8 +74,8 @@ class MergeTokens:
     def merge(
         self, pipeline: Any, ratio: float, preset: str, compile_blocks: bool
     ) -> tuple[Any, str]:
-        """A pipeline that shares all but the denoising model, and what was merged."""
-        # ComfyUI keeps a node's outputs: what the loader gave must stay as it was.
+        """A pipeline that shares all but the denoising model, and the report of the merging."""
+        # ComfyUI keeps a node's outputs, so the loader's pipeline must stay as it was.
         pipe = copy.copy(pipeline)
         toma_fx.transform(pipe, toma_fx.MergeConfig.preset(preset, ratio=ratio))
         report = str(toma_fx.report(pipe))

@@ -1,9 +1,9 @@
-"""ToDo as a rival for ``toma-fx eval --rival``: keys and values from a coarser grid of tokens.
+"""ToDo as a rival for ``benchmarks.study``: keys and values from a coarser grid of tokens.
 
 *ToDo: Token Downsampling for Efficient Generation of High-Resolution Images* (Smith, Saxena and
 Saha, 2024, arXiv 2402.13573). In self-attention every token asks, but only the tokens of a smaller
-grid answer, picked by nearest neighbour; nothing has to be unmerged. What else a block computes
-stays as it is, so much less can be saved than by merging whole blocks.
+grid answer, picked by nearest neighbour; nothing has to be unmerged. The rest of a block stays as
+it is, so much less can be saved than by merging whole blocks.
 
 A factor of 2 a side, the paper's, is ``ratio`` 0.75; other ratios give factors between. Every
 self-attention of the UNet is treated alike here, as the other contenders do, while the paper
@@ -37,7 +37,7 @@ class DownsampledKeys:
         self.latent_size = latent_size
 
     def __call__(self, attn: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """As the other processor's, for self-attention without a mask."""
+        """Call the other processor; self-attention without a mask sees fewer keys and values."""
         kwargs["encoder_hidden_states"] = self._fewer(hidden_states)
         return self.processor(attn, hidden_states, *args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""ToFu as a rival for ``toma-fx eval --rival``: prune in early blocks, merge by norm in later ones.
+"""ToFu as a rival for ``benchmarks.study``: prune in early blocks, merge by norm in later ones.
 
 *Token Fusion: Bridging the Gap between Token Pruning and Token Merging* (Kim et al., 2023,
 arXiv 2312.01026). Tokens are matched in two sets, as in ToMe for Stable Diffusion: one token of
@@ -34,7 +34,7 @@ PRUNING = 0.5
 
 @dataclass(frozen=True)
 class Fusion:
-    """Which tokens are kept, and where the others go."""
+    """The tokens that are kept, and the places of the others among them."""
 
     kept: Tensor
     """``(B, K)`` tokens that stay."""
@@ -43,7 +43,7 @@ class Fusion:
     prune: bool
 
     def fuse(self, tokens_BND: Tensor) -> Tensor:
-        """``(B, N, D)`` to ``(B, K, D)``."""
+        """Fuse tokens ``(B, N, D)`` to ``(B, K, D)``."""
         width = tokens_BND.shape[-1]
         kept_BKD = tokens_BND.gather(1, self.kept[:, :, None].expand(-1, -1, width))
         if self.prune:
@@ -57,7 +57,7 @@ class Fusion:
         return F.normalize(sums, dim=-1) * longest[..., None]
 
     def spread(self, fused_BKD: Tensor) -> Tensor:
-        """``(B, K, D)`` to ``(B, N, D)``: every token takes what it was fused into."""
+        """Spread ``(B, K, D)`` to ``(B, N, D)``: a token takes the one that it was fused into."""
         return fused_BKD.gather(1, self.place[:, :, None].expand(-1, -1, fused_BKD.shape[-1]))
 
 

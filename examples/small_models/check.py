@@ -1,4 +1,4 @@
-"""Whether prompts decide what a small pipeline draws: a judge looks at its pictures.
+"""A judge looks at the pictures of a small pipeline: do the prompts decide them?
 
     python -m examples.small_models.check examples/small_models/sdxl --sheet sheet.png
 
@@ -42,7 +42,7 @@ CALL: dict[str, dict[str, Any]] = {
         "max_sequence_length": PROMPT_TOKENS,
     },
 }
-"""How each pipeline is called to give its best pictures, besides the size."""
+"""Arguments with which each pipeline gives its best pictures, besides the size."""
 
 UNSEEN = 20_000_000  # scenes from this index on were neither trained nor judged on
 
@@ -122,12 +122,12 @@ def clip_sheet(drawn: npt.NDArray[np.uint8], captions: list[str]) -> Image.Image
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Judge one pipeline, and draw some of what it draws."""
+    """Judge one pipeline, and save some of its pictures."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="a trained pipeline")
-    parser.add_argument("--count", type=int, default=64, help="prompts of each sort")
+    parser.add_argument("--count", type=int, default=64, help="number of prompts of each sort")
     parser.add_argument("--sheet", type=Path, help="where to put a contact sheet (PNG)")
     options = parser.parse_args(arguments)
     pipe = DiffusionPipeline.from_pretrained(options.folder)

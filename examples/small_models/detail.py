@@ -19,7 +19,7 @@ def fractal(
     """Noise with detail at several scales, of mean 0 and standard deviation 1.
 
     Args:
-        generator: Decides it.
+        generator: Decides the values.
         size: Pixels along a side of the result, ``(size, size)``.
         grids: Random values along a side, from the coarsest scale to the finest. Each scale has a
             little more than half of the amplitude of the one before it.
@@ -66,7 +66,7 @@ def add_mountains(
         y: Height of each pixel, from the top.
         horizon: Where the ground begins.
         haze: Colour of the sky at the horizon, which far ridges take on.
-        generator: Decides it.
+        generator: Decides the values.
     """
     size, steepness = len(picture), len(picture) / 128
     for distance in (0.65, 0.3)[: int(generator.integers(0, 3))]:

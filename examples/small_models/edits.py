@@ -28,14 +28,14 @@ Picture = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Version:
-    """A scene, or what is left of it."""
+    """A scene, or the things that are left of it."""
 
     scene: Scene
     without: Thing | None = None
 
     @property
     def caption(self) -> str:
-        """In words; of two things, the one that is there is the only one."""
+        """The version in words; a thing that is not there is not named."""
         first, second = self.scene.first, self.scene.second
         if self.without is None or second is None:
             return caption(self.scene)
@@ -54,12 +54,12 @@ class Edit:
 
     @property
     def prompt(self) -> str:
-        """What the model is told."""
+        """The prompt of the edit: the caption of the picture afterwards."""
         return self.after.caption
 
 
 def edit_of(index: int) -> Edit:
-    """The edit of an index: of two things any may change, of others the colour."""
+    """The edit of an index. A scene of two things may change in any way, others in colour alone."""
     generator = np.random.default_rng((index, 77))
     scene = scene_of(index)
     whole = Version(scene=scene)

@@ -33,7 +33,7 @@ Drawn = npt.NDArray[np.uint8]
 TRUE_PICTURES = 400
 """Number of true pictures that Frechet's distance compares with."""
 FIRST_TRUE = 50_000_000
-"""Index of the first of them; no training saw it."""
+"""Index of the first true picture; no training saw it."""
 
 QUESTIONS: dict[str, tuple[tuple[str, ...], Callable[[Scene], str]]] = {
     "layout": (tuple(pictures.LAYOUTS), lambda scene: scene.layout),
@@ -47,7 +47,7 @@ QUESTIONS: dict[str, tuple[tuple[str, ...], Callable[[Scene], str]]] = {
     "ground": (tuple(pictures.GROUNDS), lambda scene: scene.ground),
     "sky": (tuple(pictures.SKIES), lambda scene: scene.sky),
 }
-"""What is asked of a picture: the possible answers, and the right one, or "" for none."""
+"""Questions about a picture: the possible answers, and a function to the right one or ""."""
 SPOILED = 3
 """Degrees of softness, and of noise, that the judge tells apart in training."""
 FEATURES = 128
@@ -111,7 +111,7 @@ def load_judge(weights: Path = WEIGHTS) -> Judge:
 
 @torch.no_grad()
 def hits(judge: Judge, drawn: Drawn, scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
-    """Which questions are answered rightly, and which are asked: ``(scenes, questions)`` each."""
+    """Masks of the right answers and of the asked questions: ``(scenes, questions)`` each."""
     right = right_answers(scenes)
     logits = [judge(pixels)[: len(QUESTIONS)] for pixels in _pixels(drawn)]
     answers = torch.cat([torch.stack([one.argmax(1) for one in some], 1) for some in logits])
@@ -119,7 +119,7 @@ def hits(judge: Judge, drawn: Drawn, scenes: Sequence[Scene]) -> tuple[Tensor, T
 
 
 def shares(judge: Judge, drawn: Drawn, scenes: Sequence[Scene]) -> npt.NDArray[np.float64]:
-    """Of each picture, the share of questions that the judge answers rightly: ``(scenes,)``."""
+    """The share of questions that the judge answers rightly, for each picture: ``(scenes,)``."""
     hit, asked = hits(judge, drawn, scenes)
     return ((hit & asked).sum(1) / asked.sum(1)).double().numpy()
 

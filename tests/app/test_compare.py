@@ -1,4 +1,4 @@
-"""What the page shows is what the two pipelines draw, whoever asks at the same time."""
+"""The page shows the images of the two pipelines, even if several sessions ask at the same time."""
 
 import math
 import threading

@@ -1,4 +1,4 @@
-"""``toma-fx bench`` from end to end, on models of a test."""
+"""``toma-fx bench`` from end to end, on models of test size."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Ratios, shares and the rows of everyone who is compared."""
+"""Ratios, shares and rows of all contenders."""
 
 from typing import Any
 

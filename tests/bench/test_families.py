@@ -1,4 +1,4 @@
-"""``toma-fx bench`` on every family whose models have random weights, as small as a test's."""
+"""``toma-fx bench`` on every family whose models have random weights, at test size."""
 
 from collections import Counter
 from typing import Any

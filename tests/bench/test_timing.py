@@ -1,4 +1,4 @@
-"""How calls are timed, and what their memory is taken to be."""
+"""Times and peak memory of calls."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""What is seen is what the model's own blocks select from."""
+"""Captured tokens are those that the model's own blocks select from."""
 
 from typing import Any
 

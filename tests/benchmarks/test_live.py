@@ -1,4 +1,4 @@
-"""Peak memory from shapes: what torch's profiler sees of a call, and merging at real sizes."""
+"""Peak memory from shapes: compared with torch's profiler, and with merging at real sizes."""
 
 import functools
 from collections.abc import Iterator

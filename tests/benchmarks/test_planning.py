@@ -1,4 +1,4 @@
-"""The plans that a call makes, and what they take beside it."""
+"""The plans that a call makes, and their share of its time."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Rivals are timed beside ours, or say why not."""
+"""Rivals are timed beside our models, or the table says why not."""
 
 from typing import Any
 

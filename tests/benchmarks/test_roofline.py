@@ -1,4 +1,4 @@
-"""What operators need, against counts of operators that were run."""
+"""The least that operators need, against counts of operators that ran."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Additions beside merging: they act, they leave the others alone, or they say why not."""
+"""Additions beside merging: they act and leave the others alone, or the table says why not."""
 
 from typing import Any
 

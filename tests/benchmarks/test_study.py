@@ -1,4 +1,4 @@
-"""Studies: every row is something that can be run, and the table says what was measured."""
+"""Studies: every row can be run, and the table names its setting."""
 
 import csv
 from contextlib import nullcontext

@@ -1,4 +1,4 @@
-"""What every check of a transformed model starts from."""
+"""The base class of every check of a transformed model."""
 
 from pathlib import Path
 from typing import Any, ClassVar

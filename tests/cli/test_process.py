@@ -1,4 +1,4 @@
-"""What a process does when it is ended, when nobody reads, and when the hub cannot be reached."""
+"""A process that is interrupted, that has no reader, or that cannot reach the hub."""
 
 import os
 import signal

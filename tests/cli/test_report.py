@@ -1,12 +1,24 @@
 """``toma-fx report``: all of transform's options, for people and for programs."""
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from diffusers import TorchAoConfig, UNet2DConditionModel
+from torchao.quantization import Int8Tensor, Int8WeightOnlyConfig
 
+import toma_fx
+from tests.tiny_families import tiny_wan
+from toma_fx import checkpoints
 from toma_fx.cli import main
+from toma_fx.setting import config_of
+
+ROOT = Path(__file__).parents[2]
 
 
 def report(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -50,9 +62,61 @@ def test_it_takes_what_transform_takes(flux: Path, capsys: pytest.CaptureFixture
     assert chosen["asked"] == 1.2 and 0 < chosen["config"]["ratio"] < 1
 
 
+def saved_wan(folder: Path) -> Path:
+    tiny_wan().save_pretrained(folder)  # some of whose weights stay in float32
+    return folder
+
+
+@pytest.mark.parametrize("name", ["sdxl", "flux", "wan"])
+def test_a_configuration_says_as_much_as_the_weights(
+    name: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folder = saved_wan(tmp_path) if name == "wan" else request.getfixturevalue(name)
+    options = config_of({"skip": (), "memory": 2})
+    loaded, outlined = (
+        toma_fx.report(toma_fx.transform(model, options), height=256).as_dict()
+        for model in (
+            checkpoints.load_model(str(folder), dtype=torch.bfloat16),
+            checkpoints.architecture(str(folder), torch.bfloat16),
+        )
+    )
+    assert outlined == loaded
+    assert loaded["kept_bytes"] > 0
+
+
+def test_no_weights_are_read(tmp_path: Path, sdxl: Path) -> None:
+    """So that of a model on the hub only the configuration is loaded."""
+    shutil.copytree(sdxl, tmp_path, dirs_exist_ok=True)
+    for weights in tmp_path.rglob("*.safetensors"):
+        weights.unlink()
+    assert main(["report", str(tmp_path), "--height", "256"]) == 0
+
+
+def test_quantised_weights_are_loaded(sdxl: Path, tmp_path: Path) -> None:
+    """The configuration alone would make layers of other classes."""
+    how = TorchAoConfig(Int8WeightOnlyConfig())
+    unet = UNet2DConditionModel.from_pretrained(sdxl / "unet", quantization_config=how)
+    unet.save_pretrained(tmp_path, safe_serialization=False)
+    model = checkpoints.architecture(str(tmp_path), torch.float32)
+    assert any(isinstance(parameter, Int8Tensor) for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"), [("report sdlx", "sdxl"), ("bench model flx", "flux"), ("eval sdxl", "")]
+)
+def test_a_name_that_is_none_is_refused_before_torch_is_loaded(words: str, meant: str) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "toma_fx", *words.split()]
+    command += ["--out", "unused"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "toma_fx.hub" in loaded and "torch" not in loaded
+    assert "there is no such folder" in done.stderr
+    assert not meant or f"did you mean {meant}?" in done.stderr
+
+
 def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     for words, said in (
-        (["sdlx"], "did you mean sdxl?"),
         (["flux", "--ratio", "1.5"], "ratio=1.5 must be a number in [0, 1)"),
         (["sdxl", "--speedup", "2", "--ratio", "0.5"], "speedup=2 chooses the ratio"),
         (["sdxl", "--calibration", "none.json"], "there is no such file"),

@@ -1,7 +1,7 @@
 """Merging once around blocks, written a second time: one sample, one list of indices at a time.
 
 Diffusers' own model runs in raster order, with its own blocks. A block in which tokens merge runs
-sample by sample on merged tokens; what else has a row for each token is picked by plain indexing.
+sample by sample on merged tokens; plain indexing picks the rows of all else that belongs to tokens.
 
 Shapes: B batch, N image tokens, M those that are left, D width, P text tokens.
 """

@@ -1,4 +1,4 @@
-"""Small models of images, and what is checked of the published ones."""
+"""Small models of images, and checks of the published ones."""
 
 from typing import Any
 

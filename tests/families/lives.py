@@ -1,4 +1,4 @@
-"""The families whose life is tested: a small model of each, a call of it, and what it is like.
+"""The families whose life is tested: a small model of each, a call of it, and its properties.
 
 The names are those of the tables of small models, one for each kind of border and of block. A
 family that `toma_fx.transform` does not know has no rows here until it does.

@@ -1,4 +1,4 @@
-"""What the tables of small and of published models say of each."""
+"""The types of the rows in the tables of small and of published models."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""What two processes draw that share one model of a family, split by context parallelism."""
+"""Two processes draw with one model of a family, split by context parallelism."""
 
 from typing import Any
 

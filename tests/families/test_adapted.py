@@ -1,4 +1,4 @@
-"""LoRA, controls, caches and what others put into transformed models of the newer families."""
+"""LoRA, controls, caches and other people's code in transformed models of the newer families."""
 
 import contextlib
 import warnings

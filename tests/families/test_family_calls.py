@@ -1,4 +1,4 @@
-"""How the newer families are called: their made-up calls fit diffusers' own models."""
+"""Made-up calls of the newer families fit diffusers' own models."""
 
 from collections.abc import Callable, Mapping
 from importlib import import_module

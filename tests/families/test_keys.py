@@ -1,4 +1,4 @@
-"""Keys and values alone merged, in every family: against plain PyTorch, and what is refused."""
+"""Keys and values alone merged, in every family: against plain PyTorch, and refusals."""
 
 import copy
 import functools

@@ -1,4 +1,4 @@
-"""What users do with a transformed model of each newer family, and that it does it."""
+"""Users' operations on a transformed model of each newer family."""
 
 import copy
 import pickle

@@ -1,4 +1,4 @@
-"""Small models of videos, and what is checked of the published ones."""
+"""Small models of videos, and checks of the published ones."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Calibration: what it draws, what it chooses, and what it refuses."""
+"""Calibration: its images, its choices and its refusals."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""Calibrations in folders and on the hub: what is read, what is refused, and how it says so."""
+"""Calibrations in folders and on the hub: reading, refusals and their messages."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What each variant costs at a ratio, and that its change does not outlast it."""
+"""The cost of each variant at a ratio; its change of the pipeline ends with it."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Files are whole, know how long they took, and are not mixed."""
+"""Files are whole, hold their seconds, and are not mixed."""
 
 from contextlib import nullcontext
 from dataclasses import replace

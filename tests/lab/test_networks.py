@@ -1,4 +1,4 @@
-"""Networks from folders, and reasons where there is none."""
+"""Networks from folders, and the reason where one is missing."""
 
 from importlib.util import find_spec
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Prompt files, and clear words for what is none."""
+"""Prompt files, and clear errors for other files."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Each measure lands in its column, and what is missing says why."""
+"""Each measure lands in its column, and a missing one gives its reason."""
 
 from pathlib import Path
 

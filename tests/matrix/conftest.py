@@ -1,4 +1,4 @@
-"""Runs the rows of the matrix and gathers what came of them."""
+"""Runs the rows of the matrix and gathers their outcomes."""
 
 from collections.abc import Iterator
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The matrix: what users of diffusers do, each with real pipelines, in every mode that they run.
+"""The matrix: uses of diffusers, each with real pipelines, in every mode that they run.
 
 A row is an ordinary test. `row` runs it once for each family and mode, a cell of the table, and the
 test gets the `Cell` as its argument. The newer families have a line each, whose cells are uses::

@@ -1,4 +1,4 @@
-"""What the rows of the matrix draw, and what an image with merged tokens must be."""
+"""The images that the rows of the matrix draw, and the checks of images with merged tokens."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

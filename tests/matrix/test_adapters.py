@@ -1,4 +1,4 @@
-"""Rows: what is loaded into a pipeline beside its model."""
+"""Rows: adapters that are loaded into a pipeline beside its model."""
 
 import copy
 from inspect import signature

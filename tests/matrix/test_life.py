@@ -1,4 +1,4 @@
-"""Rows: what happens to a model besides drawing images."""
+"""Rows: a model's life besides drawing images."""
 
 import copy
 import os

@@ -1,4 +1,4 @@
-"""Rows: what makes a model smaller, or computes the same in another way."""
+"""Rows: ways to make a model smaller, or to compute the same differently."""
 
 import copy
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The table says what came of the rows, and docs/limits.md says what the table says."""
+"""The table agrees with the rows' outcomes, and docs/limits.md with the table."""
 
 import re
 from pathlib import Path

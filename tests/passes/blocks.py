@@ -1,4 +1,4 @@
-"""Blocks of tiny real models, inputs that suit them, and what tests of passes look at."""
+"""Blocks of tiny real models, inputs that suit them, and the helpers of the passes' tests."""
 
 import copy
 import functools

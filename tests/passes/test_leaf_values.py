@@ -1,4 +1,4 @@
-"""What a submodule returns: its shape and type, found without its weights."""
+"""Shape and type of a submodule's output, found without its weights."""
 
 import re
 from typing import Any

@@ -1,4 +1,4 @@
-"""Which parts of a block serve the wanted components, and where they are in its graph."""
+"""The parts of a block that serve the wanted components, and their places in its graph."""
 
 from typing import Any
 

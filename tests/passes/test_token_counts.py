@@ -1,4 +1,4 @@
-"""Which sizes in a captured graph are numbers of tokens, and become fewer."""
+"""The sizes in a captured graph that are numbers of tokens, and become smaller."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Where the GPU kernels run, what they compile to, and, through `kernel_cases`, what they pick."""
+"""The GPU kernels: their devices, their compiled code and, through `kernel_cases`, their picks."""
 
 import os
 import re

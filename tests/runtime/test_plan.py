@@ -1,4 +1,4 @@
-"""How plans and attention kwargs travel from block to block."""
+"""Plans and attention kwargs travel from block to block."""
 
 import math
 import re

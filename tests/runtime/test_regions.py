@@ -1,4 +1,4 @@
-"""How grids are cut: counts of regions and destinations, and tokens in and out of their places."""
+"""Grids cut into regions: their counts, their destinations, and the places of their tokens."""
 
 import itertools
 import random

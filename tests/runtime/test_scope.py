@@ -1,4 +1,4 @@
-"""The scope of a thread: where blocks share a plan that no dictionary of kwargs reaches."""
+"""The scope of a thread, in which blocks share a plan that no dictionary of kwargs reaches."""
 
 import re
 from collections.abc import Iterator
@@ -141,3 +141,20 @@ def test_compiled_code_serves_every_thread() -> None:
         assert torch.equal(bound(tokens), 4 * tokens)
         assert torch.equal(in_thread(lambda each=bound: each(tokens)), 4 * tokens)
     assert frames.frame_count == 2
+
+
+def test_code_that_enters_a_scope_is_compiled_once_in_a_thread_that_never_did() -> None:
+    frames = CompileCounter()
+
+    def model(tokens: Tensor) -> Tensor:
+        before = plan.enter(None)
+        try:
+            return tokens * plan.unmerged_tokens(None)
+        finally:
+            plan.enter(before)
+
+    compiled = torch.compile(model, backend=frames, fullgraph=True)
+    tokens = torch.ones(2, 3)
+    for outputs in (in_thread(lambda: [compiled(tokens), compiled(tokens)]), [compiled(tokens)]):
+        assert all(torch.equal(output, 0 * tokens) for output in outputs)
+    assert frames.frame_count == 1

@@ -1,4 +1,4 @@
-"""Destinations: facility location against its definition, and what holds for every selector."""
+"""Destinations: facility location against its definition, and properties of every selector."""
 
 import itertools
 import math

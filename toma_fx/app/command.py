@@ -10,7 +10,7 @@ from toma_fx.errors import ConfigError
 from toma_fx.quiet import hush_libraries
 
 SMALL = ("sdxl", "flux")
-"""The repository's own pipelines, the first of which the page shows first."""
+"""The repository's own pipelines, in the order of the page's list."""
 
 
 def add_app(commands: Any) -> None:
@@ -26,16 +26,24 @@ def add_app(commands: Any) -> None:
         metavar="NAME",
         help="folders or hub names of diffusers pipelines (the repository's small SDXL and Flux)",
     )
-    add("--dtype", choices=DTYPE_NAMES, help="(bfloat16 on a GPU, float32 without one)")
+    add(
+        "--dtype",
+        choices=DTYPE_NAMES,
+        help="dtype of the weights (bfloat16 on a GPU, float32 without one)",
+    )
     add("--host", default="127.0.0.1", help="address to listen at (127.0.0.1: this machine alone)")
-    add("--port", type=int, help="(the first free one from 7860)")
+    add("--port", type=int, help="port to listen at (the first free one from 7860)")
     parser.set_defaults(run=_app)
 
 
 def _app(options: argparse.Namespace) -> None:
     if find_spec("gradio") is None:
         raise ConfigError("the app needs gradio, which is not here: pip install 'toma-fx[app]'")
+    from toma_fx.hub import check_name
+
     models = options.model or _small_models()
+    for each in models:
+        check_name(each)
     hush_libraries()
     from toma_fx.app.compare import Studio
     from toma_fx.app.page import CSS, THEME, build_page

@@ -1,6 +1,6 @@
-"""One image drawn by the untouched and by the transformed pipeline, and all that is told of both.
+"""One image, drawn by the untouched and by the transformed pipeline, with the figures of both.
 
-Any number of sessions may ask at the same time; one lock lets them draw one after the other, so
+Any number of sessions may ask at the same time. One lock lets them draw one after the other, so
 that no session sees the transformed model of another.
 """
 
@@ -32,20 +32,20 @@ from toma_fx.schedule import Memory
 from toma_fx.transform import model_of, while_transformed
 
 Tell = Callable[[str, float], None]
-"""Called with what is done now, in words, and the share of the work that is over, in [0, 1]."""
+"""A function that takes the current work in words, and the share that is done, in [0, 1]."""
 
 WARM_UP_STEPS = 2
 WAIT_SECONDS = 0.1
-"""Between two looks of a waiting session at whether it was cancelled."""
+"""A waiting session looks this often whether it was cancelled."""
 
 
 class CancelledError(Exception):
-    """The session that asked for a comparison took it back."""
+    """The session that asked for a comparison cancelled it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Wish:
-    """What a session asks for.
+    """The image and the settings that a session asks for.
 
     Raises:
         ConfigError: when a field holds a value that it cannot take, or the options do not combine.
@@ -56,11 +56,11 @@ class Wish:
     prompt: str
     seed: int = 0
     steps: int = 25
-    """Of denoising."""
+    """Denoising steps."""
     ratio: float = 0.5
     merge_below: float = 1.0
     memory: int = 0
-    """Steps from one full step to the next; 0 for none."""
+    """Steps from one full step to the next; 0 for no memory."""
     config: MergeConfig = field(init=False)
 
     def __post_init__(self) -> None:
@@ -74,7 +74,7 @@ class Wish:
         object.__setattr__(self, "config", config)
 
     def task(self, dtype: str) -> Task:
-        """The same for `toma_fx.lab.draw`, with what the small models' cards name."""
+        """The task for `toma_fx.lab.draw`, with the settings that a small model's card names."""
         prompts = (Prompt(text=self.prompt),)
         settings = own_settings(self.model)
         return Task(model=self.model, prompts=prompts, steps=self.steps, dtype=dtype, **settings)
@@ -82,13 +82,13 @@ class Wish:
 
 @dataclass(frozen=True, kw_only=True)
 class Untouched:
-    """The image of the untouched pipeline, which no ratio changes."""
+    """The image of the untouched pipeline; it is the same for every ratio."""
 
     of: tuple[str, str, int, int]
     """Model, prompt, seed and steps."""
     image: Image.Image
     seconds: float
-    """From prompt to pixels."""
+    """Seconds from prompt to pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,20 +100,20 @@ class Comparison:
     device: str
     untouched: Untouched
     reused: bool
-    """Whether the untouched image, and its time, are those of a comparison before this one."""
+    """Whether the untouched image and its time come from an earlier comparison."""
     merged: Image.Image
     seconds: float
-    """From prompt to pixels, of the merged image."""
+    """Seconds of the merged image, from prompt to pixels."""
     rewriting_seconds: float
-    """That `toma_fx.transform` took."""
+    """Seconds that `toma_fx.transform` took."""
     report: Report
     kept: Kept | None
     warned: tuple[str, ...]
-    """What toma_fx warned of."""
+    """The warnings of toma_fx."""
 
     @property
     def psnr(self) -> float:
-        """Of the merged image against the untouched one, in dB; infinite for equal images."""
+        """PSNR of the merged image against the untouched one, in dB; infinite for equal images."""
         return psnr(pixels(self.merged), pixels(self.untouched.image))
 
     def difference(self) -> NDArray[np.uint8]:
@@ -125,11 +125,11 @@ class Comparison:
 
 
 class Studio:
-    """The pipelines, each loaded when it is first asked for, and the lock around them.
+    """The pipelines, each loaded at its first use, and the lock around them.
 
     Args:
         models: folders or hub names of diffusers pipelines that draw images.
-        dtype: of the weights; bfloat16 on a GPU and float32 without one, when left out.
+        dtype: dtype of the weights; when left out, bfloat16 on a GPU and float32 without one.
 
     Raises:
         ConfigError: when there is no model.
@@ -151,17 +151,17 @@ class Studio:
         tell: Tell = lambda words, share: None,
         cancelled: threading.Event | None = None,
     ) -> Comparison:
-        """Draw the image of a wish untouched, then merged; the pipeline is untouched again then.
+        """Draw the image of a wish untouched, then merged, and leave the pipeline untouched.
 
         Args:
-            wish: what is drawn.
-            known: of an earlier comparison, used again where it is the same image.
-            tell: hears of every step, and of waiting for another session.
-            cancelled: ends it before the next step once it is set.
+            wish: the image and its settings.
+            known: an earlier untouched image, used again where it is the same image.
+            tell: is called at every step, and while another session draws.
+            cancelled: once set, it ends the drawing before the next step.
 
         Raises:
-            CancelledError: when it was cancelled.
-            TomaError: when the model or an option is not what it must be.
+            CancelledError: when the drawing was cancelled.
+            TomaError: when the model or an option cannot be used.
         """
         cancelled = threading.Event() if cancelled is None else cancelled
         if wish.model not in self.models:
@@ -205,7 +205,7 @@ class Studio:
                     f"{wish.model!r} draws videos, and the page compares images; give --model a "
                     "pipeline that draws images"
                 )
-            # The first calls of a process take longer, and would be told as times of the method.
+            # The first calls of a process take longer, and would count as times of the method.
             task = wish.task(self.dtype)
             draw(pipeline, task, task.prompts[0], 0, steps=WARM_UP_STEPS)
             with _transformed(pipeline, MergeConfig(ratio=0.5)):
@@ -216,7 +216,7 @@ class Studio:
 
 @contextmanager
 def _transformed(pipeline: Any, config: MergeConfig) -> Iterator[list[str]]:
-    """Transform a pipeline for a while; yields the list of what toma_fx warns of meanwhile."""
+    """Transform a pipeline within this context; yields the list of warnings of toma_fx in it."""
     said: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", TomaWarning)
@@ -232,7 +232,7 @@ def _transformed(pipeline: Any, config: MergeConfig) -> Iterator[list[str]]:
 
 
 class _Run:
-    """One comparison's work on the pipeline, told step by step."""
+    """The work of one comparison on the pipeline, reported step by step."""
 
     def __init__(
         self, pipeline: Any, wish: Wish, task: Task, tell: Tell, cancelled: threading.Event
@@ -242,10 +242,10 @@ class _Run:
         self.parts = 1
         """Images to draw."""
         self.done = 0
-        """Images that are drawn."""
+        """Images that have been drawn."""
 
     def draw(self, name: str, planned: Planned | None = None) -> dict[str, Any]:
-        """The next image, and the seconds that it took."""
+        """Draw the next image; returns it with its seconds."""
         steps = self.wish.steps
 
         def after_step(_: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -267,7 +267,7 @@ class _Run:
         return {"image": image, "seconds": seconds}
 
     def merged(self) -> dict[str, Any]:
-        """What a `Comparison` tells of the merged image."""
+        """Draw the merged image; returns the fields of a `Comparison` about it."""
         start = time.perf_counter()
         with _transformed(self.pipeline, self.wish.config) as warned:
             rewriting = time.perf_counter() - start

@@ -23,37 +23,37 @@ class Kept:
     """The tokens that one block kept, as its last plan chose them."""
 
     block: str
-    """Its path in the model."""
+    """Path of the block in the model."""
     step: int
-    """Of the denoising run, from 1."""
+    """Step of the denoising run, from 1."""
     grid: Grid
     merged: Merged
 
     def painted(self, image: Image.Image) -> Picture:
-        """The image with a dot on every kept token and a border around what merges into it."""
+        """The image with a dot on every kept token and a border around its cluster."""
         return paint_merged(image, self.merged, self.grid)
 
 
 @dataclass
 class Planned:
-    """What enters the blocks that make plans, at the last step at which each made one."""
+    """The tokens that enter the blocks that make plans, at the last step at which each made one."""
 
     config: MergeConfig
     step: int = 1
-    """The current one, from 1; whoever draws counts it."""
+    """The current step, from 1; the caller counts it."""
     seen: dict[str, tuple[int, Tensor, Tensor | None]] = field(default_factory=dict)
-    """By path of a block: the step, its tokens ``(N, D)``, and their order."""
+    """The step, the tokens ``(N, D)`` and their order, by the path of a block."""
 
     def kept(self, height: int, width: int) -> Kept | None:
-        """What the block with the finest grid kept, the last one of them in the model.
+        """The tokens that the block with the finest grid kept, the last such block in the model.
 
         Args:
-            height: of the image, in pixels.
-            width: of the image, in pixels.
+            height: height of the image in pixels.
+            width: width of the image in pixels.
 
         Returns:
-            None when no plan was made, or the tokens are no grid of the image's shape, as where a
-            block's sequence holds text too.
+            None when no plan was made, or the tokens are no grid of the image's shape, as in a
+            block whose sequence holds text too.
         """
         grids = {
             block: grid
@@ -76,13 +76,13 @@ class Planned:
 
 @contextmanager
 def planning(model: nn.Module) -> Iterator[Planned]:
-    """See the tokens that plans are made of, in every call of a transformed model.
+    """Record the tokens that plans are made from, in every call of a transformed model.
 
-    Of a batch, the last image's are seen: with guidance, those with the prompt. Of several calls in
-    one step the first is seen, which true guidance makes with the prompt.
+    In a batch, the last image counts: with guidance, the one with the prompt. When a step makes
+    several calls, the first counts, which true guidance makes with the prompt.
 
     Args:
-        model: transformed, not compiled.
+        model: a transformed model that is not compiled.
     """
     recipe = recipe_of_transformed(model)
     planned = Planned(config=recipe.config)

@@ -1,7 +1,7 @@
-"""The page: fields on the left, the two images and all that is told of them on the right.
+"""The page: fields on the left, the two images and their figures on the right.
 
-Gradio gives each browser tab a session. What a session may change lies in its own state, and its
-cancelling under its own name; the pipelines are shared, behind the lock of the `Studio`.
+Gradio gives each browser tab a session. Each session has a state of its own, and can cancel only
+its own drawing. All sessions share the pipelines, behind the lock of the `Studio`.
 """
 
 import html
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# Before the import, which would ask the network for a newer version.
+# This comes before the import, which would ask the network for a newer version.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 import gradio as gr
@@ -32,9 +32,9 @@ logger = logging.getLogger(__name__)
 TITLE = "toma_fx: one image, untouched and merged"
 MEMORIES = [("none", 0), ("every 2", 2), ("every 3", 3), ("every 4", 4)]
 PICTURE_PIXELS = 400
-"""About how high a picture is on the page."""
+"""Approximate height of a picture on the page."""
 KEPT_SECONDS = 3600
-"""After which images that a page showed are deleted from the disk."""
+"""Images that a page showed are deleted from the disk after this time."""
 
 # Gradio's own themes ask Google for their fonts, and explain fields in a grey that is hard to read.
 THEME = gr.themes.Default(
@@ -210,7 +210,7 @@ def _results() -> list[Any]:
 
 
 def _shown(made: Comparison) -> tuple[Any, ...]:
-    """New values of what `_results` lists."""
+    """New values of the outputs that `_results` lists."""
     rows = "".join(
         f"<tr><th scope='row'>{name}</th><td>{before}</td><td>{after}</td></tr>"
         for name, before, after in words.table(made)
@@ -239,7 +239,7 @@ def _enlarged(picture: NDArray[np.uint8]) -> Image.Image:
 
 
 def _only_said(text: str, *, problem: bool = False) -> tuple[Any, ...]:
-    """A sentence; everything else stays as it is."""
+    """Values that show one sentence and leave all other outputs as they are."""
     kind, role = ("problem", "alert") if problem else ("told", "status")
     said = f"<p class='{kind}' role='{role}'>{html.escape(text)}</p>"
     return (*(gr.skip() for _ in range(7)), said)

@@ -1,4 +1,4 @@
-"""What the page says of a comparison: a table, sentences, and the code that does the same."""
+"""The page's words about a comparison: a table, sentences, and the code that does the same."""
 
 import math
 from typing import Any
@@ -11,7 +11,7 @@ from toma_fx.runtime.plan import REMEMBER, UNTOUCHED
 
 
 def table(comparison: Comparison) -> list[tuple[str, str, str]]:
-    """Rows of a name, and what holds of the untouched and of the merged image."""
+    """Rows of three: a name, the figure of the untouched image, and that of the merged one."""
     report = comparison.report
     time = comparison.seconds / comparison.untouched.seconds
     return [
@@ -26,7 +26,7 @@ def table(comparison: Comparison) -> list[tuple[str, str, str]]:
 
 
 def sentences(comparison: Comparison) -> list[str]:
-    """What a person should know beside the table: how it was measured, and what did not merge."""
+    """Sentences below the table: how it was measured, and which blocks did not merge."""
     return [
         *(f"Warning: {each}" for each in comparison.warned),
         _of_time(comparison),
@@ -36,7 +36,7 @@ def sentences(comparison: Comparison) -> list[str]:
 
 
 def of_kept(comparison: Comparison) -> str:
-    """What is to be seen where kept tokens are drawn, or why none are."""
+    """The caption of the picture of kept tokens, or the reason why there is none."""
     kept = comparison.kept
     if kept is None:
         if not comparison.wish.config.merges:
@@ -51,7 +51,7 @@ def of_kept(comparison: Comparison) -> str:
 
 
 def of_difference(comparison: Comparison) -> str:
-    """What is to be seen where the difference is drawn."""
+    """The caption of the picture of the difference."""
     if math.isinf(comparison.psnr):
         return "Difference: none, both images are equal."
     return f"Difference of the images, {DIFFERENCE_GAIN} times as bright."

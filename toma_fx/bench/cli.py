@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from toma_fx.choices import DTYPE_NAMES
+from toma_fx.choices import DTYPE_NAMES, MODEL_NAMES
+from toma_fx.setting import add_variants
 
 KINDS = {
     "model": "Time one forward of a whole model.",
@@ -28,45 +29,59 @@ def add_bench(commands: Any, model_help: str) -> None:
         each.add_argument("model", help=model_help)
         add_timing(each)
         if kind == "image":
-            each.add_argument("--steps", type=int, default=4, metavar="N", help="of denoising (4)")
+            each.add_argument(
+                "--steps", type=int, default=4, metavar="N", help="denoising steps (4)"
+            )
         else:
             how: dict[str, Any] = {"type": int, "nargs": "+", "default": [None], "metavar": "N"}
-            each.add_argument("--frames", **how, help="of videos, one or more (the model's own)")
+            each.add_argument(
+                "--frames", **how, help="frames of a video, one or more numbers (the model's own)"
+            )
         each.set_defaults(run=_bench)
 
 
 def add_timing(parser: argparse.ArgumentParser) -> None:
-    """Add what is timed, and how; `toma_fx.bench.command.setting_of` reads it."""
+    """Add the options of timing; `toma_fx.bench.command.setting_of` reads them."""
     add = parser.add_argument
-    add("--ratio", type=float, nargs="+", default=[0.5], metavar="R", help="one or more (0.5)")
     add(
-        "--variant",
+        "--ratio",
+        type=float,
         nargs="+",
-        metavar="SETTING",
-        default=["lower_bound", "default"],
-        help="one or more, such as toma:region=stripe placement=keys,skip= calibrated.json: "
-        "presets and options of toma-fx report (lower_bound default)",
+        default=[0.5],
+        metavar="R",
+        help="share of tokens merged away, one or more (0.5)",
     )
+    add_variants(parser, ("lower_bound", "default"))
     add("--height", type=int, metavar="PIXELS", help="(the model's own)")
     add("--width", type=int, metavar="PIXELS", help="(like the height)")
-    add("--batch", type=int, nargs="+", default=[1], metavar="N", help="images, one or more (1)")
-    add("--dtype", choices=DTYPE_NAMES, default="bfloat16", help="of the weights (bfloat16)")
+    add(
+        "--batch",
+        type=int,
+        nargs="+",
+        default=[1],
+        metavar="N",
+        help="images of a call, one or more numbers (1)",
+    )
+    add("--dtype", choices=DTYPE_NAMES, default="bfloat16", help="dtype of the weights (bfloat16)")
     add(
         "--blocks",
         type=int,
         nargs="+",
         metavar="N",
-        help="of each list of blocks of random weights, or one number for all (all, or one where "
-        "they do not fit into memory)",
+        help="with random weights: blocks in each list, or one number for all lists (all blocks, "
+        "or one of each list where all do not fit into memory)",
     )
-    add("--repeats", type=int, default=3, metavar="N", help="counted calls of each (3)")
+    add("--repeats", type=int, default=3, metavar="N", help="counted calls of each contender (3)")
     add("--eager", action="store_true", help="do not compile")
-    add("--cpu-time", action="store_true", help="count CPU time, where others use the machine too")
+    add("--cpu-time", action="store_true", help="count CPU time, for a machine that others use too")
     add("--out", type=Path, metavar="DIR", help="folder for CSV, JSON and Markdown")
     add("--json", action="store_true", help="print one JSON object")
 
 
 def _bench(options: argparse.Namespace) -> None:
+    from toma_fx.hub import check_name
+
+    check_name(options.model, MODEL_NAMES)  # before torch is imported, which takes seconds
     from toma_fx.bench.command import run
 
     run(options)

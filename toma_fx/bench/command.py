@@ -1,4 +1,4 @@
-"""``toma-fx bench``: what its options run."""
+"""``toma-fx bench``: the code behind its options."""
 
 import argparse
 import itertools
@@ -24,7 +24,7 @@ from toma_fx.variants import Merging, check_ratios, parse_variant
 
 
 def run(options: argparse.Namespace) -> None:
-    """Time what the options of `toma_fx.bench.cli` say, print the tables and keep them.
+    """Time the models that the options of `toma_fx.bench.cli` name, print the tables, keep them.
 
     Raises:
         ConfigError: when options contradict one another.
@@ -50,10 +50,10 @@ def show(tables: Iterable[Table], options: argparse.Namespace) -> Record:
 
 
 def setting_of(options: argparse.Namespace, **changes: Any) -> Setting:
-    """What is timed, of the options of `toma_fx.bench.cli.add_timing`.
+    """The setting that the options of `toma_fx.bench.cli.add_timing` describe.
 
     Args:
-        options: the first of several batches counts.
+        options: parsed options; of several batch sizes, the first one counts.
         **changes: other fields of `Setting`.
 
     Raises:
@@ -104,7 +104,7 @@ def _tables(options: argparse.Namespace) -> Iterator[Table]:
         if options.kind == "image":
             with progress(f"load {each.model}"):
                 timed, distances = images(each)
-            # Distances are known once everyone drew, which is while the table is made.
+            # Distances are known once every contender drew, while the table is made.
             yield compare(timed, each, title=each.label, extra={"psnr": distances})
             continue
         level = {"block": blocks, "model": models}[options.kind]

@@ -30,7 +30,7 @@ LEGEND = (
     "of the bound's saving: the time saved, relative to that saved by the lower bound",
 )
 COMPILING = (
-    "compiling: what the first call took longer, with what torch's caches held; "
+    "compiling: the extra seconds of the first call, with what torch's caches held; "
     "benchmarks.cold_start times first calls with nothing cached"
 )
 
@@ -47,8 +47,8 @@ def compare(
     Args:
         timed: the contenders, the untouched ones first.
         setting: repeats and clock.
-        title: what stands before that of ``timed``.
-        extra: more keys of the rows, by contender and ratio, asked for when all have been called.
+        title: words before the title of ``timed``.
+        extra: returns more keys of the rows, by contender and ratio; it is called last.
     """
     timings = interleaved(timed.contenders, setting.repeats, clock=setting.clock)
     rows = rows_of(timed.contenders, timings)

@@ -1,4 +1,4 @@
-"""The models that are timed: the untouched one, and ours at each ratio. All share their weights."""
+"""The models to time: the untouched one, and ours at each ratio. All share their weights."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
@@ -20,26 +20,26 @@ from toma_fx.variants import UNTOUCHED, Merging, configs
 LOWER_BOUND = "lower_bound"
 EAGER, COMPILED = f"{UNTOUCHED}, eager", f"{UNTOUCHED}, compiled"
 BASELINES = (EAGER, COMPILED)
-"""The faster of the two is what others are compared with."""
+"""The others are compared with the faster of the two."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What is timed, whoever computes it."""
+    """Model, sizes and clock of a timing, for all contenders."""
 
     model: str = "sdxl"
-    """As `toma_fx.checkpoints.load_model` takes it."""
+    """A name that `toma_fx.checkpoints.load_model` takes."""
     blocks: tuple[int, ...] | None = None
     """Blocks of each list of a model with random weights, or one number for every list; all when
     left out, or one of each where all do not fit into memory."""
     overrides: Mapping[str, Any] = field(default_factory=dict)
-    """What else differs in the configuration of random weights."""
+    """Other changes of the configuration, for random weights."""
     height: int | None = None
-    """In pixels; the model's own when left out."""
+    """Height in pixels; the model's own when left out."""
     width: int | None = None
-    """In pixels; like the height when left out."""
+    """Width in pixels; like the height when left out."""
     frames: int | None = None
-    """Of a video; the model's own when left out."""
+    """Frames of a video; the model's own when left out."""
     batch: int = 1
     dtype: torch.dtype = torch.bfloat16
     ratios: tuple[float, ...] = (0.5,)
@@ -47,18 +47,18 @@ class Setting:
     repeats: int = 3
     compiled: bool = True
     steps: int = 4
-    """Of denoising, at the level of images."""
+    """Denoising steps, for whole images."""
     clock: Clock = WALL
-    """What seconds are: `WALL`, or `CPU` on a machine that others use too."""
+    """`WALL` time, or `CPU` time on a machine that others use too."""
 
     @property
     def device(self) -> str:
-        """The GPU when there is one."""
+        """The GPU if there is one, otherwise the CPU."""
         return "cuda" if torch.cuda.is_available() else "cpu"
 
     @property
     def label(self) -> str:
-        """In words, for the title of a table."""
+        """The setting in words, for the title of a table."""
         depth = "" if self.blocks is None else f", {self._depth}"
         high, wide = self.height, self.width or self.height
         size = "own size" if high is None else f"{high} x {wide} pixels"
@@ -77,7 +77,7 @@ class Setting:
 
     @property
     def changes(self) -> dict[str, Any]:
-        """What differs in the configuration of random weights.
+        """Changes of the configuration, for random weights.
 
         Raises:
             ConfigError: when the numbers of blocks do not fit the lists that a model has.
@@ -93,7 +93,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Entrant:
-    """A model that takes part."""
+    """A model that takes part, before it is called."""
 
     name: str
     model: nn.Module
@@ -101,15 +101,15 @@ class Entrant:
     compiled: bool = False
 
     def contender(self, run: Callable[[], object]) -> Contender:
-        """Its call."""
+        """The call of the model, to be timed."""
         return Contender(name=self.name, run=run, ratio=self.ratio, compiled=self.compiled)
 
 
 def load(setting: Setting) -> nn.Module:
-    """The untouched model.
+    """Load the untouched model.
 
     Raises:
-        ModelError: when there is none, or when random weights would not fit into memory.
+        ModelError: when there is no such model, or random weights would not fit into memory.
     """
     if setting.model in RANDOM and not _fits(setting):
         needed, there = _needed_memory(setting), _free_memory(setting.device)
@@ -124,7 +124,8 @@ def load(setting: Setting) -> nn.Module:
 def fitted(setting: Setting) -> Setting:
     """The setting, with one block of each list where not all fit into memory.
 
-    One of each has the sizes of all, and a plan of its own, which all of a list would share.
+    One block has the sizes of its whole list. It makes a plan of its own, which the whole list
+    would share.
     """
     if setting.model not in RANDOM or setting.blocks is not None or _fits(setting):
         return setting
@@ -163,7 +164,7 @@ def merged_configs(
 ) -> Iterator[tuple[str, float, MergeConfig]]:
     """Name, ratio and configuration of every merging variant at every ratio.
 
-    Unless ``scheduled``, every step makes its plan: where one call is timed, a schedule would hide
+    Unless ``scheduled``, every step makes its plan. When one call is timed, a schedule would hide
     planning or show all of it, depending on the call.
     """
     by_ratio = sorted(configs(setting.variants, setting.ratios), key=lambda each: each[1])
@@ -175,9 +176,9 @@ def entrants(model: nn.Module, setting: Setting, *, scheduled: bool = False) -> 
     """The untouched model and ours, ready to be called, compiled block by block where wanted.
 
     Args:
-        model: untouched; it stays so.
+        model: an untouched model, which stays untouched.
         setting: ratios, variants, and whether to compile.
-        scheduled: let schedules count.
+        scheduled: keep the schedules of the variants.
     """
     yield Entrant(EAGER, model)
     if setting.compiled:

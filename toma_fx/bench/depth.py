@@ -1,4 +1,4 @@
-"""Models with random weights and fewer blocks than the published one has."""
+"""Models with random weights and fewer blocks than the published models have."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -9,15 +9,15 @@ from toma_fx.errors import ConfigError
 
 
 def one_of_each(model: str) -> tuple[int, ...]:
-    """One block for each list of a model; none where its lists have no numbers."""
+    """One block for each list of a model; empty where the configuration has no such numbers."""
     return (1,) * len(_fields(model))
 
 
 def counted(model: str, blocks: Sequence[int]) -> dict[str, Any]:
-    """What a model with so many blocks has in its configuration instead.
+    """The changes of a model's configuration that give it these numbers of blocks.
 
     Args:
-        model: its name.
+        model: the name of a published model.
         blocks: one number for each list that its family names, or one for all of them.
 
     Raises:

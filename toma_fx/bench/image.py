@@ -1,4 +1,4 @@
-"""A whole denoising run through diffusers' pipeline, text to pixels, and how far images differ."""
+"""Whole denoising runs through diffusers' pipeline, from text to pixels, and their distances."""
 
 import functools
 from collections.abc import Callable
@@ -40,7 +40,7 @@ VAE: dict[str, Any] = {
 
 @dataclass(kw_only=True)
 class Studio:
-    """A pipeline and what it is asked for; draws with whichever denoising model it is given."""
+    """A pipeline and the arguments of its call; it draws with any denoising model."""
 
     pipeline: Any
     call: dict[str, Any]
@@ -61,11 +61,11 @@ def studio(setting: Setting) -> Studio:
     """The pipeline of a checkpoint; or of random weights, with its VAE but without text encoders.
 
     Args:
-        setting: model, size, dtype and steps. Where weights are random, so are the embeddings that
-            text encoders would give, which take a share of the time that is not counted.
+        setting: model, size, dtype and steps. With random weights the embeddings of the text are
+            random too, so the time of the text encoders is not counted.
 
     Raises:
-        ConfigError: when no VAE is known to go with random weights, or videos are drawn.
+        ConfigError: when no VAE is known for random weights, or the pipeline draws videos.
     """
     if setting.model in RANDOM and setting.model not in VAES:
         raise ConfigError(
@@ -73,7 +73,9 @@ def studio(setting: Setting) -> Studio:
             "time one forward, toma-fx bench model, or give a folder or hub name of a pipeline"
         )
     if setting.frames is not None:
-        raise ConfigError(f"frames={setting.frames} are those of a video, and images are drawn")
+        raise ConfigError(
+            f"frames={setting.frames} is for videos, and this draws images; leave it out"
+        )
     size = {"num_inference_steps": setting.steps, "num_images_per_prompt": setting.batch}
     size |= {k: v for k in ("height", "width") if (v := getattr(setting, k)) is not None}
     if "height" in size:
@@ -121,10 +123,10 @@ def studio(setting: Setting) -> Studio:
 
 
 def images(setting: Setting) -> tuple[Timed, Callable[[], dict[tuple[str, float | None], float]]]:
-    """A whole image by each contender; and, to be called after they drew, their PSNR in dB.
+    """A whole image by each contender, and a function to call afterwards for their PSNR in dB.
 
     Args:
-        setting: what to draw. Schedules count here, since the steps are a denoising run.
+        setting: what to draw. Schedules are kept here, since the steps are a denoising run.
     """
     room = studio(setting)
     model = model_of(room.pipeline)

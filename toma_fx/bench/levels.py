@@ -1,4 +1,4 @@
-"""What one timed call is: a block, or the whole model; `toma_fx.bench.image` has the pipeline."""
+"""Timed calls of a block or of the whole model; `toma_fx.bench.image` has those of a pipeline."""
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +19,7 @@ from toma_fx.runtime.plan import SCOPE, CallScope
 
 PLANS = "each merging contender makes its plan in every call that is timed"
 SPOKEN_TO = ("unet", "flux")
-"""Families whose blocks are told everything by their arguments, so that one can run alone."""
+"""Families whose blocks get everything by their arguments, so that a block can run alone."""
 
 Rivals = Callable[[Callable[[nn.Module], object]], Iterable[Contender]]
 
@@ -37,14 +37,14 @@ def models(model: nn.Module, setting: Setting, *, rivals: Rivals | None = None) 
     """One forward of the whole model.
 
     Args:
-        model: untouched.
+        model: an untouched model.
         setting: sizes, ratios and variants.
-        rivals: makes more contenders of a function that calls the model that it is given.
+        rivals: returns more contenders; its argument is a function that calls a given model.
     """
     inputs = random_inputs(model, **setting.size)
 
     def call(each: nn.Module) -> object:
-        # As pipelines do: the first argument by position, which is where tomesd looks for it.
+        # Pipelines pass the first argument by position, and tomesd looks for it there.
         first, *rest = inputs
         return each(inputs[first], **{name: inputs[name] for name in rest})
 
@@ -65,12 +65,12 @@ def blocks(model: nn.Module, setting: Setting) -> Iterator[Timed]:
     """The last block of each kind of group; it follows a plan that was made before.
 
     Raises:
-        ConfigError: when blocks of the model's family run in a call of their model alone.
+        ConfigError: when blocks of the model's family run only in a call of their model.
     """
     family = family_of(model)
     if family.name not in SPOKEN_TO:
         raise ConfigError(
-            f"blocks of {family.title} run in a call of their model alone; time one of each list "
+            f"blocks of {family.title} run only in a call of their model; time one of each list "
             "with toma-fx bench model --blocks 1"
         )
     groups: dict[str, list[str]] = {}
@@ -111,7 +111,7 @@ def _runner(model: nn.Module, path: str, leader: str, call: Call) -> Callable[[]
     if not leader:
         return lambda: run_in(CallScope(), module)
     scope = CallScope()
-    # Blocks before the one that makes the plan may be spared.
+    # Blocks before the one that makes the plan need not run.
     own = next(each for each in recipe.blocks if each.module == path)
     leaders = [e.module for e in recipe.merged if (e.group, e.role) == (own.group, "lead")]
     first = model.get_submodule((*leaders, leader)[0])

@@ -1,4 +1,4 @@
-"""What a benchmark measured: on screen, and as CSV, JSON and Markdown with the machine's data."""
+"""The tables of a benchmark as CSV, JSON and Markdown, with the machine's data."""
 
 import csv
 import json
@@ -24,11 +24,11 @@ SUFFIXES = (".json", ".csv", ".md")
 
 @dataclass(kw_only=True)
 class Record:
-    """Everything that one command measured. Files are written again after each table."""
+    """All tables of one command. Files are written again after each table."""
 
     command: str
     folder: Path | None = None
-    """Where files go; none are written without it."""
+    """Folder of the files; None writes no files."""
     tables: list[Table] = field(default_factory=list)
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
     _stem: Path | None = field(default=None, repr=False)
@@ -50,7 +50,7 @@ class Record:
         return self._stem
 
     def content(self) -> dict[str, Any]:
-        """Everything, as JSON takes it: date, command, hardware, versions and tables."""
+        """The whole record as JSON takes it: date, command, hardware, versions and tables."""
         return {
             "date": self.started.isoformat(timespec="seconds"),
             "command": self.command,
@@ -124,12 +124,12 @@ def slug(text: str) -> str:
 
 
 def beside(stem: Path, ending: str) -> Path:
-    """A file beside the others of a record; the name of a device may hold a dot."""
+    """A file beside the others of a record; ``with_suffix`` would cut a device's name at a dot."""
     return stem.with_name(stem.name + ending)
 
 
 def _unused(stem: Path) -> Path:
-    """The stem, numbered when an earlier run of the day has it: no result is overwritten."""
+    """The stem, with a number when an earlier run of the day has it, so that no result is lost."""
     count, free = 1, stem
     while any(beside(free, suffix).exists() for suffix in SUFFIXES):
         count += 1

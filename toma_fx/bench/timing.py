@@ -14,11 +14,12 @@ from toma_fx.progress import progress
 Clock = Callable[[], float]
 WALL: Clock = time.perf_counter
 CPU: Clock = time.process_time
-"""CPU seconds of this process, of all its threads together: on a machine that others use too, it
+"""CPU seconds of this process, of all its threads together. On a machine that others use too, this
 leaves out the time in which they had the cores."""
 RECOMPILES = 256
-"""Of one code object. Contenders are copies of one model and plans are calls of one function, so
-each is a recompilation to dynamo, which by default refuses the ninth, or silently runs it eager."""
+"""Recompilations of one code object that dynamo shall allow. Contenders are copies of one model and
+plans are calls of one function, so each is a recompilation. By default dynamo refuses the ninth, or
+silently runs it eager."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +45,9 @@ class Timing:
     name: str
     calls: tuple[float, ...]
     first_call: float | None = None
-    """A call before the others, which includes compiling; None when there was none."""
+    """Seconds of the first call, compiling included; None when it was not timed."""
     failure: str = ""
-    """Why there are no calls."""
+    """The reason why there are no calls; empty when there are."""
 
     @property
     def median(self) -> float:
@@ -64,24 +65,24 @@ def interleaved(
     """Time every contender in turn, again and again, so that a slower minute meets all of them.
 
     Args:
-        contenders: whose calls are timed.
+        contenders: the calls to time.
         repeats: samples of each, after warm-up calls that are not counted.
-        at_least: seconds of a sample, which makes as many calls as that takes; for calls that are
-            too short to be timed alone.
+        at_least: seconds of a sample, which makes as many calls as fit; for calls that are too
+            short to be timed alone.
         clock: `WALL` or `CPU`.
 
     Returns:
         A timing for each contender, in their order; seconds are those of one call.
 
     Raises:
-        Exception: what a contender raises that is not optional.
+        Exception: any exception of a contender that is not optional.
     """
     first: dict[int, float] = {}
     failures: dict[int, str] = {}
     counts: dict[int, int] = {}
     samples: dict[int, list[float]] = {number: [] for number in range(len(contenders))}
     total = len(contenders) * (repeats + 1)
-    # Compiling happens in the first calls, whoever asked for it.
+    # Whatever is compiled, is compiled in the first calls.
     with torch.inference_mode(), many_compiled(), progress("time", total, "call") as bar:
         for number, each in enumerate(contenders):
             bar.set_description(f"{each.name}, first call")
@@ -114,13 +115,13 @@ def interleaved(
 
 
 def many_compiled() -> AbstractContextManager[None]:
-    """As long as it lasts, dynamo compiles as many contenders as there are."""
+    """Within this context, dynamo compiles as many contenders as there are."""
     limit: AbstractContextManager[None] = torch._dynamo.config.patch(recompile_limit=RECOMPILES)
     return limit
 
 
 def sample(run: Callable[[], object], count: int = 1, clock: Clock = WALL) -> float:
-    """Mean seconds of ``count`` calls in a row, until the device is done with them."""
+    """Mean seconds of ``count`` calls in a row, the device's work included."""
     synchronize()
     start = clock()
     for _ in range(count):
@@ -130,7 +131,7 @@ def sample(run: Callable[[], object], count: int = 1, clock: Clock = WALL) -> fl
 
 
 def notes_on(clock: Clock) -> tuple[str, ...]:
-    """What a table says of its clock."""
+    """The note on the clock under a table."""
     return ("seconds are CPU time, of all threads together",) if clock is CPU else ()
 
 
@@ -141,7 +142,7 @@ def synchronize() -> None:
 
 
 def reason(error: BaseException) -> str:
-    """The type of an error and the first line of what it says."""
+    """The type of an error and the first line of its message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
@@ -150,7 +151,7 @@ def peak_memory(run: Callable[[], object]) -> int:
     """Bytes that a call on the GPU holds at its peak, beyond what was there before it.
 
     Args:
-        run: called once.
+        run: the call; it is made once.
     """
     with torch.inference_mode():
         torch.cuda.synchronize()

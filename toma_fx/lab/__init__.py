@@ -1,7 +1,7 @@
-"""The quality lab: what merging does to images, measured; and the ratios that change them least.
+"""The quality lab measures how merging changes images, and finds the ratios that change them least.
 
-Nothing here is imported by ``import toma_fx``; the commands ``toma-fx eval`` and ``calibrate``
-load it, and so do ``demo`` and ``app``, to draw. ``pip install toma-fx[lab]`` installs what
+``import toma_fx`` imports nothing of it. The commands ``toma-fx eval`` and ``calibrate`` load it,
+and ``demo`` and ``app`` draw with it. ``pip install toma-fx[lab]`` installs the packages that
 ``eval`` needs.
 
 Shape suffixes: ``P`` prompts, ``S`` seeds, ``N`` image tokens or images, ``D`` width, ``K``

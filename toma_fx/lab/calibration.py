@@ -1,4 +1,4 @@
-"""``toma-fx calibrate``: calibrate a pipeline on prompts, and what comes of it as a table."""
+"""``toma-fx calibrate``: calibrate a pipeline on prompts, and show the result as a table."""
 
 import math
 from collections.abc import Sequence
@@ -20,18 +20,18 @@ SEED = 1_000_000
 
 
 def calibrate_to_file(task: Task, config: MergeConfig, file: Path) -> Calibration:
-    """Calibrate a pipeline and save what was found, which is then a variant of the lab.
+    """Calibrate a pipeline and save the result, which the lab's commands take as a variant.
 
     Args:
-        task: what is drawn; other prompts than those of later comparison.
-        config: all options that are not allotted.
-        file: ends in ``.json``.
+        task: prompts and settings to draw; take other prompts than for later comparisons.
+        config: the options that calibration leaves as they are.
+        file: the file to write; its name must end in ``.json``.
 
     Raises:
-        TomaError: when the model or an option is not what it must be.
+        TomaError: when the model cannot be loaded, or an option has a value that it cannot take.
     """
     if file.suffix != ".json":
-        raise ConfigError(f"out={str(file)!r} must end in .json, as eval knows it by")
+        raise ConfigError(f"out={str(file)!r} must end in .json, by which eval knows it")
     with progress(f"load {task.model}"):
         pipeline = load_pipeline(task.model, dtype=task.dtype)
 
@@ -56,11 +56,11 @@ def calibrate_to_file(task: Task, config: MergeConfig, file: Path) -> Calibratio
 
 
 def as_table(found: Calibration, ratios: Sequence[float]) -> Table:
-    """What each part costs alone, its share of the saving, and what it gets.
+    """Table of the parts: the error of each alone, its share of the saving, and its ratios.
 
     Args:
         found: a calibration of images with values from 0 to 1.
-        ratios: uniform ratios, whose arithmetic is allotted.
+        ratios: uniform ratios; the parts share out the arithmetic that each of them saves.
     """
     notes, configs = [], {}
     for ratio in ratios:

@@ -1,7 +1,7 @@
 """The lab's commands: ``toma-fx eval`` and ``calibrate``.
 
-What they run is imported when they run, so that help is quick, and the other commands need nothing
-of the lab's packages.
+A command imports its code only when it runs. So help is quick, and the other commands need none of
+the lab's packages.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from toma_fx.errors import ConfigError
 from toma_fx.lab import small_models
 from toma_fx.lab.measures import MEASURES, OF_SMALL_MODELS
 from toma_fx.quiet import hush_libraries
-from toma_fx.setting import OF_MEMORY, add_setting, config_of, given_in
+from toma_fx.setting import OF_MEMORY, add_setting, add_variants, config_of, given_in
 
 MODEL = "folder or hub name of a diffusers pipeline"
 
@@ -32,16 +32,9 @@ def add_commands(commands: Any) -> None:
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help=MODEL)
-    add = parser.add_argument
-    _add_ratios(parser, "(0.25 0.5 0.75)")
-    add(
-        "--variant",
-        nargs="+",
-        default=["default", "steps"],
-        metavar="SETTING",
-        help="one or more, such as toma:region=stripe placement=keys,skip= calibrated.json: "
-        "presets and options of toma-fx report; steps, or steps=18, merges nothing (default steps)",
-    )
+    _add_ratios(parser, "share of tokens merged away, one or more")
+    more = "; steps, or steps=18, merges nothing"
+    add_variants(parser, ("default", "steps"), more=more)
     add_measuring(parser, default="all")
     parser.set_defaults(run=_eval)
 
@@ -49,21 +42,28 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
 def _add_calibrate(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", help=MODEL)
-    _add_ratios(parser, "to show (0.25 0.5 0.75)")
+    _add_ratios(parser, "ratios to show")
     add_prompts(parser)
-    add("--out", type=Path, required=True, metavar="FILE.json", help="a setting for the others")
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FILE.json",
+        help="the file to write, which --variant takes",
+    )
     add_drawing(parser)
     add_setting(parser, leave_out=("ratio", "block_ratios", "calibration", "memory", *OF_MEMORY))
     parser.set_defaults(run=_calibrate, default_prompts=small_models.CALIBRATION)
 
 
 def _add_ratios(parser: argparse.ArgumentParser, about: str) -> None:
-    ratios = [0.25, 0.5, 0.75]
-    parser.add_argument("--ratio", type=float, nargs="+", default=ratios, metavar="R", help=about)
+    how: dict[str, Any] = {"type": float, "nargs": "+", "default": [0.25, 0.5, 0.75]}
+    about = f"{about} ({' '.join(map(str, how['default']))})"
+    parser.add_argument("--ratio", **how, metavar="R", help=about)
 
 
 def add_prompts(parser: argparse.ArgumentParser) -> None:
-    """Add which prompts are drawn; `prompts_of` reads it."""
+    """Add the options that choose prompts; `prompts_of` reads them."""
     add = parser.add_argument
     add("--prompts", type=Path, metavar="FILE", help="a prompt a line, or a .csv table")
     add("--limit", type=int, metavar="N", help="only the first N prompts")
@@ -71,7 +71,7 @@ def add_prompts(parser: argparse.ArgumentParser) -> None:
 
 
 def add_measuring(parser: argparse.ArgumentParser, *, default: str) -> None:
-    """Add what is measured, drawn and kept."""
+    """Add the options of measuring, of drawing and of the output."""
     add = parser.add_argument
     add_prompts(parser)
     parser.set_defaults(default_prompts=small_models.PROMPTS)
@@ -82,33 +82,42 @@ def add_measuring(parser: argparse.ArgumentParser, *, default: str) -> None:
         metavar="NAME",
         help=f"some of {', '.join(MEASURES)} ({default})",
     )
-    add("--reference", type=Path, metavar="DIR", help="real images for FID (untouched ones)")
+    add("--reference", type=Path, metavar="DIR", help="real images for FID (the untouched images)")
     for name in ("clip", "dino", "fid"):
         add(f"--{name}", metavar="NAME", help=f"folder or hub name of the network of {name}")
     add("--lpips", choices=("alex", "vgg", "squeeze"), help="the network of lpips (alex)")
-    add("--out", type=Path, required=True, metavar="DIR", help="new, or of an earlier run")
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="a new folder, or that of an earlier run",
+    )
     add_drawing(parser)
 
 
 def add_drawing(parser: argparse.ArgumentParser) -> None:
-    """Add how images are drawn; `task_of` reads it."""
+    """Add the options of drawing; `task_of` reads them."""
     add = parser.add_argument
-    add("--steps", type=int, default=25, metavar="N", help="of denoising (25)")
+    add("--steps", type=int, default=25, metavar="N", help="denoising steps (25)")
     add("--guidance", type=float, metavar="X", help="guidance scale (the pipeline's own)")
     add("--height", type=int, metavar="PIXELS", help="(the pipeline's own)")
     add("--width", type=int, metavar="PIXELS", help="(the pipeline's own)")
-    add("--dtype", choices=DTYPE_NAMES, help="of the weights (bfloat16 on a GPU)")
+    add("--dtype", choices=DTYPE_NAMES, help="dtype of the weights (bfloat16 on a GPU)")
     add(
         "--argument",
         nargs="+",
         default=[],
         metavar="NAME=VALUE",
-        help="others of the pipeline's call: true_cfg_scale=4 max_sequence_length=256",
+        help="other arguments of the pipeline: true_cfg_scale=4 max_sequence_length=256",
     )
 
 
 def _eval(options: argparse.Namespace) -> None:
+    from toma_fx.hub import check_name
+
     need_packages("torchmetrics")
+    check_name(options.model)  # before torch is imported, which takes seconds
     from toma_fx.lab.evaluate import evaluate
     from toma_fx.variants import check_ratios, parse_variant
 
@@ -121,10 +130,13 @@ def _eval(options: argparse.Namespace) -> None:
 
 
 def _calibrate(options: argparse.Namespace) -> None:
+    from toma_fx.hub import check_name
+
+    check_name(options.model)
     from toma_fx.lab.calibration import as_table, calibrate_to_file
 
     given = given_in(options)
-    del given["ratio"]  # which are those to show
+    del given["ratio"]  # the ratios to show, not one to merge at
     config = config_of(given)
     task = task_of(options, prompts_of(options))
     found = calibrate_to_file(task, config, options.out)
@@ -132,7 +144,7 @@ def _calibrate(options: argparse.Namespace) -> None:
 
 
 def plan_of(options: argparse.Namespace, variants: Sequence[Any], measures: tuple[str, ...]) -> Any:
-    """What is compared and how it is measured."""
+    """The comparison that the options ask for, with its measures."""
     from toma_fx.lab.evaluate import Plan
     from toma_fx.lab.networks import Networks
 
@@ -159,7 +171,7 @@ def networks_of(options: argparse.Namespace) -> dict[str, str]:
 
 
 def task_of(options: argparse.Namespace, prompts: tuple[Any, ...]) -> Any:
-    """The task of the options, and of the model's card where it is one of the repository's own."""
+    """The task of the options; the repository's own models add settings of their cards."""
     from toma_fx.lab.draw import Task, default_dtype
 
     hush_libraries()
@@ -188,7 +200,7 @@ def _argument(text: str) -> tuple[str, Any]:
 
 
 def prompts_of(options: argparse.Namespace) -> tuple[Any, ...]:
-    """The prompts of the file that was named, or of the repository for its own models."""
+    """The prompts of ``--prompts``; the repository's own models have a file of prompts."""
     from toma_fx.lab.prompts import load_prompts
 
     file = options.prompts
@@ -200,7 +212,7 @@ def prompts_of(options: argparse.Namespace) -> tuple[Any, ...]:
 
 
 def need_packages(*names: str) -> None:
-    """Refuse to go on without packages of the ``lab`` extra.
+    """Stop when packages of the ``lab`` extra are missing.
 
     Raises:
         ConfigError: when one is missing.

@@ -1,4 +1,4 @@
-"""Which of an image's tokens merge into which."""
+"""The tokens of an image that merge into each destination."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from toma_fx.runtime.selector import select
 
 @dataclass(frozen=True)
 class Grid:
-    """Where an image's tokens are."""
+    """The places of an image's tokens."""
 
     height: int
     width: int
@@ -24,7 +24,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Merged:
-    """What a plan does with an image's tokens, in raster order."""
+    """The destinations and clusters that a plan makes of an image's tokens, in raster order."""
 
     destinations: Tensor
     """``(M,)`` int64: the tokens that are kept, in increasing order."""
@@ -40,8 +40,8 @@ def merged(tokens_ND: Tensor, tile_order: Tensor, config: MergeConfig) -> Merged
     Args:
         tokens_ND: ``(N, D)`` in raster order.
         tile_order: ``(N,)`` int64: the raster index of each token in tile order; see `Grid`.
-        config: of the merging. With ``selector="fixed"`` the clusters are those of its destinations
-            by resemblance, since its own weights look at no token.
+        config: the options of the merging. The weights of ``selector="fixed"`` look at no token,
+            so each of its clusters holds the tokens that resemble the destination most.
     """
     options = plan_options(config, config.ratio)
     raster = torch.arange(len(tokens_ND), device=tokens_ND.device)
@@ -57,7 +57,7 @@ def merged(tokens_ND: Tensor, tile_order: Tensor, config: MergeConfig) -> Merged
     nearest_Rn = by_region.gather(1, spread_BRnm[0].argmax(-1))
     if options.merge_over == "region":
         nearest = gathered(nearest_Rn[None, :, :, None], cut).flatten()
-    else:  # whose weights have a row for each token, and none for padding
+    else:  # the weights have a row for each token, and none for padding
         nearest = nearest_Rn.flatten()
     clusters = torch.empty_like(order)
     clusters[order] = order[nearest]

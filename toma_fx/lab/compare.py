@@ -23,10 +23,10 @@ DIFFERENCE_GAIN = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """An image, and how it came about."""
+    """An image, with its setting, time and distance."""
 
     name: str
-    """Of the setting; "untouched" for none."""
+    """Name of the setting; "untouched" for none."""
     image: Image.Image
     seconds: float
     psnr: float
@@ -54,7 +54,7 @@ def draw_settings(pipeline: Any, task: Task, settings: Mapping[str, MergeConfig]
 
 
 def side_by_side_picture(drawn: Sequence[Drawn], title: str) -> Image.Image:
-    """Images in one row, and under each how it differs from the first, four times as bright.
+    """Images in one row, and under each its difference from the first, four times as bright.
 
     Args:
         drawn: the untouched image first.

@@ -1,4 +1,4 @@
-"""A variant at a ratio: what draws one set of images, and what it costs."""
+"""Contenders: each is a variant at a ratio, which draws one set of images at a known cost."""
 
 import inspect
 import re
@@ -25,7 +25,7 @@ from toma_fx.transform import model_of, pipeline_models, transform
 from toma_fx.variants import STEPS, UNTOUCHED, FewerSteps, Merging
 
 Changed = Callable[[], AbstractContextManager[None]]
-"""Makes a pipeline draw as a contender does for as long as the context lasts."""
+"""Within this context, a pipeline draws as a contender does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,14 +37,14 @@ class Contender:
     """``None`` where there is none: untouched, and a given number of steps."""
     steps: int
     arithmetic: float
-    """Operations of the denoising model for an image, relative to the untouched one's."""
+    """Operations of the denoising model for an image, relative to those of the untouched model."""
     identity: str
     """Everything that decides the images; images of another identity are not reused."""
     changed: Changed
 
     @property
     def folder(self) -> str:
-        """Name of the folder with its images; the same for the same number of fewer steps."""
+        """Name of the folder with its images; contenders with equally few steps share one."""
         if self.variant.partition("=")[0] == STEPS:
             return f"{STEPS}={self.steps}"
         name = re.sub(r"[^\w.=+-]+", "_", self.variant)
@@ -56,10 +56,10 @@ class Other(Protocol):
 
     @property
     def name(self) -> str:
-        """In tables."""
+        """Name in tables."""
 
     def contender(self, pipeline: Any, ratio: float, steps: int, call: Call) -> Contender:
-        """Itself at a ratio; arguments as in `contend`."""
+        """The contender at one ratio; the arguments are those of `contend`."""
 
 
 Variant = Merging | FewerSteps | Other
@@ -78,7 +78,7 @@ def contend(
         call: of the denoising model, for counting; see `first_call`.
 
     Raises:
-        TomaError: when a ratio, or the model, is nothing that a variant takes.
+        TomaError: when a variant does not take a ratio, or the model.
     """
     model = model_of(pipeline)
     merging = next((v for v in variants if isinstance(v, Merging)), None)
@@ -111,8 +111,8 @@ def contend(
 def affordable(steps: int, share: float) -> int:
     """The number of steps whose arithmetic is nearest to a share of all steps'.
 
-    It is fewer than all where the share is below 1, however few they are: all of them would be the
-    untouched image, at a cost that merging did not have.
+    A share below 1 gives fewer steps than all, however few there are. All steps would draw the
+    untouched image, at a higher cost than merging had.
 
     >>> affordable(25, 0.78), affordable(4, 0.95), affordable(4, 0.4), affordable(25, 1.1)
     (20, 3, 2, 25)
@@ -136,7 +136,7 @@ def _merging(variant: Merging, pipeline: Any, ratio: float, steps: int, call: Ca
 
 
 def _code() -> str:
-    """Fingerprint of what may decide a merged image: the package without its lab and benchmarks."""
+    """Fingerprint of the code that may decide a merged image: the package without lab and bench."""
     packages = (toma_fx, toma_fx.families, toma_fx.passes, toma_fx.runtime)
     files = [file for each in packages for file in sorted(Path(each.__path__[0]).glob("*.py"))]
     return sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]

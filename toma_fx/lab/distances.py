@@ -1,6 +1,6 @@
 """Distances between images, between features, and between sets of features.
 
-What needs no network of `toma_fx.lab.networks`; `toma_fx.images` has MSE and PSNR.
+None of them needs a network of `toma_fx.lab.networks`. `toma_fx.images` has MSE and PSNR.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""What is drawn, and one image of it."""
+"""A task, which says what to draw, and the drawing of one of its images."""
 
 import inspect
 import time
@@ -15,7 +15,7 @@ from toma_fx.lab.prompts import Prompt
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What is drawn, whoever draws it. Images of different tasks are never mixed.
+    """Prompts and settings that all contenders share. Images of different tasks are never mixed.
 
     Raises:
         ConfigError: when there is no prompt, seed or step.
@@ -28,12 +28,12 @@ class Task:
     """Images of each prompt, with the seeds 0, 1, ... More can be added later."""
     steps: int = 25
     guidance: float | None = None
-    """``None``: the pipeline's own, and so are the sizes."""
+    """Guidance scale. ``None`` takes the pipeline's own, here and for the sizes."""
     height: int | None = None
     width: int | None = None
     dtype: str = "float32"
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    """Others of the pipeline's call, such as ``true_cfg_scale`` and ``max_sequence_length``."""
+    """Other arguments of the pipeline, such as ``true_cfg_scale`` and ``max_sequence_length``."""
 
     def __post_init__(self) -> None:
         for name in ("seeds", "steps"):
@@ -45,7 +45,7 @@ class Task:
             raise ConfigError(f"dtype={self.dtype!r} must be one of {', '.join(DTYPES)}")
 
     def settings(self) -> dict[str, Any]:
-        """What must be equal for images to be mixed: all but the number of seeds."""
+        """The settings that images must share to be mixed: all but the number of seeds."""
         fields = asdict(self)
         del fields["seeds"]
         if not self.arguments:
@@ -59,7 +59,7 @@ def default_dtype() -> str:
 
 
 def takes_negative(pipeline: Any, task: Task) -> bool:
-    """Whether a negative prompt has an effect; on Flux with a ``true_cfg_scale`` above 1 alone."""
+    """Whether a negative prompt has an effect; Flux also needs a ``true_cfg_scale`` above 1."""
     parameters = inspect.signature(type(pipeline).__call__).parameters
     true_guidance = task.arguments.get("true_cfg_scale", 1)
     return "negative_prompt" in parameters and (
@@ -97,18 +97,18 @@ def draw(
     """One image, and the seconds that it took from prompt to pixels.
 
     Args:
-        pipeline: of `toma_fx.checkpoints.load_pipeline`, changed or not.
+        pipeline: one that `toma_fx.checkpoints.load_pipeline` loaded, changed or not.
         task: sizes, guidance and other arguments.
         prompt: one of the task's.
-        seed: of the starting noise, which is made on the CPU so that every device starts alike.
-        steps: of denoising; the task's when left out.
+        seed: seed of the starting noise. The CPU makes it, so that every device starts alike.
+        steps: denoising steps; the task's when left out.
         output: the pipeline's ``output_type``: ``"pil"``, or ``"np"`` for floats ``(H, W, 3)``.
 
     Raises:
         ConfigError: when the task has an argument that the pipeline does not take.
     """
     _check_arguments(pipeline, task)
-    # Flux guides only where a negative prompt, if an empty one, is given; the UNet's own is zeros.
+    # Flux guides only when it is given a negative prompt, which may be empty. The UNet's is zeros.
     negative = prompt.negative if "true_cfg_scale" in task.arguments else prompt.negative or None
     options = {
         "guidance_scale": task.guidance,

@@ -1,7 +1,7 @@
 """``toma-fx eval``: draw with every contender, measure against the untouched model, write tables.
 
-Drawing can be ended at any time and taken up again, and shared by several processes
-(``accelerate launch -m toma_fx eval ...``). Measuring is done by the first process, from the files.
+A run can be stopped at any time, and the same command continues it. Several processes can share the
+drawing (``accelerate launch -m toma_fx eval ...``). The first process measures the files.
 """
 
 import os
@@ -38,7 +38,7 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is compared and how it is measured."""
+    """The variants to compare, and the measures."""
 
     variants: tuple[Variant, ...]
     ratios: tuple[float, ...]
@@ -50,7 +50,7 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """What was measured, the untouched model first, and what readers of the figures must know."""
+    """The figures, those of the untouched model first, and notes for their readers."""
 
     outcomes: tuple[Outcome, ...]
     notes: tuple[str, ...]
@@ -60,15 +60,15 @@ def evaluate(task: Task, plan: Plan, out: Path) -> str:
     """Draw what is missing, measure everything, and write ``images.csv`` and ``summary.csv``.
 
     Args:
-        task: what is drawn.
-        plan: by whom, and what is measured.
-        out: the folder, new or of an earlier run with the same task.
+        task: prompts and settings to draw.
+        plan: the variants, and the measures.
+        out: a new folder, or that of an earlier run with the same task.
 
     Returns:
         the summary as text; nothing in processes other than the first.
 
     Raises:
-        TomaError: when the model, a variant, a ratio or the folder is not what it must be.
+        TomaError: when the model, a variant, a ratio or the folder cannot be used.
     """
     results = draw_and_measure(task, plan, out)
     if results is None:
@@ -84,9 +84,9 @@ def draw_and_measure(task: Task, plan: Plan, out: Path) -> Results | None:
     """Draw what is missing and measure everything; ``None`` in processes other than the first.
 
     Args:
-        task: what is drawn.
-        plan: by whom, and what is measured.
-        out: the folder of the images, new or of an earlier run with the same task.
+        task: prompts and settings to draw.
+        plan: the variants, and the measures.
+        out: a new folder for the images, or that of an earlier run with the same task.
 
     Raises:
         TomaError: as `evaluate`.
@@ -134,7 +134,7 @@ class Processes:
     """``None``: the GPU when there is one."""
     first: bool = True
     wait: Callable[[], None] = lambda: None
-    """Returns when all processes have come so far."""
+    """Returns as soon as all processes have called it."""
     share: Callable[[list[Any]], list[Any]] = lambda units: units
     """This process's part of a list that is the same in all."""
 
@@ -155,7 +155,7 @@ def processes_of_launch() -> Processes:
         device=state.device,
         first=state.is_main_process,
         wait=state.wait_for_everyone,
-        # In turn, so that each has some of every contender: they are not equally fast.
+        # Dealt in turn, so that each has some images of every contender: they differ in speed.
         share=lambda units: units[state.process_index :: state.num_processes],
     )
 
@@ -168,7 +168,7 @@ def draw_missing(
     processes: Processes,
 ) -> None:
     """Draw and save every image that is not there yet, one at a time."""
-    # By file: two contenders with equally few steps have the same images.
+    # Keyed by file, because two contenders with equally few steps have the same images.
     units = {
         gallery.file(contender, prompt, seed): (contender, prompt, seed)
         for contender in contenders
@@ -195,7 +195,7 @@ def measure(
     gallery: Gallery,
     real: Sequence[Path] = (),
 ) -> list[Outcome]:
-    """The measures of all images, which must have been drawn; the untouched model's come first."""
+    """The measures of all images, those of the untouched model first. All images must be drawn."""
     with progress("load the networks of the measures"):
         instruments = load_instruments(plan.measures, plan.networks)
     texts = [prompt.text for prompt in task.prompts for _ in range(task.seeds)]

@@ -2,12 +2,12 @@
 
 ::
 
-    DIR/settings.json                       what is drawn (`Task.settings`)
-    DIR/images/toma_r0.5/contender.json     what drew them (`Contender.identity`)
-    DIR/images/toma_r0.5/p0003_s1.png       prompt 3, seed 1; how long it took is in the file
+    DIR/settings.json                       the task (`Task.settings`)
+    DIR/images/toma_r0.5/contender.json     the contender (`Contender.identity`)
+    DIR/images/toma_r0.5/p0003_s1.png       prompt 3, seed 1; the file also holds its seconds
 
-Prompts are numbered from 0. A file is there whole or not at all, so a run that was ended at any
-time can be taken up again.
+Prompts are numbered from 0. A file is there whole or not at all, so a run that was stopped can go
+on at any time.
 """
 
 import json
@@ -25,7 +25,7 @@ from toma_fx.lab.contenders import Contender
 from toma_fx.lab.draw import Task
 
 SECONDS = "seconds"
-"""Name of the text in a PNG file that says how long its drawing took."""
+"""Key of the text in a PNG file that holds the seconds of its drawing."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class Gallery:
     folder: Path
 
     def open(self, task: Task, contenders: list[Contender]) -> None:
-        """Make the folders, or check that what is in them was drawn in the same way.
+        """Make the folders, or check that the images in them were drawn in the same way.
 
         Raises:
-            ConfigError: when it was not; the message names what differs.
+            ConfigError: when they were not; the message names the settings that differ.
         """
         self._same(self.folder / "settings.json", task.settings())
         for contender in contenders:

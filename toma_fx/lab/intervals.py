@@ -1,10 +1,10 @@
-"""How far a mean can be trusted: bootstrap intervals over prompts and seeds."""
+"""Bootstrap intervals over prompts and seeds, which say how far a mean can be trusted."""
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 LEVEL = 0.95
-"""Share of repetitions of an experiment whose interval holds the true mean."""
+"""Share of repeated experiments whose interval holds the true mean."""
 DRAWS = 2000
 """Resampled experiments. More would move the ends by less than a table shows."""
 
@@ -22,10 +22,10 @@ def mean_interval(
         values_PS: ``(P, S)``, one value for each prompt and seed. Infinite values are allowed.
         level: the interval's confidence.
         draws: repetitions.
-        seed: of the draws; the global random state is not touched.
+        seed: seed of the draws; the global random state is not touched.
 
     Returns:
-        lower and upper end; NaN for both when there is only one value, which says nothing of how
+        lower and upper end; NaN for both when there is only one value, since nothing then says how
         far another would be.
     """
     values = np.asarray(values_PS, dtype=float)
@@ -36,6 +36,6 @@ def mean_interval(
     row = generator.integers(prompts, size=(draws, prompts, 1))
     column = generator.integers(seeds, size=(draws, prompts, seeds))
     means = values[row, column].mean(axis=(1, 2))
-    # No interpolation between two draws: between two infinite ones there is no number.
+    # No interpolation between two draws, because infinite ones have no number between them.
     ends = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], method="nearest")
     return float(ends[0]), float(ends[1])

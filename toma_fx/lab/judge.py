@@ -1,6 +1,6 @@
 """The judge of the repository's small models, as two measures that ask for good images.
 
-Its files lie in a clone of the repository, beside the models that it was made for.
+A clone of the repository holds its files, beside the models that it was made for.
 """
 
 from collections.abc import Sequence

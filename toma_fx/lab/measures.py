@@ -1,8 +1,8 @@
-"""What is measured of an image; `toma_fx.lab.distances` and `networks` say how.
+"""The measures of an image; `toma_fx.lab.distances` and `networks` compute them.
 
 Paired measures compare with the image that the untouched model draws from the same prompt and seed,
-so they say how much merging changes; the others look at an image, or a set of images, alone. The
-paper's are CLIP, DINO, MSE and FID (section 5, Tables 2, 3 and 6 to 10). ``answers`` and
+so they say how much merging changes. The others look at an image, or a set of images, alone. The
+paper uses CLIP, DINO, MSE and FID (section 5, Tables 2, 3 and 6 to 10). ``answers`` and
 ``frechet`` come from the judge of the repository's small models (`toma_fx.lab.judge`).
 """
 
@@ -17,8 +17,8 @@ class Measure:
     label: str
     better: Literal["higher", "lower"]
     kind: Literal["paired", "prompt", "set"]
-    """``"paired"``: with the untouched image; ``"prompt"``: with the text; ``"set"``: of all images
-    of a contender at once."""
+    """``"paired"`` compares with the untouched image, ``"prompt"`` with the text; ``"set"`` takes
+    all images of a contender at once."""
 
 
 MEASURES: dict[str, Measure] = {
@@ -35,12 +35,12 @@ MEASURES: dict[str, Measure] = {
 }
 
 OF_SMALL_MODELS = ("answers", "frechet")
-"""Measures that only a small model of the repository can have."""
+"""Measures that only images of the repository's small models can have."""
 
 
 @dataclass(frozen=True)
 class Unavailable:
-    """A measure that cannot be made here, and why; stands in the tables in place of figures."""
+    """The reason why a measure has no figures here; tables show it in their place."""
 
     reason: str
 

@@ -1,7 +1,7 @@
-"""The networks that some measures look through: CLIP, DINO, Inception and LPIPS.
+"""The networks that some measures need: CLIP, DINO, Inception and LPIPS.
 
-A network that cannot be had is not an error: the others are still worth their table. It becomes an
-`Unavailable` with the reason, which stands in the table.
+A network that cannot be loaded is no error, because the other measures are still worth their table.
+It becomes an `Unavailable`, and the table shows its reason.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,11 +18,11 @@ from toma_fx.images import DATA_RANGE, pixels
 from toma_fx.lab.measures import Unavailable
 
 CLIP = "openai/clip-vit-large-patch14"
-"""The CLIP whose scores papers quote, and torchmetrics' default."""
+"""Papers quote the scores of this CLIP, and torchmetrics takes it by default."""
 DINO = "facebook/dinov2-base"
 """The paper names DINO (Caron et al., 2021) without a size; ``facebook/dino-vitb16`` is one."""
 INCEPTION = "inception"
-"""The network of FID proper; the name of any other vision network gives its distance instead."""
+"""The network of FID proper; any other vision network gives a distance of its own."""
 LPIPS = "alex"
 """LPIPS's own choice for a forward measure (Zhang et al., 2018)."""
 BATCH = 16
@@ -47,7 +47,7 @@ class Networks:
 
 @dataclass(frozen=True, kw_only=True)
 class Encoder:
-    """A network of transformers with what prepares its inputs."""
+    """A network of transformers, and the processor that prepares its inputs."""
 
     model: Any
     processor: Any
@@ -70,7 +70,7 @@ class Encoder:
 
     @torch.inference_mode()
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """CLIP's features ``(N, D)`` of ``N`` texts; what exceeds its context is cut off."""
+        """CLIP's features ``(N, D)`` of ``N`` texts; CLIP's context cuts long texts off."""
 
         def parts() -> Iterator[Tensor]:
             for some in _batches(texts):
@@ -118,7 +118,7 @@ def load_vision(name: str) -> Encoder | Unavailable:
 
 
 def load_features(name: str) -> Features | Unavailable:
-    """What FID is computed over: Inception's features, or those of a vision network.
+    """The features that FID compares: Inception's, or those of a vision network.
 
     Args:
         name: ``"inception"``, or as in `load_vision`. With another network the figure is that
@@ -164,7 +164,7 @@ def _inception() -> Features:
 
     @torch.inference_mode()
     def features(files: Sequence[Path]) -> Tensor:
-        # One by one: a folder of reference images may hold several sizes.
+        # One by one, because a folder of reference images may hold several sizes.
         rows = [network(pixels(read_image(file))[None].to(_best_device())) for file in files]
         return torch.cat(rows).float().cpu()
 
@@ -187,7 +187,7 @@ def read_image(file: Path) -> Image.Image:
 def _attempt(load: Callable[[], Loaded], what: str) -> Loaded | Unavailable:
     try:
         return load()
-    # What a library raises for a missing package, file, network or hub is not one class.
+    # Libraries raise many classes for a missing package, file, network or hub.
     except (ImportError, OSError, ValueError, RuntimeError) as error:
         return Unavailable(f"{what} could not be loaded: {first_line(error)}")
 

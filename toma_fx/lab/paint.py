@@ -9,7 +9,7 @@ from toma_fx.lab.clusters import Grid, Merged
 DESTINATION = (255, 40, 40)
 BORDER = (255, 255, 255)
 CELL_PIXELS = 320
-"""About how large a picture is in a figure; a token is at least 6 pixels wide all the same."""
+"""Approximate side of a picture in a figure; a token is at least 6 pixels wide all the same."""
 
 Picture = NDArray[np.uint8]
 """``(H, W, 3)``."""
@@ -24,9 +24,9 @@ def paint_merged(image: Image.Image, merged: Merged, grid: Grid) -> Picture:
     """The image with a dot on every destination and borders between clusters.
 
     Args:
-        image: of any size; it is scaled to a whole number of pixels for each token.
-        merged: of the image's tokens.
-        grid: of the tokens.
+        image: an image of any size; it is scaled to a whole number of pixels for each token.
+        merged: the clusters of the image's tokens.
+        grid: the grid of the tokens.
     """
     scale = scale_of(grid)
     picture = np.array(image.convert("RGB").resize((grid.width * scale, grid.height * scale)))

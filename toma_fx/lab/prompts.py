@@ -10,7 +10,7 @@ from toma_fx.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """The words that one image is drawn from, whatever the seed."""
+    """The words that one image is drawn from, with any seed."""
 
     text: str
     negative: str = ""
@@ -20,9 +20,9 @@ def load_prompts(path: str | Path, *, limit: int | None = None) -> tuple[Prompt,
     """The prompts of a file, each once: the same prompt again would draw the same images.
 
     Args:
-        path: ``.csv``: a table with a column ``prompt``, and perhaps one ``negative_prompt``.
-            Any other file: a prompt a line.
-        limit: take only the first so many.
+        path: a ``.csv`` table with a column ``prompt``, and perhaps one ``negative_prompt``; any
+            other file holds a prompt a line.
+        limit: take only this many prompts, from the first.
 
     Raises:
         ConfigError: when there is no such file, or it holds no prompt.

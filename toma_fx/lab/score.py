@@ -21,12 +21,12 @@ from toma_fx.lab.networks import (
 )
 
 Scores = dict[str, list[float] | Unavailable]
-"""Of each measure, a value for each image; of a measure of sets, one value in all."""
+"""A value for each image, by measure; a measure of sets has a single value."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Instruments:
-    """What the chosen measures look through; ``None`` where none of them needs it."""
+    """The networks of the chosen measures; ``None`` for a network that none of them needs."""
 
     chosen: tuple[str, ...]
     pixel: dict[str, Callable[[Tensor, Tensor], float] | Unavailable]
@@ -37,18 +37,18 @@ class Instruments:
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """What a contender's images are compared with."""
+    """The images and features that a contender is compared with."""
 
     files: tuple[Path, ...]
-    """The untouched model's images, in the order of the contender's."""
+    """The images of the untouched model, in the order of the contender's."""
     dino: Tensor | None
     clip: Tensor | None
     fid: Tensor | None
-    """Features of real images, or of the untouched model's."""
+    """Features of real images, or of the untouched model's images."""
 
 
 def load_instruments(chosen: Sequence[str], networks: Networks) -> Instruments:
-    """Load what the chosen measures need, once for all contenders.
+    """Load the networks of the chosen measures, once for all contenders.
 
     Args:
         chosen: names of `MEASURES`.
@@ -77,12 +77,12 @@ def load_instruments(chosen: Sequence[str], networks: Networks) -> Instruments:
 def look_at_reference(
     instruments: Instruments, untouched: Sequence[Path], real: Sequence[Path] = ()
 ) -> Reference:
-    """Features of what contenders are compared with.
+    """Compute the features that contenders are compared with.
 
     Args:
-        instruments: of `load_instruments`.
+        instruments: what `load_instruments` returned.
         untouched: the untouched model's images.
-        real: images that FID compares with; the untouched model's when there are none.
+        real: images that FID compares with; the untouched model's images if empty.
     """
     fid = instruments.fid
     return Reference(
@@ -104,11 +104,11 @@ def score(
     """The measures of one contender's images.
 
     Args:
-        instruments: of `load_instruments`.
+        instruments: what `load_instruments` returned.
         files: the images, in the order of the reference's.
         texts: the prompt of each.
-        reference: of `look_at_reference`.
-        paired: False for the untouched model itself, which would only be compared with itself.
+        reference: what `look_at_reference` returned.
+        paired: False for the untouched model, whose images are the reference.
     """
     clip, dino, fid = instruments.clip, instruments.dino, instruments.fid
     scores: Scores = {}
@@ -157,7 +157,7 @@ def _dino_distances(
 def _clip_scores(
     clip: Encoder | Unavailable, files: Sequence[Path], texts: Sequence[str], reference: Reference
 ) -> Scores:
-    """100 times the cosine of image and text, as torchmetrics has it; and the cosine of images."""
+    """100 times the cosine of image and text, as in torchmetrics, and the cosine of images."""
     if isinstance(clip, Unavailable):
         return {"clip": clip, "clip_image": clip}
     assert reference.clip is not None

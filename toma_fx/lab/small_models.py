@@ -1,4 +1,4 @@
-"""The trained pipelines that the repository holds, and how they are called to draw at their best.
+"""The trained pipelines of the repository, and the settings with which they draw best.
 
 A wheel holds none of them.
 """
@@ -8,9 +8,9 @@ from typing import Any
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "small_models"
 PROMPTS = FOLDER / "prompts.txt"
-"""Scenes that their training did not show."""
+"""Prompts of scenes that their training did not show."""
 CALIBRATION = FOLDER / "calibration.txt"
-"""Others, for `toma-fx calibrate`."""
+"""Other prompts, for `toma-fx calibrate`."""
 
 _SIZE = {"height": 128, "width": 128}
 _SETTINGS: dict[str, dict[str, Any]] = {
@@ -24,7 +24,7 @@ def own_settings(model: str) -> dict[str, Any]:
     """Fields of `toma_fx.lab.draw.Task` that the model's card names.
 
     Args:
-        model: hub name or folder; empty for all but the repository's own.
+        model: hub name or folder. For all but the repository's own models there are no fields.
     """
     path = Path(model).resolve()
     return _SETTINGS.get(path.name, {}) if path.parent == FOLDER else {}

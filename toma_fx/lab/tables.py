@@ -23,7 +23,7 @@ SUMMARY = "summary.csv"
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """A contender with its images' times and measures, prompt by prompt and seed by seed."""
+    """A contender, and the times and measures of its images, prompt by prompt and seed by seed."""
 
     contender: Contender
     files: tuple[Path, ...]
@@ -34,12 +34,12 @@ class Outcome:
 def image_rows(
     outcomes: Sequence[Outcome], prompts: Sequence[Prompt], seeds: int, chosen: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """A row for each image: who drew it from what, and every measure that is one of an image.
+    """A row for each image: its contender, prompt and seed, and every measure of single images.
 
     Args:
         outcomes: one for each contender.
-        prompts: ``P`` of them.
-        seeds: ``S``.
+        prompts: the ``P`` prompts.
+        seeds: ``S``, the number of seeds.
         chosen: names of the measures.
     """
     wanted = [name for name in chosen if MEASURES[name].kind != "set"]
@@ -66,8 +66,8 @@ def summary_rows(
 ) -> list[dict[str, Any]]:
     """A row for each contender: means with the ends of their 95 % intervals, and median seconds.
 
-    A measure that could not be made holds the reason instead. What a contender has no measure of
-    (the untouched model compared with itself; an interval of FID) is blank.
+    A measure that could not be made holds its reason instead. A figure that does not exist (the
+    untouched model compared with itself; an interval of FID) is blank.
     """
     return [
         {
@@ -99,7 +99,7 @@ def as_table(rows: Sequence[dict[str, Any]], chosen: Sequence[str]) -> Table:
     """The summary for people, with the reasons for missing figures below it.
 
     Args:
-        rows: of `summary_rows`; other keys of them may be shown too, by more columns.
+        rows: those of `summary_rows`, perhaps with more keys.
         chosen: names of the measures.
     """
     reasons: list[str] = []
@@ -136,12 +136,12 @@ def _mean(outcome: Outcome, name: str, seeds: int) -> dict[str, Any]:
 
 
 def cell(row: dict[str, Any], name: str, reasons: list[str]) -> str:
-    """A mean with its interval; the number of the reason where there is none.
+    """A mean with its interval, or the number of the reason why there is none.
 
     Args:
-        row: of `summary_rows`.
+        row: a row of `summary_rows`.
         name: a measure.
-        reasons: those met so far; a new one is added.
+        reasons: the reasons so far; a new one is added.
     """
     value = row[name]
     if isinstance(value, str):
