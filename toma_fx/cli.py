@@ -94,15 +94,36 @@ def _parser() -> argparse.ArgumentParser:
 def _add_report(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", help=MODEL)
-    add("--speedup", type=float, metavar="X", help="choose the ratio for X times less arithmetic")
-    add("--height", type=int, metavar="PIXELS", help="of the image (the model's own)")
-    add("--width", type=int, metavar="PIXELS", help="of the image (like the height)")
-    add("--frames", type=int, metavar="N", help="of a video (the model's own)")
-    add("--batch", type=int, default=1, metavar="N", help="images of a call (1)")
-    add("--steps", type=int, default=25, metavar="N", help="of the denoising run (25)")
-    add("--dtype", choices=DTYPE_NAMES, default="bfloat16", help="of the weights (bfloat16)")
-    add("--out", type=Path, metavar="FILE", help="keep it: JSON where the name ends in .json")
-    add("--json", action="store_true", help="print one JSON object")
+    add(
+        "--speedup",
+        type=float,
+        metavar="X",
+        help="choose the ratio that makes the arithmetic X times less",
+    )
+    add("--height", type=int, metavar="PIXELS", help="image height (default: the model's own)")
+    add("--width", type=int, metavar="PIXELS", help="image width (default: the height)")
+    add("--frames", type=int, metavar="N", help="video frames (default: the model's own)")
+    add("--batch", type=int, default=1, metavar="N", help="images in a call (default: 1)")
+    add(
+        "--steps",
+        type=int,
+        default=25,
+        metavar="N",
+        help="denoising steps over which the arithmetic is averaged (default: 25)",
+    )
+    add(
+        "--dtype",
+        choices=DTYPE_NAMES,
+        default="bfloat16",
+        help="dtype of the weights (default: bfloat16)",
+    )
+    add(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="also write the report to a file, as JSON if its name ends in .json",
+    )
+    add("--json", action="store_true", help="print the report as one JSON object")
     add_setting(parser)
     parser.set_defaults(run=_report)
 
@@ -110,10 +131,22 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 def _add_demo(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", help=f"only this model: {MODEL}")
-    add("--quick", action="store_true", help="512 x 512 pixels, one counted call")
-    add("--prompt", default=PROMPT, metavar="TEXT", help="of the images")
-    add("--steps", type=int, default=25, metavar="N", help="of denoising (25)")
-    add("--out", type=Path, default=Path("demo"), metavar="DIR", help="of the pictures (demo)")
+    add("--quick", action="store_true", help="time 512 x 512 pixels and one call: two minutes")
+    add("--prompt", default=PROMPT, metavar="TEXT", help="prompt of the images")
+    add(
+        "--steps",
+        type=int,
+        default=25,
+        metavar="N",
+        help="denoising steps of the images (default: 25)",
+    )
+    add(
+        "--out",
+        type=Path,
+        default=Path("demo"),
+        metavar="DIR",
+        help="folder of the pictures (default: demo)",
+    )
     add_setting(parser, leave_out=("calibration",))
     parser.set_defaults(run=_demo)
 

@@ -56,23 +56,23 @@ def _pair(text: str) -> tuple[str, float]:
 
 _ABOUT = {
     "ratio": "share of tokens merged away",
-    "block_ratios": "blocks with a ratio of their own: up_blocks.1.*=0.25",
-    "tokens": "all, or those of the images that an edit model takes",
-    "components": f"with placement component: {', '.join(get_args(Component))}",
-    "placement": "around components, whole blocks, or keys and values alone",
-    "residual": "what becomes of the residual stream",
-    "region": "tokens that form a group",
-    "region_tokens": "tokens of a region",
-    "region_frames": "latent frames that a tile of a video reaches through",
-    "merge_over": "destinations that a token's weight is spread over",
-    "selector": "how destinations are chosen",
-    "unmerge": "how merged tokens are spread",
-    "temperature": "of the weights",
-    "share": "blocks that use one plan",
+    "block_ratios": "blocks that get a ratio of their own, as in up_blocks.1.*=0.25",
+    "tokens": "merge all tokens, or only those of the images to edit",
+    "components": f"parts that merge with placement component: {', '.join(get_args(Component))}",
+    "placement": "merge around components, around whole blocks, or keys and values alone",
+    "residual": "keep the residual stream, or replace it by the merged one",
+    "region": "shape of the regions in which destinations are selected",
+    "region_tokens": "tokens in a region",
+    "region_frames": "latent frames that a tile of a video spans",
+    "merge_over": "merge into destinations of the region, or of the image",
+    "selector": "method that selects destinations",
+    "unmerge": "matrix that spreads merged tokens: transpose or pseudo-inverse",
+    "temperature": "temperature of the softmax over destinations",
+    "share": "make one plan for a group of blocks, or for each block",
     "schedule": "select every A steps and weigh every B, as in 10/5",
-    "memory": "run every Nth step in full, and reuse it in those between",
-    "merge_below": "noise level below which tokens merge, 1 for all steps",
-    "skip": "blocks to leave unmerged: mid_block.*; none with no pattern",
+    "memory": "run every Nth step in full; the steps between add what has changed",
+    "merge_below": "noise level below which tokens merge; 1 merges at all steps",
+    "skip": "blocks that stay unmerged, as in mid_block.*; no pattern: none",
 }
 _READ: dict[str, dict[str, Any]] = {
     "block_ratios": {"read": _pair, "shown": "PATTERN=RATIO", "several": True},
@@ -84,27 +84,35 @@ _READ: dict[str, dict[str, Any]] = {
 
 
 def _option(name: str, kind: Any, default: Any) -> Option:
-    about = f"{_ABOUT[name]} ({default:g})" if isinstance(default, int | float) else _ABOUT[name]
+    about = (
+        f"{_ABOUT[name]} (default: {default:g})"
+        if isinstance(default, int | float)
+        else _ABOUT[name]
+    )
     if name in _READ:
         return Option(about=about, **_READ[name])
     if get_origin(kind) is not None:
         choices = get_args(kind)
-        return Option(about=f"{about} ({default})", choices=choices)
+        return Option(about=f"{about} (default: {default})", choices=choices)
     return Option(about=about, read=kind, shown="X" if kind is float else "N")
 
 
 OPTIONS: dict[str, Option] = {
-    "preset": Option(about="what the other options change (default)", choices=tuple(PRESETS)),
+    "preset": Option(
+        about="settings that the other options change (default: default)", choices=tuple(PRESETS)
+    ),
     "calibration": Option(
-        about="what toma-fx calibrate wrote; its ratios at the arithmetic of the ratio",
+        about="file of toma-fx calibrate, whose ratios are used at the arithmetic of --ratio",
         shown="FILE",
     ),
     **{each.name: _option(each.name, each.type, each.default) for each in fields(MergeConfig)},
     "theta": Option(
-        about="with memory: share of the correction that is added", read=float, shown="X"
+        about="with memory: share of the correction that is added (default: by model)",
+        read=float,
+        shown="X",
     ),
-    "extrapolate": Option(about="with memory: extrapolate updates (yes)", read=_switch),
-    "control": Option(about="with memory: full steps run merged too (yes)", read=_switch),
+    "extrapolate": Option(about="with memory: extrapolate updates (default: yes)", read=_switch),
+    "control": Option(about="with memory: full steps run merged too (default: yes)", read=_switch),
 }
 OF_MEMORY = ("theta", "extrapolate", "control")
 
@@ -145,7 +153,7 @@ def add_variants(
         default=[*default],
         metavar="SETTING",
         help="one or more, such as toma:region=stripe placement=keys,skip= calibrated.json: "
-        f"presets and options of toma-fx report{more} ({' '.join(default)})",
+        f"presets and options of toma-fx report{more} (default: {' '.join(default)})",
     )
 
 

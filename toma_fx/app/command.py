@@ -24,15 +24,20 @@ def add_app(commands: Any) -> None:
         "--model",
         nargs="+",
         metavar="NAME",
-        help="folders or hub names of diffusers pipelines (the repository's small SDXL and Flux)",
+        help="folders or hub names of diffusers pipelines (default: the repository's small SDXL "
+        "and Flux)",
     )
     add(
         "--dtype",
         choices=DTYPE_NAMES,
-        help="dtype of the weights (bfloat16 on a GPU, float32 without one)",
+        help="dtype of the weights (default: bfloat16 on a GPU, float32 without one)",
     )
-    add("--host", default="127.0.0.1", help="address to listen at (127.0.0.1: this machine alone)")
-    add("--port", type=int, help="port to listen at (the first free one from 7860)")
+    add(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen at (default: 127.0.0.1, this machine alone)",
+    )
+    add("--port", type=int, help="port to listen at (default: the first free one from 7860)")
     parser.set_defaults(run=_app)
 
 

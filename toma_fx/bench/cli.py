@@ -30,12 +30,14 @@ def add_bench(commands: Any, model_help: str) -> None:
         add_timing(each)
         if kind == "image":
             each.add_argument(
-                "--steps", type=int, default=4, metavar="N", help="denoising steps (4)"
+                "--steps", type=int, default=4, metavar="N", help="denoising steps (default: 4)"
             )
         else:
             how: dict[str, Any] = {"type": int, "nargs": "+", "default": [None], "metavar": "N"}
             each.add_argument(
-                "--frames", **how, help="frames of a video, one or more numbers (the model's own)"
+                "--frames",
+                **how,
+                help="frames of a video, one or more numbers (default: the model's own)",
             )
         each.set_defaults(run=_bench)
 
@@ -49,33 +51,44 @@ def add_timing(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[0.5],
         metavar="R",
-        help="share of tokens merged away, one or more (0.5)",
+        help="share of tokens merged away, one or more (default: 0.5)",
     )
     add_variants(parser, ("lower_bound", "default"))
-    add("--height", type=int, metavar="PIXELS", help="(the model's own)")
-    add("--width", type=int, metavar="PIXELS", help="(like the height)")
+    add("--height", type=int, metavar="PIXELS", help="image height (default: the model's own)")
+    add("--width", type=int, metavar="PIXELS", help="image width (default: the height)")
     add(
         "--batch",
         type=int,
         nargs="+",
         default=[1],
         metavar="N",
-        help="images of a call, one or more numbers (1)",
+        help="images in a call, one or more numbers (default: 1)",
     )
-    add("--dtype", choices=DTYPE_NAMES, default="bfloat16", help="dtype of the weights (bfloat16)")
+    add(
+        "--dtype",
+        choices=DTYPE_NAMES,
+        default="bfloat16",
+        help="dtype of the weights (default: bfloat16)",
+    )
     add(
         "--blocks",
         type=int,
         nargs="+",
         metavar="N",
-        help="with random weights: blocks in each list, or one number for all lists (all blocks, "
-        "or one of each list where all do not fit into memory)",
+        help="with random weights: blocks in each list, or one number for all lists (default: all "
+        "blocks, or one of each list where all do not fit into memory)",
     )
-    add("--repeats", type=int, default=3, metavar="N", help="counted calls of each contender (3)")
+    add(
+        "--repeats",
+        type=int,
+        default=3,
+        metavar="N",
+        help="timed calls of each contender (default: 3)",
+    )
     add("--eager", action="store_true", help="do not compile")
     add("--cpu-time", action="store_true", help="count CPU time, for a machine that others use too")
     add("--out", type=Path, metavar="DIR", help="folder for CSV, JSON and Markdown")
-    add("--json", action="store_true", help="print one JSON object")
+    add("--json", action="store_true", help="print the result as one JSON object")
 
 
 def _bench(options: argparse.Namespace) -> None:

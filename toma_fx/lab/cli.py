@@ -65,9 +65,14 @@ def _add_ratios(parser: argparse.ArgumentParser, about: str) -> None:
 def add_prompts(parser: argparse.ArgumentParser) -> None:
     """Add the options that choose prompts; `prompts_of` reads them."""
     add = parser.add_argument
-    add("--prompts", type=Path, metavar="FILE", help="a prompt a line, or a .csv table")
+    add(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="text file with one prompt per line, or a .csv table",
+    )
     add("--limit", type=int, metavar="N", help="only the first N prompts")
-    add("--seeds", type=int, default=1, metavar="N", help="images of each prompt (1)")
+    add("--seeds", type=int, default=1, metavar="N", help="images of each prompt (default: 1)")
 
 
 def add_measuring(parser: argparse.ArgumentParser, *, default: str) -> None:
@@ -80,12 +85,17 @@ def add_measuring(parser: argparse.ArgumentParser, *, default: str) -> None:
         nargs="+",
         choices=tuple(MEASURES),
         metavar="NAME",
-        help=f"some of {', '.join(MEASURES)} ({default})",
+        help=f"some of {', '.join(MEASURES)} (default: {default})",
     )
-    add("--reference", type=Path, metavar="DIR", help="real images for FID (the untouched images)")
+    add(
+        "--reference",
+        type=Path,
+        metavar="DIR",
+        help="folder of real images for FID (default: the untouched images)",
+    )
     for name in ("clip", "dino", "fid"):
         add(f"--{name}", metavar="NAME", help=f"folder or hub name of the network of {name}")
-    add("--lpips", choices=("alex", "vgg", "squeeze"), help="the network of lpips (alex)")
+    add("--lpips", choices=("alex", "vgg", "squeeze"), help="network of lpips (default: alex)")
     add(
         "--out",
         type=Path,
@@ -99,11 +109,15 @@ def add_measuring(parser: argparse.ArgumentParser, *, default: str) -> None:
 def add_drawing(parser: argparse.ArgumentParser) -> None:
     """Add the options of drawing; `task_of` reads them."""
     add = parser.add_argument
-    add("--steps", type=int, default=25, metavar="N", help="denoising steps (25)")
-    add("--guidance", type=float, metavar="X", help="guidance scale (the pipeline's own)")
-    add("--height", type=int, metavar="PIXELS", help="(the pipeline's own)")
-    add("--width", type=int, metavar="PIXELS", help="(the pipeline's own)")
-    add("--dtype", choices=DTYPE_NAMES, help="dtype of the weights (bfloat16 on a GPU)")
+    add("--steps", type=int, default=25, metavar="N", help="denoising steps (default: 25)")
+    add("--guidance", type=float, metavar="X", help="guidance scale (default: the pipeline's own)")
+    add("--height", type=int, metavar="PIXELS", help="image height (default: the pipeline's own)")
+    add("--width", type=int, metavar="PIXELS", help="image width (default: the pipeline's own)")
+    add(
+        "--dtype",
+        choices=DTYPE_NAMES,
+        help="dtype of the weights (default: bfloat16 on a GPU, float32 on a CPU)",
+    )
     add(
         "--argument",
         nargs="+",
