@@ -82,7 +82,7 @@ class Bench:
     def scheduled(self, steps: int, power: float) -> dict[str, Any]:
         """A call by a schedule whose steps lie at ``(1 - n / steps) ** power``."""
         at = (1 - np.arange(steps) / steps) ** power
-        if self.scenario.model == "flux":
+        if self.scenario.real.name == "flux":  # Kontext too
             return {"num_inference_steps": steps, "sigmas": at.tolist()}
         times = np.unique((at * 999).round().astype(int))[::-1]
         return {"num_inference_steps": None, "timesteps": times.tolist()}

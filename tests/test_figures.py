@@ -304,6 +304,17 @@ def test_figures_that_the_readme_names() -> None:
         figures = f"| {arithmetic} | {float(row['psnr']):.1f} dB | {answers} |"
         assert figures in readme, f"{name}: {figures}"
     assert f"{100 * float(rows['untouched']['answers']):.0f} % for the untouched model" in readme
+    flux, few = (
+        {each["row"]: each for each in results(f"methods-flux-{steps}")} for steps in (25, 4)
+    )
+    for row, words in (
+        (flux["memory below noise level 0.8, every 2, theta 0"], "PSNR {:.1f} dB at {:.0f} %"),
+        (flux["18 steps, searched schedule"], "reach {:.1f} dB at {:.0f} %"),
+        (flux["TaylorSeer lite, every 2, order 1"], "TaylorSeer {:.1f} dB at {:.0f} %"),
+        (few["3 steps, searched schedule"], "on a searched schedule are at {:.1f} dB"),
+    ):
+        said = words.format(float(row["psnr"]), 100 * float(row["arithmetic"]))
+        assert said in readme, said
     _, ratio, _, _, times, *_ = forward("", BENCH + "sdxl-1024-batch-2")[0]
     assert ratio == "0.5"
     figure = f"| {100 / float(times.split()[0]):.0f} % (batch 2, 2026-11-21) |"

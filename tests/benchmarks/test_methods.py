@@ -88,6 +88,7 @@ def test_a_scenario_is_drawn_once_and_judged_from_its_files(
     torch.manual_seed(0)
     judge = Judge().eval()  # untrained, since its answers are not what is tested
     monkeypatch.setattr(methods, "load_judge", lambda: judge)
+    monkeypatch.setattr(judge_module, "TRUE_PICTURES", 8)  # each is drawn
     pipeline("sdxl", tiny=True).save_pretrained(tmp_path / "pipe")
     words = ["sdxl-4", "--prompts", "2", "--model", str(tmp_path / "pipe")]
     words += ["--images", str(tmp_path / "images"), "--out", str(tmp_path)]
@@ -142,8 +143,9 @@ def test_an_edit_is_drawn_and_only_its_reference_merges(
     torch.manual_seed(0)
     judge = Judge().eval()
     monkeypatch.setattr(methods, "load_judge", lambda: judge)
+    monkeypatch.setattr(judge_module, "TRUE_PICTURES", 8)  # each is drawn
     _shorten(monkeypatch, "kontext-25", steps=3)
-    words = ["kontext-25", "--prompts", "1", "--only", "references merged, ratio 0.5"]
+    words = ["kontext-25", "--prompts", "2", "--only", "references merged, ratio 0.5"]
     methods.main([*words, "--images", str(tmp_path), "--out", str(tmp_path)])
     with (tmp_path / "methods-kontext-25.csv").open() as file:
         untouched, merged = csv.DictReader(file)
