@@ -59,10 +59,8 @@ def test_more_is_saved_and_lost_at_a_higher_ratio_and_all_is_undone(rival: Rival
 
 
 def test_the_real_models_share_falls_with_the_ratio(rival: Rival) -> None:
-    """And is between that of the blocks alone and all; the rival comes off the real model."""
-    shares = [rival.real_share(ratio, RealSize("sdxl")) for ratio in (0.25, 0.5, 0.75, 0.25)]
-    assert 1 > shares[0] > shares[1] > shares[2] > 0.4
-    assert shares[3] == shares[0]
+    low, high = (rival.real_share(ratio, RealSize("sdxl")) for ratio in (0.75, 0.25))
+    assert 0.4 < low < high < 1
 
 
 def test_an_image_does_not_depend_on_those_before(rival: Rival) -> None:
