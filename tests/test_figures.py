@@ -315,10 +315,15 @@ def test_figures_that_the_readme_names() -> None:
     ):
         said = words.format(float(row["psnr"]), 100 * float(row["arithmetic"]))
         assert said in readme, said
-    _, ratio, _, _, times, *_ = forward("", BENCH + "sdxl-1024-batch-2")[0]
-    assert ratio == "0.5"
-    figure = f"| {100 / float(times.split()[0]):.0f} % (batch 2, 2026-11-21) |"
-    assert figure in readme, figure
+    times = {
+        each["ratio"]: f"| {100 / float(each['times']):.0f} % |"
+        for each in results("2026-11-27-amd-epyc-sdxl-1024")
+        if each["ratio"]
+    }
+    assert sorted(times) == ["0.25", "0.5"]
+    for ratio, time in times.items():
+        (line,) = (each for each in readme.splitlines() if each.startswith(f"| `ratio={ratio}`"))
+        assert line.endswith(time), (line, time)
 
 
 def span(values: Iterable[float]) -> str:
