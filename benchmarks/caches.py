@@ -12,7 +12,7 @@ from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
-from diffusers import FirstBlockCacheConfig, TaylorSeerCacheConfig
+from diffusers import FirstBlockCacheConfig, FluxKontextPipeline, TaylorSeerCacheConfig
 from torch import nn
 
 from benchmarks.real_size import RealSize
@@ -52,10 +52,13 @@ class DiffusersCache:
         model, ran = pipe.transformer, Ran()
         undo = _counting(model, ran)  # before the cache goes on: it calls the parts' own forwards
         model.enable_cache(self.config)
+        forward = model.forward
+        if isinstance(pipe, FluxKontextPipeline):  # names no context, as other pipelines do
+            model.forward = _within(model, forward)
         try:
-            with model.cache_context("calls"):  # Kontext's pipeline names none; others name theirs
-                yield lambda: _transformer_share(ran, model, real)
+            yield lambda: _transformer_share(ran, model, real)
         finally:
+            model.forward = forward
             model.disable_cache()
             for handle in undo:
                 handle.remove()
@@ -186,6 +189,14 @@ def _parts(model: nn.Module) -> dict[str, nn.Module]:
         for name, part in block.named_children()
         if any(isinstance(each, nn.Linear) for each in part.modules())
     }
+
+
+def _within(model: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def named(*args: Any, **kwargs: Any) -> Any:
+        with model.cache_context("calls"):
+            return forward(*args, **kwargs)
+
+    return named
 
 
 def _counting(model: nn.Module, ran: Ran) -> list[Any]:

@@ -304,14 +304,19 @@ def test_figures_that_the_readme_names() -> None:
         figures = f"| {arithmetic} | {float(row['psnr']):.1f} dB | {answers} |"
         assert figures in readme, f"{name}: {figures}"
     assert f"{100 * float(rows['untouched']['answers']):.0f} % for the untouched model" in readme
-    flux, few = (
-        {each["row"]: each for each in results(f"methods-flux-{steps}")} for steps in (25, 4)
+    flux, few, edits = (
+        {each["row"]: each for each in results(f"methods-{name}")}
+        for name in ("flux-25", "flux-4", "kontext-25")
     )
     for row, words in (
         (flux["memory below noise level 0.8, every 2, theta 0"], "PSNR {:.1f} dB at {:.0f} %"),
         (flux["18 steps, searched schedule"], "reach {:.1f} dB at {:.0f} %"),
         (flux["TaylorSeer lite, every 2, order 1"], "TaylorSeer {:.1f} dB at {:.0f} %"),
         (few["3 steps, searched schedule"], "on a searched schedule are at {:.1f} dB"),
+        (edits["memory below noise level 0.8, every 2, theta 0"], "PSNR {:.1f} dB at {:.0f} %"),
+        (edits["18 steps, searched schedule"], "reach {:.1f} dB at {:.0f} %"),
+        (edits["TaylorSeer lite, every 2, order 1"], "TaylorSeer {:.1f} dB at {:.0f} %"),
+        (edits["references merged, ratio 0.5"], "is far behind, {:.1f} dB"),
     ):
         said = words.format(float(row["psnr"]), 100 * float(row["arithmetic"]))
         assert said in readme, said
