@@ -17,6 +17,7 @@ from torch import nn
 
 from benchmarks.real_size import RealSize
 from toma_fx.arithmetic import Call, count, count_parts
+from toma_fx.checkpoints import architecture
 
 LISTS = ("transformer_blocks", "single_transformer_blocks", "blocks")
 """Where transformers hold their blocks: Flux in the first two, Wan in the last."""
@@ -49,19 +50,14 @@ class DiffusersCache:
             pipe: Small.
             real: The real model's call.
         """
-        model, ran = pipe.transformer, Ran()
-        undo = _counting(model, ran)  # before the cache goes on: it calls the parts' own forwards
-        model.enable_cache(self.config)
-        forward = model.forward
-        if isinstance(pipe, FluxKontextPipeline):  # names no context, as other pipelines do
-            model.forward = _within(model, forward)
-        try:
-            yield lambda: _transformer_share(ran, model, real)
-        finally:
-            model.forward = forward
-            model.disable_cache()
-            for handle in undo:
-                handle.remove()
+        model = pipe.transformer
+        # Counting begins before the cache goes on, which calls the parts' own forwards.
+        with _counted(model) as ran, _named_calls(pipe):
+            model.enable_cache(self.config)
+            try:
+                yield lambda: _transformer_share(ran, model, real)
+            finally:
+                model.disable_cache()
 
 
 @dataclass(frozen=True)
@@ -81,7 +77,7 @@ class CacheDit:
 
     @property
     def name(self) -> str:
-        """In tables."""
+        """Name in tables."""
         return f"cache-dit, threshold {self.threshold:g}"
 
     @contextmanager
@@ -93,21 +89,19 @@ class CacheDit:
             real: The real model's call.
         """
         package = import_module("cache_dit")
-        model, ran = pipe.transformer, Ran()
-        undo = _counting(model, ran)
         config = package.DBCacheConfig(
             Fn_compute_blocks=1,
             max_warmup_steps=3,
             residual_diff_threshold=self.threshold,
             enable_separate_cfg=self.guided,
         )
-        package.enable_cache(pipe, cache_config=config)
-        try:
-            yield lambda: _transformer_share(ran, model, real)
-        finally:
-            package.disable_cache(pipe)
-            for handle in undo:
-                handle.remove()
+        model = pipe.transformer
+        with _counted(model) as ran:
+            package.enable_cache(pipe, cache_config=config)
+            try:
+                yield lambda: _transformer_share(ran, model, real)
+            finally:
+                package.disable_cache(pipe)
 
 
 @dataclass(frozen=True)
@@ -149,7 +143,7 @@ class DeepCache:
         return helper
 
     def _share(self, steps: int, real: RealSize) -> float:
-        unet, call = real.model, Call((), real.inputs())
+        unet, call = architecture(real.name), Call((), real.inputs())  # the package leaves traces
         whole = count_parts(unet, call, [""])[""]
         helper = self._helper(SimpleNamespace(unet=unet))
         forward = unet.forward
@@ -191,18 +185,35 @@ def _parts(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def _within(model: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
+@contextmanager
+def _named_calls(pipe: Any) -> Iterator[None]:
+    """Gives the calls of Kontext's pipeline the context that other pipelines name themselves."""
+    model = pipe.transformer
+    forward = model.forward
+
     def named(*args: Any, **kwargs: Any) -> Any:
         with model.cache_context("calls"):
             return forward(*args, **kwargs)
 
-    return named
+    if isinstance(pipe, FluxKontextPipeline):
+        model.forward = named
+    try:
+        yield
+    finally:
+        vars(model).pop("forward", None)
 
 
-def _counting(model: nn.Module, ran: Ran) -> list[Any]:
-    """Hooks that count the calls of a model and of its parts."""
-    whole = model.register_forward_pre_hook(lambda *_: _add(ran, None))
-    return [whole, *(_count_calls(part, ran, path) for path, part in _parts(model).items())]
+@contextmanager
+def _counted(model: nn.Module) -> Iterator[Ran]:
+    """Counts the calls of a model and of its parts."""
+    ran = Ran()
+    handles = [model.register_forward_pre_hook(lambda *_: _add(ran, None))]
+    handles += [_count_calls(part, ran, path) for path, part in _parts(model).items()]
+    try:
+        yield ran
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _count_calls(part: nn.Module, ran: Ran, path: str) -> Any:

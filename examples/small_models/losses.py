@@ -29,17 +29,21 @@ def vae_loss(model: Any, pictures: npt.NDArray[np.uint8], batch: int, crop: int)
             for index, (top, left) in zip(chosen, corners.tolist(), strict=True)
         ]
         pixels = to_pixels(np.stack(crops)).to(model.device)
-        with autocast(model.device):
-            posterior = model.encode(pixels).latent_dist
-            noise = torch.randn(posterior.mean.shape, generator=generator).to(model.device)
-            decoded = model.decode(posterior.mean + posterior.std * noise).sample
-        return vae_error(decoded.float() - pixels, posterior)
+        return vae_error(model, pixels, generator)
 
     return loss
 
 
-def vae_error(error: Tensor, posterior: Any) -> Tensor:
-    """Of pixels ``(..., H, W)``, and of clips ``(N, 3, F, H, W)`` from frame to frame as well."""
+def vae_error(model: Any, pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """The loss of a VAE on ``(N, 3, H, W)`` pixels.
+
+    Clips ``(N, 3, F, H, W)`` have edges from frame to frame as well.
+    """
+    with autocast(model.device):
+        posterior = model.encode(pixels).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator).to(model.device)
+        decoded = model.decode(posterior.mean + posterior.std * noise).sample
+    error = decoded.float() - pixels
     edges = [error.diff(dim=dim).abs().mean() for dim in range(2, error.ndim)]
     prior = posterior.kl().sum() / posterior.mean.numel()
     total: Tensor = error.abs().mean() + error.square().mean() + 0.5 * sum(edges) + 1e-3 * prior

@@ -234,7 +234,7 @@ def train_vae(kind: Kind, options: argparse.Namespace) -> None:
     size = pictures.shape[1]
     model.register_to_config(sample_size=size)
     loss = vae_loss(model, pictures, options.batch, options.crop)
-    average, state = fit(model, loss, options.work / f"vae_{kind}.pt", **_length(options, "vae"))
+    average, state = fit(model, loss, options.work / f"vae_{kind}.pt", **length_of(options, "vae"))
     unseen = np.stack(
         [
             draw(scene_of(index), index, size=size, detailed=options.detailed)
@@ -281,7 +281,7 @@ def train_diffusion(kind: Kind, options: argparse.Namespace) -> None:
     make = sdxl_loss if kind == "sdxl" else flux_loss
     loss = make(parts, pipe, latents, tokens_of(pipe, captions), options.batch)
     checkpoint = options.work / f"diffusion_{kind}.pt"
-    trained, state = fit(parts, loss, checkpoint, **_length(options, "diffusion"))
+    trained, state = fit(parts, loss, checkpoint, **length_of(options, "diffusion"))
     for name in names:
         setattr(pipe, name, trained.get_submodule(name))
     # Text encoders stay in float32: transformers loads a file as it is, but diffusers in float32,
@@ -293,7 +293,8 @@ def train_diffusion(kind: Kind, options: argparse.Namespace) -> None:
     (options.output / "training.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
-def _length(options: argparse.Namespace, stage: str) -> dict[str, Any]:
+def length_of(options: argparse.Namespace, stage: str) -> dict[str, Any]:
+    """Arguments of `fit`: the rate of a stage, and the length that was asked for."""
     return {"rate": RATE[stage], "steps": options.steps, "minutes": options.minutes}
 
 

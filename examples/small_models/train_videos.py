@@ -26,7 +26,7 @@ from examples.small_models.architecture import video_pipeline, video_vae
 from examples.small_models.losses import Loss, autocast, clip_pixels, vae_error, wan_loss
 from examples.small_models.pictures import caption, scene_of
 from examples.small_models.text import PROMPT_TOKENS
-from examples.small_models.train import RATE, UNSEEN, fit, record_of
+from examples.small_models.train import UNSEEN, fit, length_of, record_of
 from examples.small_models.videos import CLIP_SIZE, FRAMES, Clip, clips_of
 
 PARTS = ("transformer", "text_encoder")
@@ -54,11 +54,7 @@ def clip_vae_loss(model: Any, clips: int, batch: int, crop: int, frames: int) ->
             for clip, (top, left) in zip(drawn, corners, strict=True)
         ]
         pixels = clip_pixels(np.stack(crops)).to(model.device)
-        with autocast(model.device):
-            posterior = model.encode(pixels).latent_dist
-            noise = torch.randn(posterior.mean.shape, generator=generator).to(model.device)
-            decoded = model.decode(posterior.mean + posterior.std * noise).sample
-        return vae_error(decoded.float() - pixels, posterior)
+        return vae_error(model, pixels, generator)
 
     return loss
 
@@ -116,7 +112,7 @@ def train_vae(options: argparse.Namespace) -> None:
     """Train the VAE, and note how well it does on clips that it was not trained on."""
     model = video_vae().to(options.device)
     loss = clip_vae_loss(model, options.clips, options.batch, options.crop, options.frames)
-    average, state = fit(model, loss, options.work / "vae_wan.pt", **_length(options, "vae"))
+    average, state = fit(model, loss, options.work / "vae_wan.pt", **length_of(options, "vae"))
     quality = note_statistics(average, clips_of(range(UNSEEN, UNSEEN + 32)))
     record = record_of(state, options, average) | {"psnr_db": round(quality, 2)}
     average.save_pretrained(options.work / "vae_wan")  # type: ignore[operator]
@@ -140,7 +136,7 @@ def train_diffusion(options: argparse.Namespace) -> None:
     parts = nn.ModuleDict({name: getattr(pipe, name) for name in PARTS}).to(options.device)
     loss = wan_loss(parts, pipe, latents, tokens, options.batch)
     checkpoint = options.work / f"diffusion_wan_{options.frames}.pt"
-    trained, state = fit(parts, loss, checkpoint, **_length(options, "diffusion"))
+    trained, state = fit(parts, loss, checkpoint, **length_of(options, "diffusion"))
     for name in PARTS:
         setattr(pipe, name, trained.get_submodule(name))
     # The text encoder stays in float32: transformers loads a file as it is, but diffusers in
@@ -151,10 +147,6 @@ def train_diffusion(options: argparse.Namespace) -> None:
     stage = "frames" if options.frames == 1 else "diffusion"
     record[stage] = record_of(state, options, trained)
     (options.output / "training.json").write_text(json.dumps(record, indent=1) + "\n")
-
-
-def _length(options: argparse.Namespace, stage: str) -> dict[str, Any]:
-    return {"rate": RATE[stage], "steps": options.steps, "minutes": options.minutes}
 
 
 def main(arguments: list[str] | None = None) -> None:

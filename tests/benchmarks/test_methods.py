@@ -82,13 +82,18 @@ def test_a_cache_costs_what_it_computed_and_comes_off(
     assert np.array_equal(drawn(pipe), untouched)
 
 
-def test_a_scenario_is_drawn_once_and_judged_from_its_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def untrained_judge(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its answers are not what is tested."""
     torch.manual_seed(0)
-    judge = Judge().eval()  # untrained, since its answers are not what is tested
+    judge = Judge().eval()
     monkeypatch.setattr(methods, "load_judge", lambda: judge)
     monkeypatch.setattr(judge_module, "TRUE_PICTURES", 8)  # each is drawn
+
+
+def test_a_scenario_is_drawn_once_and_judged_from_its_files(
+    tmp_path: Path, untrained_judge: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     pipeline("sdxl", tiny=True).save_pretrained(tmp_path / "pipe")
     words = ["sdxl-4", "--prompts", "2", "--model", str(tmp_path / "pipe")]
     words += ["--images", str(tmp_path / "images"), "--out", str(tmp_path)]
@@ -110,12 +115,8 @@ def _shorten(monkeypatch: pytest.MonkeyPatch, name: str, steps: int) -> None:
 
 
 def test_clips_are_compared_in_all_frames_and_judged_in_some(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, untrained_judge: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    torch.manual_seed(0)
-    judge = Judge().eval()
-    monkeypatch.setattr(methods, "load_judge", lambda: judge)
-    monkeypatch.setattr(judge_module, "TRUE_PICTURES", 8)  # each is drawn
     _shorten(monkeypatch, "video-25", steps=4)
     tiny_wan().save_pretrained(tmp_path / "pipe")
     words = ["video-25", "--prompts", "2", "--model", str(tmp_path / "pipe")]
@@ -138,17 +139,16 @@ def test_clips_are_compared_in_all_frames_and_judged_in_some(
 
 
 def test_an_edit_is_drawn_and_only_its_reference_merges(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, untrained_judge: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    torch.manual_seed(0)
-    judge = Judge().eval()
-    monkeypatch.setattr(methods, "load_judge", lambda: judge)
-    monkeypatch.setattr(judge_module, "TRUE_PICTURES", 8)  # each is drawn
     _shorten(monkeypatch, "kontext-25", steps=3)
-    words = ["kontext-25", "--prompts", "2", "--only", "references merged, ratio 0.5"]
+    # Five prompts are two calls of the pipeline, which must name a context for each.
+    words = ["kontext-25", "--prompts", "5", "--only", "references merged, ratio 0.5", "every 2"]
     methods.main([*words, "--images", str(tmp_path), "--out", str(tmp_path)])
     with (tmp_path / "methods-kontext-25.csv").open() as file:
-        untouched, merged = csv.DictReader(file)
+        rows = {row["row"]: row for row in csv.DictReader(file)}
+    untouched, merged = rows["untouched"], rows["references merged, ratio 0.5"]
+    assert "TaylorSeer lite, every 2, order 1" in rows
     # Half of the reference's 4,096 tokens are left out, of 8,704 with the text.
     assert 0.65 < float(merged["arithmetic"]) < 0.75 and untouched["arithmetic"] == "1.0"
     assert 10 < float(merged["psnr"]) < 50

@@ -58,7 +58,7 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
 
 def _add_ratios(parser: argparse.ArgumentParser, about: str) -> None:
     how: dict[str, Any] = {"type": float, "nargs": "+", "default": [0.25, 0.5, 0.75]}
-    about = f"{about} ({' '.join(map(str, how['default']))})"
+    about = f"{about} (default: {' '.join(map(str, how['default']))})"
     parser.add_argument("--ratio", **how, metavar="R", help=about)
 
 
