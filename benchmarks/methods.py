@@ -36,6 +36,8 @@ RESULTS = Path(__file__).parent / "results"
 IMAGES = Path(__file__).parent.parent / "build" / "methods"
 FIRST_SCENE, FIRST_OTHER = 40_000_000, 60_000_000
 """Scenes that no training saw: of the prompts, and of calibrations."""
+DEVICE, TOGETHER = ("cuda", 16) if torch.cuda.is_available() else ("cpu", 4)
+"""Where images are drawn, and how many at a time."""
 Images = NDArray[np.uint8]
 """``(N, H, W, 3)``, or clips ``(N, frames, H, W, 3)``."""
 
@@ -45,7 +47,7 @@ class Bench:
 
     def __init__(self, scenario: Scenario, prompts: int, folder: Path, judge: Judge) -> None:
         self.scenario = scenario
-        self.pipe: Any = scenario.load(folder)
+        self.pipe: Any = scenario.load(folder).to(DEVICE)
         self.pipe.set_progress_bar_config(disable=True)
         if scenario.scheduler == "dpm":
             made = diffusers.DPMSolverMultistepScheduler.from_config(self.pipe.scheduler.config)
@@ -63,8 +65,8 @@ class Bench:
         steps = self.scenario.nominal(self.scenario.steps)
         call = {"num_inference_steps": steps, **self._size, **self.scenario.call, **changes}
         images = []
-        for place in range(0, len(items), 4):
-            some = items[place : place + 4]
+        for place in range(0, len(items), TOGETHER):
+            some = items[place : place + TOGETHER]
             if "negative_prompt" in call:  # Flux wants as many as there are prompts
                 call["negative_prompt"] = [""] * len(some)
             call |= {key: [each.inputs[key] for each in some] for key in some[0].inputs}

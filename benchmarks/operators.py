@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch
 
 from benchmarks.growth import plot_growth, varies
 from benchmarks.live import peak_memory
@@ -42,6 +43,8 @@ from toma_fx.runtime.regions import layout, total_regions
 from toma_fx.tables import Column, Table, mebibytes, number, percent, seconds, span, times
 
 OPERATORS = ("select", "weigh", "merge", "unmerge", "reorder")
+OURS, LOOP = "toma_fx", "loop"
+"""Who runs an operator. The loop selects where a GPU has a kernel."""
 SAMPLE_SECONDS = 0.02
 """A sample takes at least this long, so that the clock's own time does not matter."""
 SHAPES = {"sdxl": ((4096, 640), (1024, 1280)), "flux": ((4096, 3072),)}
@@ -93,6 +96,7 @@ COLUMNS = (
     Column("limit", "limit"),
     Column("reached", "reached", percent),
     Column("against_tomesd", "times tomesd's speed", times),
+    Column("against_loop", "times the loop's speed", times),
     Column("peak_bytes", "peak memory", mebibytes),
 )
 
@@ -123,23 +127,31 @@ def operators(
     rows: list[dict[str, Any]] = []
     notes = [*_notes(peaks), *notes_on(clock)]
     for shape in shapes:
-        calls = _ours(shape, device, compiled)
         missing = _why_not(shape) if rivals else ""
-        theirs = _tomesd(shape, device) if rivals and not missing else []
         if missing and (note := f"no tomesd at ratio {shape.ratio:g}: {missing}") not in notes:
             notes.append(note)
-        by = ["toma_fx"] * len(calls) + [TOMESD] * len(theirs)
-        timings = interleaved([*calls, *theirs], repeats, at_least=SAMPLE_SECONDS, clock=clock)
-        tomesd = {c.name: t.median for c, t in zip(theirs, timings[len(calls) :], strict=True)}
-        for who, call, timing in zip(by, [*calls, *theirs], timings, strict=True):
-            row = _row(shape, who, call.name, timing.median)
+        calls = [(OURS, call) for call in _ours(shape, device, compiled)]
+        if rivals and not missing:
+            calls += [(TOMESD, call) for call in _tomesd(shape, device)]
+        if device == "cuda":
+            calls.append((LOOP, _loop(shape, device, compiled)))
+        timings = interleaved(
+            [call for _, call in calls], repeats, at_least=SAMPLE_SECONDS, clock=clock
+        )
+        medians = {
+            (by, call.name): timing.median
+            for (by, call), timing in zip(calls, timings, strict=True)
+        }
+        for (by, call), timing in zip(calls, timings, strict=True):
+            row = _row(shape, by, call.name, timing.median)
             row["seconds_spread"] = [min(timing.calls), max(timing.calls)]
             row["first_call"] = timing.first_call
             row["peak_bytes"] = peak_memory(call.run)
-            if who != TOMESD:
+            if by == OURS:
                 row |= _roofline(shape, call.name, timing.median, peaks)
-                if call.name in tomesd:
-                    row["against_tomesd"] = tomesd[call.name] / timing.median
+                for rival in (TOMESD, LOOP):
+                    if (rival, call.name) in medians:
+                        row[f"against_{rival}"] = medians[rival, call.name] / timing.median
             rows.append(row)
         torch._dynamo.reset()  # a compiled function for each shape would reach dynamo's limit
     return Table(title=f"operators on {device}", columns=COLUMNS, rows=rows, notes=tuple(notes))
@@ -222,6 +234,21 @@ def _ours(shape: Shape, device: str, compiled: bool) -> list[Contender]:
         )
         for function, given in arguments.items()
     ]
+
+
+def _loop(shape: Shape, device: str, compiled: bool) -> Contender:
+    """``select`` as it runs where no kernel does."""
+
+    def select(tokens: Tensor) -> Any:
+        return torch.ops.toma.select(tokens, shape.layout, "facility_location")
+
+    run = _bound(select, (_tokens(shape, device),), compiled)
+
+    def without_kernel() -> object:
+        with functorch.patch(decompose_custom_triton_ops=False):  # see `selector._has_kernel`
+            return run()
+
+    return Contender(name="select", run=without_kernel)
 
 
 def _bound(function: Any, given: tuple[Tensor, ...], compiled: bool) -> Callable[[], object]:

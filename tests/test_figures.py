@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BENCH = "2026-11-21-amd-epyc-"
 FAMILIES = "2026-11-26-amd-epyc-families-"
+GPU = "2026-11-27-nvidia-h200"
 Row = dict[str, str]
 
 
@@ -112,6 +113,31 @@ def forwards(*asked: tuple[str, ...]) -> str:
         "planning, %",
     )
     return markdown(heads, [line for each in asked for line in forward(*each)])
+
+
+def on_a_gpu() -> str:
+    lines = []
+    for label, name, title in (
+        ("Flux, one forward", GPU, "flux"),
+        ("SDXL's UNet, one forward of batch 2", GPU, "sdxl"),
+        ("Flux, an image in 25 steps", f"{GPU}-flux-images", "flux"),
+    ):
+        for row in results(name):
+            if title not in row["table"] or not row["times"] or "eager" in row["contender"]:
+                continue
+            low, high = numbers(row["times_spread"])
+            seconds = float(row["seconds"])
+            lines.append(
+                [
+                    label,
+                    row["contender"],
+                    row["ratio"],
+                    f"{1000 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.2f} s",
+                    f"{float(row['times']):.2f} ({low:.2f} to {high:.2f})",
+                    f"{int(row['peak_bytes']) / 2**20:.0f} MiB",
+                ]
+            )
+    return markdown(("", "", "ratio", "time", "times as fast", "peak memory"), lines)
 
 
 def operator(name: str, **wanted: str) -> Row | None:
@@ -259,6 +285,7 @@ TABLES: dict[tuple[str, str], Callable[[], str]] = {
         ("Wan 2.1 1.3B, 1 of 30, 9 frames", FAMILIES + "wan2.1-1.3b-growth", " 9 frames"),
         ("Wan 2.1 1.3B, 1 of 30, 21 frames", FAMILIES + "wan2.1-1.3b-growth", " 21 frames"),
     ),
+    ("speed", "on a GPU"): on_a_gpu,
     ("speed", "operators"): beside_tomesd,
     ("speed", "growth"): growth,
     ("speed", "stack"): stack,
@@ -320,6 +347,9 @@ def test_figures_that_the_readme_names() -> None:
     ):
         said = words.format(float(row["psnr"]), 100 * float(row["arithmetic"]))
         assert said in readme, said
+    drawn = results(f"{GPU}-flux-images")
+    (memory,) = (each for each in drawn if "theta=0," in each["contender"])
+    assert f"and {100 / float(memory['times']):.0f} % of the time on an H200" in readme
     times = {
         each["ratio"]: f"| {100 / float(each['times']):.0f} % |"
         for each in results("2026-11-27-amd-epyc-sdxl-1024")
@@ -372,6 +402,21 @@ def of_whole_models() -> str:
     )
 
 
+def of_the_gpu() -> str:
+    flux, image = (
+        next(
+            f"{float(each['times']):.2f}"
+            for each in results(name)
+            if "flux" in each["table"] and each["contender"] == contender and each["ratio"] == "0.5"
+        )
+        for name, contender in ((GPU, "default"), (f"{GPU}-flux-images", "ratio=0.5"))
+    )
+    return (
+        f"ratio 0.5 makes Flux's forward {flux} times as fast, and an image in 25 steps {image} "
+        "times"
+    )
+
+
 def of_edits() -> str:
     outside: dict[str, list[float]] = {}
     for row in results("2026-11-26-amd-epyc-small-kontext-25-steps-images"):
@@ -389,6 +434,7 @@ def of_edits() -> str:
         ("speed", of_operators),
         ("speed", of_one_block),
         ("speed", of_whole_models),
+        ("speed", of_the_gpu),
         ("measured", of_edits),
     ],
 )

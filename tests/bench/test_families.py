@@ -121,6 +121,12 @@ def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_graphs_want_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "model", "sdxl", "--cuda-graphs"]) == 2
+    assert "needs a GPU of NVIDIA" in capsys.readouterr().err
+
+
 def test_what_a_model_cannot_be_asked_is_said() -> None:
     for model, changes, message in (
         ("qwen-image", {"frames": 5}, "draws images"),

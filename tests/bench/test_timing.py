@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from toma_fx.bench.timing import CPU, WALL, Contender, interleaved, sample
+from toma_fx.bench.timing import CPU, WALL, Contender, interleaved, recorded, sample
 
 
 def test_contenders_take_turns_and_first_calls_are_apart() -> None:
@@ -62,3 +62,20 @@ def test_cpu_time_leaves_out_what_others_had() -> None:
     assert sample(wait, clock=CPU) < 0.1
     (timing,) = interleaved([Contender(name="wait", run=wait)], 2, clock=CPU)
     assert max(timing.calls) < 0.1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_recorded_call_is_replayed() -> None:
+    total = torch.zeros((), device="cuda")
+    calls: list[None] = []
+
+    def add() -> None:
+        calls.append(None)
+        total.add_(1)
+
+    replay = recorded(add)
+    for _ in range(3):
+        replay()
+    assert len(calls) == 3  # twice as it is, once to record it
+    assert total.item() == 2 + 3  # recording runs nothing

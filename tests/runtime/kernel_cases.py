@@ -36,9 +36,10 @@ def picks_of_kernel(
     counts = counts if counts is None else counts.to(DEVICE)
     tokens = tokens_BND.to(DEVICE)
     if tokens.stride() != tokens_BND.stride():  # moving closes gaps between tokens
-        tokens = torch.empty_strided(
-            tokens_BND.shape, tokens_BND.stride(), dtype=tokens.dtype, device=DEVICE
-        ).copy_(tokens_BND)
+        memory = tokens_BND.untyped_storage().to(device=DEVICE)
+        tokens = torch.empty(0, dtype=tokens.dtype, device=DEVICE).set_(
+            memory, tokens_BND.storage_offset(), tokens_BND.shape, tokens_BND.stride()
+        )
     if not INTERPRETED:
         picks: Tensor = torch.ops.toma.facility_location(tokens, size, keep, counts)
         return picks.cpu()

@@ -34,6 +34,12 @@ def add_bench(commands: Any, model_help: str) -> None:
             )
         else:
             how: dict[str, Any] = {"type": int, "nargs": "+", "default": [None], "metavar": "N"}
+            if kind == "model":
+                each.add_argument(
+                    "--cuda-graphs",
+                    action="store_true",
+                    help="replay calls from CUDA graphs, which leaves out the host's work",
+                )
             each.add_argument(
                 "--frames",
                 **how,

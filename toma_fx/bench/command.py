@@ -66,6 +66,9 @@ def setting_of(options: argparse.Namespace, **changes: Any) -> Setting:
             raise ConfigError(f"{name}={given} must be at least 1")
     if options.cpu_time and torch.cuda.is_available():
         raise ConfigError("--cpu-time sees nothing of a GPU; leave it out where there is one")
+    graphs = getattr(options, "cuda_graphs", False)
+    if graphs and not torch.cuda.is_available():
+        raise ConfigError("--cuda-graphs needs a GPU of NVIDIA; leave it out where there is none")
     variants = _variants(options)
     check_ratios(variants, options.ratio)
     given = {
@@ -81,6 +84,7 @@ def setting_of(options: argparse.Namespace, **changes: Any) -> Setting:
         "compiled": not options.eager,
         "clock": CPU if options.cpu_time else WALL,
         "steps": getattr(options, "steps", 1),
+        "cuda_graphs": graphs,
     }
     return fitted(Setting(**{**given, **changes}))
 

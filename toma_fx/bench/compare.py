@@ -53,7 +53,8 @@ def compare(
     timings = interleaved(timed.contenders, setting.repeats, clock=setting.clock)
     rows = rows_of(timed.contenders, timings)
     for row, contender in zip(rows, timed.contenders, strict=True):
-        if not row["failure"] and torch.cuda.is_available():
+        # A recorded call allocates nothing any more.
+        if not row["failure"] and torch.cuda.is_available() and not setting.cuda_graphs:
             row["peak_bytes"] = peak_memory(contender.run)
     if untouched := next(r for r in rows if r["baseline"]).get("peak_bytes"):
         for row in rows:

@@ -50,6 +50,8 @@ class Setting:
     """Denoising steps, for whole images."""
     clock: Clock = WALL
     """`WALL` time, or `CPU` time on a machine that others use too."""
+    cuda_graphs: bool = False
+    """Record each call in a CUDA graph and time replays, which leaves out the host's work."""
 
     @property
     def device(self) -> str:

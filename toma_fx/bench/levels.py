@@ -11,13 +11,14 @@ from torch.utils._pytree import tree_map
 
 from toma_fx.arithmetic import Call
 from toma_fx.bench.contenders import Setting, entrants
-from toma_fx.bench.timing import Contender
+from toma_fx.bench.timing import Contender, recorded
 from toma_fx.errors import ConfigError
 from toma_fx.families import family_of
 from toma_fx.inputs import random_inputs, weightless
 from toma_fx.runtime.plan import SCOPE, CallScope
 
 PLANS = "each merging contender makes its plan in every call that is timed"
+GRAPHS = "each call is replayed from a CUDA graph: the host's work takes no time"
 SPOKEN_TO = ("unet", "flux")
 """Families whose blocks get everything by their arguments, so that a block can run alone."""
 
@@ -48,11 +49,15 @@ def models(model: nn.Module, setting: Setting, *, rivals: Rivals | None = None) 
         first, *rest = inputs
         return each(inputs[first], **{name: inputs[name] for name in rest})
 
-    ours = [e.contender(functools.partial(call, e.model)) for e in entrants(model, setting)]
+    def calls(each: nn.Module) -> Callable[[], object]:
+        run = functools.partial(call, each)
+        return recorded(run) if setting.cuda_graphs else run
+
+    ours = [e.contender(calls(e.model)) for e in entrants(model, setting)]
     yield Timed(
         title="one forward",
         contenders=(*ours, *(() if rivals is None else rivals(call))),
-        notes=(_attended(model, inputs), PLANS),
+        notes=(_attended(model, inputs), PLANS, *((GRAPHS,) if setting.cuda_graphs else ())),
     )
 
 

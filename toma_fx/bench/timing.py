@@ -114,6 +114,30 @@ def interleaved(
     ]
 
 
+def recorded(run: Callable[[], object]) -> Callable[[], object]:
+    """A call that replays another from a CUDA graph, recorded after two calls as it is.
+
+    What a GPU does is then all that takes time, as with ``torch.compile(mode="reduce-overhead")``.
+    """
+    graphs: list[torch.cuda.CUDAGraph] = []
+
+    def replay() -> None:
+        if not graphs:
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                run()
+                run()
+            torch.cuda.current_stream().wait_stream(aside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                run()
+            graphs.append(graph)
+        graphs[0].replay()
+
+    return replay
+
+
 def many_compiled() -> AbstractContextManager[None]:
     """Within this context, dynamo compiles as many contenders as there are."""
     limit: AbstractContextManager[None] = torch._dynamo.config.patch(recompile_limit=RECOMPILES)
