@@ -21,7 +21,7 @@ matrix: $(QUANTISATION)  ## all that users of diffusers do, in every mode; write
 bench: $(STAMP)  ## the tables of speed in docs/speed.md, in ten minutes on two cores; BENCH="..." for more options
 	$(BIN)/python -m benchmarks.presets readme --out benchmarks/results $(BENCH)
 
-bench-gpu: $(STAMP)  ## what is measured on a GPU, in ten minutes
+bench-gpu: $(STAMP)  ## what is measured on a GPU; no part starts after eight minutes
 	$(BIN)/python -m benchmarks.presets h200 --out benchmarks/results $(BENCH)
 
 lint: $(STAMP)

@@ -42,8 +42,6 @@ def main() -> None:
         seeds = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
         images = pipe(
             prompts,
-            height=128,
-            width=128,
             num_inference_steps=25,
             guidance_scale=7.5,
             generator=seeds,

@@ -244,8 +244,10 @@ def _loop(shape: Shape, device: str, compiled: bool) -> Contender:
 
     run = _bound(select, (_tokens(shape, device),), compiled)
 
+    no_kernel = functorch.patch(decompose_custom_triton_ops=False)  # see `selector._has_kernel`
+
     def without_kernel() -> object:
-        with functorch.patch(decompose_custom_triton_ops=False):  # see `selector._has_kernel`
+        with no_kernel:
             return run()
 
     return Contender(name="select", run=without_kernel)

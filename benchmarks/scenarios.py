@@ -5,7 +5,7 @@ A scenario says what is drawn and judged, and its rows are the ways to draw it w
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -238,8 +238,10 @@ def second_pass_rows(steps: int) -> Iterator[Row]:
     yield from (Row(f"{count} steps", steps=count) for count in (8, 6, 4))
     for ratio in (0.25, 0.5, 0.75):
         yield Merging(f"merged at every step, ratio {ratio:g}", config=_config(ratio))
-    yield Merging("memory every 2, ratio 0.9", config=_config(0.9, 2), calibrated=True)
-    yield Merging("memory every 2, theta 0", config=_config(0.5, 2, theta=0.0))
+    yield Merging(
+        "memory every 2, ratio 0.9", config=_config(0.9, Memory(every=2)), calibrated=True
+    )
+    yield Merging("memory every 2, theta 0", config=_config(0.5, Memory(every=2, theta=0.0)))
     yield cached(DeepCache(2))
 
 
@@ -279,16 +281,19 @@ def _merging(steps: int) -> Iterator[Row]:
     for every in (2, 3) if steps == 25 else (2,):
         level = 0.8 if steps == 25 else 1.0
         where = f"below noise level {level:g}, every {every}" if level < 1 else f"every {every}"
-        yield Merging(
-            f"memory {where}, ratio 0.9", config=_config(0.9, every, level), calibrated=True
-        )
-        yield Merging(f"memory {where}, theta 0", config=_config(0.5, every, level, theta=0.0))
+        memory = f"memory {where}, ratio 0.9"
+        yield Merging(memory, config=_config(0.9, Memory(every=every), level), calibrated=True)
+        extrapolated = _config(0.5, Memory(every=every, theta=0.0), level)
+        yield Merging(f"memory {where}, theta 0", config=extrapolated)
+        if steps == 25 and every == 2:
+            plain = Memory(every=every, theta=1.0, extrapolate=False)
+            yield Merging(f"{memory}, no extrapolation", config=_config(0.9, plain, level))
+            plain = replace(plain, control=False)
+            name = f"memory {where}, ratio 0.5, no extrapolation, no control"
+            yield Merging(name, config=_config(0.5, plain, level))
 
 
-def _config(
-    ratio: float, every: int | None = None, level: float = 1.0, theta: float | None = None
-) -> MergeConfig:
-    memory = None if every is None else Memory(every=every, theta=theta)
+def _config(ratio: float, memory: Memory | None = None, level: float = 1.0) -> MergeConfig:
     # Memory has no use for blocks that stay unmerged, and so that all compare alike, none does.
     return MergeConfig(ratio=ratio, merge_below=level, memory=memory, skip=())
 

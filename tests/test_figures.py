@@ -37,32 +37,7 @@ def numbers(text: str) -> list[float]:
     return [float(each) for each in text.split()]
 
 
-# The tables of docs/memory.md.
-
-
-def rows_of(name: str) -> dict[str, Row]:
-    return {each["row"].partition(": theta")[0]: each for each in results(name)}
-
-
-def quality(row: Row | None) -> str:
-    if row is None:
-        return ""
-    theta = row["row"].partition(": theta ")[2]
-    found = f"{float(row['psnr']):.1f} ({float(row['low']):.1f} to {float(row['high']):.1f})"
-    return f"{found}, theta {theta}" if theta else found
-
-
-def memory(columns: dict[str, str]) -> str:
-    found = {title: rows_of(name) for title, name in columns.items()}
-    cost = {row: float(each["arithmetic"]) for one in found.values() for row, each in one.items()}
-    lines = [
-        (row, f"{100 * cost[row]:.0f} %", *(quality(one.get(row)) for one in found.values()))
-        for row in sorted(cost, key=lambda row: (-round(cost[row], 2), row))
-    ]
-    return markdown(("", "arithmetic", *(f"{title}, dB" for title in columns)), lines)
-
-
-# Those of docs/speed.md.
+# The tables of docs/speed.md.
 
 
 def kept(bound: Row, row: Row, base: Row) -> str:
@@ -244,12 +219,6 @@ def edits() -> str:
 
 # By the page and the name of its mark.
 TABLES: dict[tuple[str, str], Callable[[], str]] = {
-    ("memory", "sdxl"): partial(
-        memory, {"Euler": "memory-sdxl-euler-25-steps", "DPM++ 2M": "memory-sdxl-dpm-25-steps"}
-    ),
-    ("memory", "flux"): partial(memory, {"flow-match Euler": "memory-flux-euler-25-steps"}),
-    ("memory", "sdxl, 4 steps"): partial(memory, {"Euler": "memory-sdxl-euler-4-steps"}),
-    ("memory", "flux, 4 steps"): partial(memory, {"flow-match Euler": "memory-flux-euler-4-steps"}),
     **{
         ("choose", file.stem): partial(methods.table, file)
         for file in sorted(RESULTS.glob("methods-*.csv"))
@@ -331,11 +300,20 @@ def test_figures_that_the_readme_names() -> None:
         figures = f"| {arithmetic} | {float(row['psnr']):.1f} dB | {answers} |"
         assert figures in readme, f"{name}: {figures}"
     assert f"{100 * float(rows['untouched']['answers']):.0f} % for the untouched model" in readme
-    flux, few, edits = (
+    unet_few, flux, few, edits = (
         {each["row"]: each for each in results(f"methods-{name}")}
-        for name in ("flux-25", "flux-4", "kontext-25")
+        for name in ("sdxl-4", "flux-25", "flux-4", "kontext-25")
     )
     for row, words in (
+        (
+            rows["memory below noise level 0.8, every 2, theta 0"],
+            "PSNR to the untouched image {:.1f} dB at {:.0f} %",
+        ),
+        (rows["18 steps"], "18 steps are at {:.1f} dB at {:.0f} %"),
+        (rows["18 steps, searched schedule"], "and at {:.1f} dB on a searched schedule"),
+        (unet_few["merged at every step, ratio 0.5"], "PSNR {:.1f} dB at {:.0f} %"),
+        (unet_few["2 steps"], "2 steps are at {:.1f} dB at {:.0f} %"),
+        (unet_few["3 steps, searched schedule"], "cost more, {:.1f} dB at {:.0f} %"),
         (flux["memory below noise level 0.8, every 2, theta 0"], "PSNR {:.1f} dB at {:.0f} %"),
         (flux["18 steps, searched schedule"], "reach {:.1f} dB at {:.0f} %"),
         (flux["TaylorSeer lite, every 2, order 1"], "TaylorSeer {:.1f} dB at {:.0f} %"),
@@ -347,6 +325,13 @@ def test_figures_that_the_readme_names() -> None:
     ):
         said = words.format(float(row["psnr"]), 100 * float(row["arithmetic"]))
         assert said in readme, said
+    forwards = [each for each in results(GPU) if each["contender"] == "default"]
+    longer = [
+        round(100 / float(each["times"])) - 100 for each in forwards if "sdxl" in each["table"]
+    ]
+    assert f"takes {min(longer)} to {max(longer)} % *longer* merged" in readme
+    (flux_half,) = (r for r in forwards if "flux" in r["table"] and r["ratio"] == "0.5")
+    assert f"takes {100 / float(flux_half['times']):.0f} % of the time" in readme
     drawn = results(f"{GPU}-flux-images")
     (memory,) = (each for each in drawn if "theta=0," in each["contender"])
     assert f"and {100 / float(memory['times']):.0f} % of the time on an H200" in readme

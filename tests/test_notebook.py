@@ -35,7 +35,7 @@ def test_it_runs(notebook: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     cells = code(notebook)
     for cell in cells:  # fewer steps than a reader would take, and no wait for Inductor
-        cell.source = cell.source.replace("STEPS, SIZE = 25, 128", "STEPS, SIZE = 5, 128")
+        cell.source = cell.source.replace("STEPS, SIZE = 25, 256", "STEPS, SIZE = 5, 256")
         cell.source = cell.source.replace("fullgraph=True)", 'fullgraph=True, backend="eager")')
     resources = {"metadata": {"path": str(tmp_path)}}
     NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources).execute()

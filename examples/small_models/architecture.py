@@ -1,6 +1,7 @@
 """Complete small pipelines of diffusers' and transformers' own classes, before any training.
 
-SDXL and Flux draw pictures of 128 x 128 pixels from latents of 32 x 32. Wan draws clips of 17
+SDXL and Flux draw pictures of 128 x 128 pixels from latents of 32 x 32, and SDXL of 256 x 256 after
+more training with ``--detailed``. Wan draws clips of 17
 frames of 96 x 96 pixels from 5 x 24 x 24 latents. The sizes are chosen for an hour or two of
 training on one CPU core; the structure is that of the large models.
 """

@@ -28,7 +28,7 @@ from examples.small_models.text import PROMPT_TOKENS
 from examples.small_models.videos import CLIP_SIZE, FRAMES, draw_clip, looked_at
 
 CALL: dict[str, dict[str, Any]] = {
-    "StableDiffusionXLPipeline": {"num_inference_steps": 25, "guidance_scale": 3.0},
+    "StableDiffusionXLPipeline": {"num_inference_steps": 25, "guidance_scale": 7.5},
     "FluxPipeline": {
         "num_inference_steps": 25,
         "negative_prompt": "",

@@ -127,6 +127,13 @@ def test_cuda_graphs_want_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert "needs a GPU of NVIDIA" in capsys.readouterr().err
 
 
+def test_cuda_graphs_hold_one_decision(capsys: pytest.CaptureFixture[str]) -> None:
+    for variant in ("merge_below=0.8", "memory=2"):
+        arguments = ["bench", "model", "sdxl", "--cuda-graphs", "--variant", variant]
+        assert main(arguments) == 2
+        assert f"{variant!r} decides by the timestep" in capsys.readouterr().err
+
+
 def test_what_a_model_cannot_be_asked_is_said() -> None:
     for model, changes, message in (
         ("qwen-image", {"frames": 5}, "draws images"),

@@ -97,7 +97,7 @@ def _of_time(comparison: Comparison) -> str:
         else ""
     )
     small = (
-        " The repository's small models are too small for merging to save much of their time."
+        " Real models have more tokens, and save more time than the repository's small ones."
         if own_settings(comparison.wish.model)
         else ""
     )

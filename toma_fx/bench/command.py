@@ -3,7 +3,7 @@
 import argparse
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from toma_fx.errors import ConfigError
 from toma_fx.progress import progress
 from toma_fx.quiet import hush_libraries
 from toma_fx.tables import Table, wrapped
-from toma_fx.variants import Merging, check_ratios, parse_variant
+from toma_fx.variants import Merging, check_ratios, configs, parse_variant
 
 
 def run(options: argparse.Namespace) -> None:
@@ -66,11 +66,13 @@ def setting_of(options: argparse.Namespace, **changes: Any) -> Setting:
             raise ConfigError(f"{name}={given} must be at least 1")
     if options.cpu_time and torch.cuda.is_available():
         raise ConfigError("--cpu-time sees nothing of a GPU; leave it out where there is one")
-    graphs = getattr(options, "cuda_graphs", False)
-    if graphs and not torch.cuda.is_available():
-        raise ConfigError("--cuda-graphs needs a GPU of NVIDIA; leave it out where there is none")
     variants = _variants(options)
     check_ratios(variants, options.ratio)
+    graphs = getattr(options, "cuda_graphs", False)
+    if graphs:
+        _check_recordable(variants, options.ratio)
+        if not torch.cuda.is_available():
+            raise ConfigError("--cuda-graphs needs a GPU of NVIDIA; leave it out here")
     given = {
         "model": options.model,
         "blocks": None if options.blocks is None else tuple(options.blocks),
@@ -87,6 +89,20 @@ def setting_of(options: argparse.Namespace, **changes: Any) -> Setting:
         "cuda_graphs": graphs,
     }
     return fitted(Setting(**{**given, **changes}))
+
+
+def _check_recordable(variants: Sequence[Merging], ratios: Sequence[float]) -> None:
+    """Refuse settings that read a timestep, which waits for the GPU and cannot be recorded.
+
+    Raises:
+        ConfigError: when there is such a setting.
+    """
+    for variant, _, config in configs(variants, ratios):
+        if config.merge_below < 1 or config.memory is not None:
+            raise ConfigError(
+                f"variant={variant.name!r} decides by the timestep, and a CUDA graph holds one "
+                "decision; leave out merge_below and memory, or --cuda-graphs"
+            )
 
 
 def _variants(options: argparse.Namespace) -> tuple[Merging, ...]:

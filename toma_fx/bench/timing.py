@@ -117,7 +117,7 @@ def interleaved(
 def recorded(run: Callable[[], object]) -> Callable[[], object]:
     """A call that replays another from a CUDA graph, recorded after two calls as it is.
 
-    What a GPU does is then all that takes time, as with ``torch.compile(mode="reduce-overhead")``.
+    All the time is then the GPU's: the host launches one graph in place of its kernels.
     """
     graphs: list[torch.cuda.CUDAGraph] = []
 

@@ -173,7 +173,7 @@ FAMILY = Family(
     # 10 blocks" in its authors' configuration.
     unmerged_by_default={"transformer_blocks": (5, 19), "single_transformer_blocks": (5, 38)},
     unmerged_because="spared by default, as in the paper",
-    # Measured by benchmarks/memory.py; docs/memory.md has the table.
+    # Measured by benchmarks/methods.py; docs/choose.md has the table.
     regretted="the PSNR of a small trained Flux to its untouched images is below 20 dB",
     noise_level=noise.level_of_sigma,
     run_levels=_run_levels,

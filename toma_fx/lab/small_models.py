@@ -12,11 +12,14 @@ PROMPTS = FOLDER / "prompts.txt"
 CALIBRATION = FOLDER / "calibration.txt"
 """Other prompts, for `toma-fx calibrate`."""
 
-_SIZE = {"height": 128, "width": 128}
 _SETTINGS: dict[str, dict[str, Any]] = {
-    "sdxl": {**_SIZE, "guidance": 3.0},
+    "sdxl": {"height": 256, "width": 256, "guidance": 7.5},
     # The text length and the guidance of its training; its guidance embedding says nothing.
-    "flux": {**_SIZE, "arguments": {"true_cfg_scale": 2.0, "max_sequence_length": 24}},
+    "flux": {
+        "height": 128,
+        "width": 128,
+        "arguments": {"true_cfg_scale": 2.0, "max_sequence_length": 24},
+    },
 }
 
 
