@@ -118,15 +118,16 @@ def test_kept_tokens_are_those_of_the_last_plan(
     planned = by_step["merged image: step 3 of 4"]
     if studio.models[0].endswith("flux"):
         planned = planned[: len(planned) // 2]  # the others are the call's with the negative prompt
-    assert (kept.grid.height, kept.grid.width) == (16, 16)
-    inside = planned[-1].unflatten(0, (-1, 4))[-1]  # four regions, of the batch's last image
-    places = (inside + 64 * torch.arange(4)[:, None]).flatten()
+    side, regions = (16, 4) if studio.models[0].endswith("flux") else (32, 16)
+    assert (kept.grid.height, kept.grid.width) == (side, side)
+    inside = planned[-1].unflatten(0, (-1, regions))[-1]  # those of the batch's last image
+    places = (inside + 64 * torch.arange(regions)[:, None]).flatten()
     chosen = kept.merged.destinations
-    assert len(chosen) == 64
+    assert len(chosen) == side * side // 4
     assert torch.equal(kept.grid.tile_order[places].sort().values, chosen)
     painted = kept.painted(made.merged)
     assert painted.shape == (320, 320, 3)
-    assert f"64 of 256 in {kept.block} at step 3 of 4" in words.of_kept(made)
+    assert f"{len(chosen)} of {side * side} in {kept.block} at step 3 of 4" in words.of_kept(made)
 
 
 def test_steps_are_told_and_the_untouched_image_is_used_again(sdxl: Studio) -> None:
