@@ -300,9 +300,9 @@ def test_figures_that_the_readme_names() -> None:
         figures = f"| {arithmetic} | {float(row['psnr']):.1f} dB | {answers} |"
         assert figures in readme, f"{name}: {figures}"
     assert f"{100 * float(rows['untouched']['answers']):.0f} % for the untouched model" in readme
-    unet_few, flux, few, edits = (
+    second, unet_few, flux, few, edits = (
         {each["row"]: each for each in results(f"methods-{name}")}
-        for name in ("sdxl-4", "flux-25", "flux-4", "kontext-25")
+        for name in ("second-pass", "sdxl-4", "flux-25", "flux-4", "kontext-25")
     )
     for row, words in (
         (
@@ -312,6 +312,8 @@ def test_figures_that_the_readme_names() -> None:
         (rows["18 steps"], "18 steps are at {:.1f} dB at {:.0f} %"),
         (rows["18 steps, searched schedule"], "and at {:.1f} dB on a searched schedule"),
         (unet_few["merged at every step, ratio 0.5"], "PSNR {:.1f} dB at {:.0f} %"),
+        (second["6 steps"], "6 of 10 steps are at PSNR {:.1f} dB at {:.0f} %"),
+        (second["memory every 2, theta 0"], "a memory at {:.1f} dB at {:.0f} %"),
         (unet_few["2 steps"], "2 steps are at {:.1f} dB at {:.0f} %"),
         (unet_few["3 steps, searched schedule"], "cost more, {:.1f} dB at {:.0f} %"),
         (flux["memory below noise level 0.8, every 2, theta 0"], "PSNR {:.1f} dB at {:.0f} %"),
