@@ -243,7 +243,6 @@ def _loop(shape: Shape, device: str, compiled: bool) -> Contender:
         return torch.ops.toma.select(tokens, shape.layout, "facility_location")
 
     run = _bound(select, (_tokens(shape, device),), compiled)
-
     no_kernel = functorch.patch(decompose_custom_triton_ops=False)  # see `selector._has_kernel`
 
     def without_kernel() -> object:

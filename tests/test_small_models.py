@@ -243,3 +243,10 @@ def test_shipped_pipelines_draw(kind: Kind) -> None:
     true = true_pictures(8, detailed=size == DETAILED_SIZE, start=20_000_000)
     assert psnr(pipe.vae, true) > 28
     assert through_vae(pipe, true).shape == true.shape
+
+
+@pytest.mark.parametrize("kind", ["sdxl", "flux", "kontext"])
+def test_shipped_models_name_no_folder_of_the_machine_that_made_them(kind: str) -> None:
+    for file in (FOLDER / kind).rglob("*.json"):
+        path = json.loads(file.read_text()).get("_name_or_path", "")
+        assert not Path(path).is_absolute(), file
