@@ -18,8 +18,8 @@ COLUMNS = {
     "untouched": None,
     "ratio=0.25": MergeConfig(ratio=0.25),
     "ratio=0.5": MergeConfig(ratio=0.5),
-    "ratio=0.9 with memory\nbelow noise level 0.8": MergeConfig(
-        ratio=0.9, merge_below=0.8, memory=Memory(every=2)
+    "memory every 2, theta 0,\nbelow noise level 0.8": MergeConfig(
+        merge_below=0.8, memory=Memory(every=2, theta=0), skip=()
     ),
 }
 

@@ -212,8 +212,8 @@ def _transform_model(
     if family.regretted and _merges_at_every_step(config):
         warnings.warn(
             f"merging at every step changes the images of {family.title} much: {family.regretted}. "
-            "Give a memory, which adds only what has changed since a full step: ratio=0.9, "
-            "merge_below=0.8, memory=toma_fx.Memory(every=2); or take fewer steps",
+            "Give a memory, which adds only what has changed since a full step: merge_below=0.8, "
+            "memory=toma_fx.Memory(every=2, theta=0), skip=(); or take fewer steps",
             TomaWarning,
             stacklevel=3,
         )

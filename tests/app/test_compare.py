@@ -24,7 +24,8 @@ from toma_fx.transform import model_of
 STEPS = 4
 OPTIONS: list[dict[str, Any]] = [
     {"ratio": 0.5},
-    {"ratio": 0.75, "merge_below": 0.8, "memory": 2},
+    {"ratio": 0.75, "merge_below": 0.8, "memory": 2, "theta": 0.5},
+    {"merge_below": 0.8, "memory": 2, "size": 96},
 ]
 
 
@@ -59,7 +60,7 @@ def drawn_by_code(made: Comparison) -> Any:
     return pixels(namespace["image"])
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=["merged", "memory"])
+@pytest.mark.parametrize("options", OPTIONS, ids=["merged", "memory", "extrapolated"])
 def test_the_code_on_the_page_draws_the_merged_image(
     studio: Studio, options: dict[str, Any]
 ) -> None:
@@ -80,6 +81,25 @@ def test_ratio_0_is_the_untouched_image(studio: Studio) -> None:
     assert not made.difference().any()
     assert words.table(made)[1] == ("arithmetic of a call", "", "as untouched")
     assert words.of_kept(made) == "No tokens merged: the ratio is 0."
+
+
+def test_theta_0_merges_nothing_and_leaves_no_block_out(studio: Studio) -> None:
+    made = studio.compare(wish(studio, memory=2))
+    assert made.kept is None
+    assert words.of_kept(made).startswith("No tokens merged: with theta 0")
+    assert not any("Left unmerged" in each for each in words.sentences(made))
+    assert made.wish.config.skip == ()
+
+
+def test_an_image_of_another_size_is_drawn_again(sdxl: Studio) -> None:
+    own = sdxl.compare(wish(sdxl))
+    other = sdxl.compare(wish(sdxl, size=96), own.untouched)
+    assert not other.reused
+    assert other.untouched.image.size == other.merged.size == (96, 96) != own.merged.size
+    assert sdxl.compare(wish(sdxl, size=96, ratio=0.25), other.untouched).reused
+    assert np.array_equal(
+        pixels(sdxl.compare(wish(sdxl)).merged), pixels(own.merged)
+    )  # and the card's own size is still what it was
 
 
 def test_the_pipeline_is_untouched_again(studio: Studio) -> None:
@@ -110,7 +130,7 @@ def test_kept_tokens_are_those_of_the_last_plan(
 
     studio.compare(wish(studio, steps=1))  # loads
     monkeypatch.setattr(selector, "facility_location", note)
-    made = studio.compare(wish(studio, ratio=0.75, memory=2), tell=tell)
+    made = studio.compare(wish(studio, ratio=0.75, memory=2, theta=0.5), tell=tell)
     kept = made.kept
     assert kept is not None
     assert kept.step == 3  # steps 1 and 3 are full
@@ -227,6 +247,8 @@ def test_what_toma_fx_warns_of_and_leaves_out_is_told(folder: Path) -> None:
         ({"ratio": None}, "ratio=None must be a number"),
         ({"merge_below": 0}, r"merge_below=0 must be a number in \(0, 1\]"),
         ({"memory": -1}, "memory.every=-1 must be a whole number"),
+        ({"memory": 2, "theta": 2}, r"memory.theta=2 must be a number in \[0, 1.5\]"),
+        ({"size": 0}, "size=0 must be a whole number of at least 1"),
     ],
 )
 def test_bad_input_is_a_sentence(options: dict[str, Any], expected: str) -> None:

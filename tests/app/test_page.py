@@ -165,7 +165,22 @@ def test_the_untouched_image_is_used_again(visit: Any, folder: Path) -> None:
     shown = images(page)
     assert np.array_equal(shown[0], first[0])
     assert equal(shown, expected(folder, PROMPTS[0], ratio=0.8, memory=2))
-    assert "memory=toma_fx.Memory(every=2)" in page.locator("#code .cm-content").inner_text()
+    code = page.locator("#code .cm-content").inner_text()
+    assert "memory=toma_fx.Memory(every=2, theta=0), skip=()" in code
+
+
+def test_size_and_theta(visit: Any, folder: Path) -> None:
+    page = visit()
+    page.get_by_role("combobox", name="Size").click()
+    page.get_by_role("option", name="256 x 256").click()
+    page.get_by_role("radio", name="every 2").check()
+    page.get_by_label("number input for Theta").fill("0.5")
+    draw(page, PROMPTS[0])
+    shown = images(page)
+    assert equal(shown, expected(folder, PROMPTS[0], size=256, memory=2, theta=0.5))
+    assert shown[0].shape == (256, 256, 3)
+    code = page.locator("#code .cm-content").inner_text()
+    assert "Memory(every=2, theta=0.5)" in code and "height=256, width=256" in code
 
 
 def test_cancel(visit: Any, folder: Path) -> None:

@@ -61,6 +61,11 @@ class Wish:
     merge_below: float = 1.0
     memory: int = 0
     """Steps from one full step to the next; 0 for no memory."""
+    theta: float = 0.0
+    """`toma_fx.Memory.theta`, where there is a memory. With 0, no block stays out (``skip=()``),
+    since nothing merges between full steps."""
+    size: int | None = None
+    """Pixels along a side; None for the pipeline's own."""
     config: MergeConfig = field(init=False)
 
     def __post_init__(self) -> None:
@@ -69,23 +74,35 @@ class Wish:
         if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed={self.seed!r} must be a whole number from 0 to 2**63 - 1")
         count("steps", self.steps, 25)
-        memory = Memory(every=self.memory) if self.memory else None
-        config = MergeConfig(ratio=self.ratio, merge_below=self.merge_below, memory=memory)
+        if self.size is not None:
+            count("size", self.size, 512)
+        memory = Memory(every=self.memory, theta=self.theta) if self.memory else None
+        skip = () if memory and memory.theta == 0 else None
+        config = MergeConfig(
+            ratio=self.ratio, merge_below=self.merge_below, memory=memory, skip=skip
+        )
         object.__setattr__(self, "config", config)
 
     def task(self, dtype: str) -> Task:
         """The task for `toma_fx.lab.draw`, with the settings that a small model's card names."""
         prompts = (Prompt(text=self.prompt),)
-        settings = own_settings(self.model)
+        settings = {**own_settings(self.model)}
+        if self.size is not None:
+            settings |= {"height": self.size, "width": self.size}
         return Task(model=self.model, prompts=prompts, steps=self.steps, dtype=dtype, **settings)
+
+    @property
+    def of_untouched(self) -> tuple[Any, ...]:
+        """All that the untouched image depends on."""
+        return self.model, self.prompt, self.seed, self.steps, self.size
 
 
 @dataclass(frozen=True, kw_only=True)
 class Untouched:
     """The image of the untouched pipeline; it is the same for every ratio."""
 
-    of: tuple[str, str, int, int]
-    """Model, prompt, seed and steps."""
+    of: tuple[Any, ...]
+    """`Wish.of_untouched` of its wish."""
     image: Image.Image
     seconds: float
     """Seconds from prompt to pixels."""
@@ -169,11 +186,10 @@ class Studio:
         with self._turn(tell, cancelled):
             pipeline = self._pipeline(wish, tell)
             run = _Run(pipeline, wish, wish.task(self.dtype), tell, cancelled)
-            of = (wish.model, wish.prompt, wish.seed, wish.steps)
-            reused = known is not None and known.of == of
+            reused = known is not None and known.of == wish.of_untouched
             if known is None or not reused:
                 run.parts = 2
-                known = Untouched(of=of, **run.draw("untouched"))
+                known = Untouched(of=wish.of_untouched, **run.draw("untouched"))
             return Comparison(
                 wish=wish,
                 dtype=self.dtype,

@@ -87,7 +87,7 @@ def planning(model: nn.Module) -> Iterator[Planned]:
     recipe = recipe_of_transformed(model)
     planned = Planned(config=recipe.config)
     with ExitStack() as stack:
-        for block in recipe.merged:
+        for block in recipe.merged if recipe.makes_plans else ():
             if block.role != "follow":
                 module = model.get_submodule(block.module)
                 handle = module.register_forward_pre_hook(

@@ -31,6 +31,10 @@ logger = logging.getLogger(__name__)
 
 TITLE = "toma_fx: one image, untouched and merged"
 MEMORIES = [("none", 0), ("every 2", 2), ("every 3", 3), ("every 4", 4)]
+SIZES = [
+    ("model's own", 0),
+    *((f"{side} x {side}", side) for side in (256, 384, 512, 768, 1024, 1536, 2048)),
+]
 PICTURE_PIXELS = 400
 """Approximate height of a picture on the page."""
 KEPT_SECONDS = 3600
@@ -66,6 +70,8 @@ def build_page(studio: Studio) -> gr.Blocks:
         ratio: Any,
         merge_below: Any,
         memory: Any,
+        theta: Any,
+        size: Any,
         request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008  gradio finds it by the default
     ) -> Sequence[Any]:
@@ -79,6 +85,8 @@ def build_page(studio: Studio) -> gr.Blocks:
                 ratio=ratio,
                 merge_below=merge_below,
                 memory=memory,
+                theta=theta,
+                size=size or None,
             )
             made = studio.compare(
                 wish,
@@ -152,6 +160,7 @@ def _fields(models: Sequence[str]) -> tuple[list[Any], tuple[gr.Button, gr.Butto
     with gr.Row():
         seed = gr.Number(0, label="Seed", precision=0, elem_id="seed", min_width=100)
         steps = gr.Number(25, label="Steps", precision=0, elem_id="steps", min_width=100)
+        size = gr.Dropdown(SIZES, value=0, label="Size", elem_id="size", min_width=100)
     ratio = gr.Slider(
         0,
         0.95,
@@ -177,10 +186,20 @@ def _fields(models: Sequence[str]) -> tuple[list[Any], tuple[gr.Button, gr.Butto
         info="One step in 2, 3 or 4 runs in full; the others add what has changed since.",
         elem_id="memory",
     )
+    theta = gr.Slider(
+        0,
+        1,
+        0,
+        step=0.05,
+        label="Theta",
+        info="With memory. At 0 the steps between only extrapolate, which is closest and cheapest; "
+        "above 0 they also run on merged tokens.",
+        elem_id="theta",
+    )
     with gr.Row():
         start = gr.Button("Draw both", variant="primary", elem_id="run")
         stop = gr.Button("Cancel", elem_id="cancel")
-    return [model, prompt, seed, steps, ratio, merge_below, memory], (start, stop)
+    return [model, prompt, seed, steps, ratio, merge_below, memory, theta, size], (start, stop)
 
 
 def _results() -> list[Any]:

@@ -41,6 +41,11 @@ def of_kept(comparison: Comparison) -> str:
     if kept is None:
         if not comparison.wish.config.merges:
             return "No tokens merged: the ratio is 0."
+        if comparison.report.theta == 0:
+            return (
+                "No tokens merged: with theta 0, the steps between full ones extrapolate and run "
+                "no block. For kept tokens, take no memory or a higher theta."
+            )
         return "Kept tokens: this run made no plan over a grid of the image's shape."
     count, whole = len(kept.merged.destinations), len(kept.merged.clusters)
     return (
@@ -65,7 +70,9 @@ def code(comparison: Comparison) -> str:
     if config.merge_below < 1:
         options.append(f"merge_below={config.merge_below:g}")
     if config.memory is not None:
-        options.append(f"memory=toma_fx.Memory(every={config.memory.every})")
+        options.append(f"memory=toma_fx.Memory(every={config.memory.every}, theta={wish.theta:g})")
+    if config.skip is not None:
+        options.append(f"skip={config.skip!r}")
     task = wish.task(comparison.dtype)
     given: dict[str, Any] = {"num_inference_steps": wish.steps}
     if task.guidance is not None:
