@@ -2,19 +2,24 @@
 
     python -m benchmarks.methods sdxl-25
     python -m benchmarks.methods flux-25 --only "steps" "memory"
-    python -m benchmarks.methods sdxl-25 --table
+    python -m benchmarks.methods sdxl-25 --table --against "18 steps, searched schedule"
 
 Every row of a scenario draws the same prompts and seeds with a small trained model. *The same
 image?* PSNR and SSIM to what the untouched model draws. *As good an image?* The judge's share of
 right answers about what the prompt says, and Frechet's distance in the judge's features to true
 pictures; of a clip, the judge sees the first, the middle and the last frame. The arithmetic is that
-of the real model at its own size. Images that are there are not drawn again.
+of the real model at its own size, and for merging and fewer steps also that of the small model.
+Images that are there are not drawn again.
+
+``--against`` compares rows image by image. This tells rows apart whose own intervals overlap, since
+all draw the same prompts and seeds.
 """
 
 import argparse
 import csv
+import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +29,15 @@ import torch
 from numpy.typing import NDArray
 from tabulate import tabulate
 
-from benchmarks.scenarios import SCENARIOS, Item, Row, Scenario
+import toma_fx
+from benchmarks.scenarios import SCENARIOS, Item, Merging, Row, Scenario
 from examples.small_models.check import drawn_by, size_of
 from examples.small_models.judge import Judge, distance_to_true, load_judge, shares
 from examples.small_models.videos import looked_at
 from toma_fx.lab.distances import ssim
 from toma_fx.lab.intervals import mean_interval
 from toma_fx.lab.small_models import FOLDER
+from toma_fx.transform import while_transformed
 
 RESULTS = Path(__file__).parent / "results"
 IMAGES = Path(__file__).parent.parent / "build" / "methods"
@@ -109,23 +116,48 @@ class Bench:
         with row.on(self) as (changes, share):
             return self._draw(self._items, **changes), share()
 
+    def small_share(self, row: Row | None) -> float | None:
+        """The arithmetic of the small model's own run; None for a row that is not counted.
+
+        Those are others' methods, and merging whose theta is calibrated.
+        """
+        if row is None:
+            return 1.0
+        if type(row) is Row:
+            return (row.steps or self.scenario.steps) / self.scenario.steps
+        if not isinstance(row, Merging) or row.calibrated:
+            return None
+        with while_transformed(self.pipe, row.config):
+            # The report speaks of the last call's sizes, which any run has.
+            self._draw(self._items[:1], num_inference_steps=self.scenario.nominal(2))
+            counted = toma_fx.report(self.pipe, steps=self.scenario.steps)
+        return counted.flops_after / counted.flops_before
+
     def record(
         self, name: str, share: float, images: Images, untouched: Images | None
-    ) -> dict[str, Any]:
-        """A row of the results; ``untouched`` is None for the untouched model itself."""
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """A row of the results, and a row for each of its images.
+
+        ``untouched`` is None for the untouched model itself.
+        """
         record: dict[str, Any] = {"row": name, "arithmetic": share, "images": len(images)}
+        each: list[dict[str, Any]] = [{"row": name, "image": n} for n in range(len(images))]
         if untouched is not None:
             gap = images.astype(np.float64) - untouched
             errors = np.square(gap).reshape(len(images), -1).mean(1)
-            each = 10 * np.log10(255**2 / np.maximum(errors, 1e-3))
-            record |= _with_interval("psnr", each)
+            psnrs = 10 * np.log10(255**2 / np.maximum(errors, 1e-3))
+            record |= _with_interval("psnr", psnrs)
+            for image, psnr in zip(each, psnrs, strict=True):
+                image["psnr"] = f"{psnr:.3f}"
             pairs = zip(_frames(images), _frames(untouched), strict=True)
             record["ssim"] = np.mean([ssim(_tensor(one), _tensor(other)) for one, other in pairs])
         pictures, scenes = looked_at(images, [each.scene for each in self._items])
         answers = shares(self._judge, pictures, scenes).reshape(len(images), -1).mean(1)
         record |= _with_interval("answers", answers)
         record["frechet"] = distance_to_true(self._judge, pictures)
-        return record
+        for image, right in zip(each, answers, strict=True):
+            image["answers"] = f"{right:.4f}"
+        return record, each
 
 
 def _with_interval(name: str, values: NDArray[Any]) -> dict[str, float]:
@@ -142,9 +174,10 @@ def _tensor(image: Images) -> torch.Tensor:
 
 
 COLUMNS = (
-    *("row", "arithmetic", "images", "psnr", "psnr low", "psnr high", "ssim"),
+    *("row", "arithmetic", "small", "images", "psnr", "psnr low", "psnr high", "ssim"),
     *("answers", "answers low", "answers high", "frechet"),
 )
+IMAGE_COLUMNS = ("row", "image", "psnr", "answers")
 
 
 def table(file: Path) -> str:
@@ -155,6 +188,7 @@ def table(file: Path) -> str:
         (
             each["row"],
             f"{100 * float(each['arithmetic']):.0f} %",
+            f"{100 * float(each['small']):.0f} %" if each["small"] else "",
             _span(each, "psnr", 1, 1),
             f"{float(each['ssim']):.3f}" if each["ssim"] else "",
             _span(each, "answers", 100, 0),
@@ -162,14 +196,71 @@ def table(file: Path) -> str:
         )
         for each in known
     ]
-    heads = ("", "arithmetic", "PSNR, dB (95 %)", "SSIM", "right answers, % (95 %)", "Frechet")
+    heads = (
+        "",
+        "arithmetic",
+        "small model",
+        "PSNR, dB (95 %)",
+        "SSIM",
+        "right answers, % (95 %)",
+        "Frechet",
+    )
+    return tabulate(shown, heads, tablefmt="github")
+
+
+def paired(file: Path, row: str, other: str, measure: str) -> tuple[float, float, float]:
+    """The mean difference of a row to another, image by image, and its interval at 95 %.
+
+    Args:
+        file: of single images, as `images_file` names it.
+        row: the one, and
+        other: the other that is subtracted.
+        measure: ``"psnr"``, in dB, or ``"answers"``, from 0 to 1.
+    """
+    with file.open() as lines:
+        values = {
+            (each["row"], each["image"]): float(each[measure])
+            for each in csv.DictReader(lines)
+            if each[measure]
+        }
+    gaps = [value - values[other, n] for (name, n), value in values.items() if name == row]
+    low, high = mean_interval(np.asarray(gaps)[:, None])
+    return float(np.mean(gaps)), low, high
+
+
+def images_file(results: Path) -> Path:
+    """The file with the figures of single images, beside a scenario's results."""
+    return results.with_name(results.name.replace("methods-", "images-"))
+
+
+def differences(results: Path, other: str) -> str:
+    """The table of every row's paired differences to ``other``, in Markdown."""
+    with results.open() as lines:
+        names = [each["row"] for each in csv.DictReader(lines) if each["psnr"]]
+    if other not in names:
+        raise SystemExit(f"--against {other!r} must be one of {', '.join(map(repr, names))}")
+    file = images_file(results)
+    shown = [
+        (
+            name,
+            _spanned(*paired(file, name, other, "psnr"), digits=1),
+            _spanned(*(100 * each for each in paired(file, name, other, "answers")), digits=0),
+        )
+        for name in names
+        if name != other
+    ]
+    heads = (f"minus {other!r}", "PSNR, dB (95 %)", "right answers, points (95 %)")
     return tabulate(shown, heads, tablefmt="github")
 
 
 def _span(record: Mapping[str, str], name: str, scale: float, digits: int) -> str:
     if not record[name]:
         return ""
-    mean, low, high = (scale * float(record[f"{name}{end}"]) for end in ("", " low", " high"))
+    ends = (scale * float(record[f"{name}{end}"]) for end in ("", " low", " high"))
+    return _spanned(*ends, digits=digits)
+
+
+def _spanned(mean: float, low: float, high: float, *, digits: int) -> str:
     return f"{mean:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
@@ -187,6 +278,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--images", type=Path, default=IMAGES, help="folder of what is drawn")
     parser.add_argument("--table", action="store_true", help="print the results, draw nothing")
+    parser.add_argument(
+        "--against", metavar="ROW", help="also print each row's paired difference to this one"
+    )
     options = parser.parse_args(arguments)
     scenario = SCENARIOS[options.scenario]
     results = options.out / f"methods-{options.scenario}.csv"
@@ -204,22 +298,29 @@ def main(arguments: list[str] | None = None) -> None:
                 images, share = bench.draw(row)
                 np.savez(files[name], images=images, share=share)
                 print(f"{name}: {share:.2f} of the arithmetic", flush=True)
-        _write(results, _records(bench, files))
+        records, each = zip(*_records(bench, rows, files), strict=True)
+        _write(results, COLUMNS, records)
+        _write(images_file(results), IMAGE_COLUMNS, itertools.chain(*each))
     print(table(results))
+    if options.against is not None:
+        print(f"\n{differences(results, options.against)}")
 
 
-def _records(bench: Bench, files: Mapping[str, Path]) -> Iterator[dict[str, Any]]:
+def _records(
+    bench: Bench, rows: Mapping[str, Row | None], files: Mapping[str, Path]
+) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
     drawn = {name: np.load(file) for name, file in files.items() if file.exists()}
     untouched = drawn["untouched"]["images"]
     for name, each in drawn.items():
         reference = None if name == "untouched" else untouched
-        yield bench.record(name, float(each["share"]), each["images"], reference)
+        record, images = bench.record(name, float(each["share"]), each["images"], reference)
+        yield record | {"small": bench.small_share(rows[name])}, images
 
 
-def _write(file: Path, records: Iterator[dict[str, Any]]) -> None:
+def _write(file: Path, columns: Sequence[str], records: Iterable[Mapping[str, Any]]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w", newline="") as out:
-        writer = csv.DictWriter(out, COLUMNS)
+        writer = csv.DictWriter(out, columns)
         writer.writeheader()
         writer.writerows(records)
 

@@ -166,6 +166,26 @@ class Merging(Row):
             yield {}, lambda: real_share(bench.pipe, scenario.real, config, scenario.steps)
 
 
+@dataclass(frozen=True)
+class Allotted(Row):
+    """Merging at every step, with ratios that are calibrated by block on other prompts.
+
+    Attributes:
+        ratio: the one that costs the small model as much everywhere.
+    """
+
+    ratio: float = 0.5
+
+    @contextmanager
+    def on(self, bench: Drawing) -> Applied:
+        """The pipeline transformed."""
+        found = toma_fx.calibrate(
+            bench.pipe, lambda _: bench.draw_others(), MergeConfig(skip=()), name=self.name
+        )
+        with Merging(self.name, config=found.config(self.ratio)).on(bench) as applied:
+            yield applied
+
+
 class Cache(Protocol):
     """A cache of another project."""
 
@@ -213,6 +233,10 @@ def sdxl_rows(steps: int) -> Iterator[Row]:
     """Rows of a UNet."""
     yield from _fewer(steps)
     yield from _merging(steps)
+    if steps == 4:
+        for ratio in (0.25, 0.5):
+            name = f"merged at every step, ratios by block for {ratio:g}"
+            yield Allotted(name, ratio=ratio)
     for every in (2, 3, 5) if steps == 25 else (2,):
         yield cached(DeepCache(every))
     for name, ratio in (("tomesd", 0.5), ("tofu", 0.5), ("todo", 0.75)):
@@ -243,6 +267,7 @@ def second_pass_rows(steps: int) -> Iterator[Row]:
     )
     yield Merging("memory every 2, theta 0", config=_config(0.5, Memory(every=2, theta=0.0)))
     yield cached(DeepCache(2))
+    yield Rivalled("tomesd, ratio 0.5", rival=named_rival("tomesd"), ratio=0.5)
 
 
 def edit_rows(steps: int) -> Iterator[Row]:
@@ -274,10 +299,9 @@ def _fewer(steps: int, *, searched: bool = True) -> Iterator[Row]:
 def _merging(steps: int) -> Iterator[Row]:
     for ratio in (0.25, 0.5, 0.75):
         yield Merging(f"merged at every step, ratio {ratio:g}", config=_config(ratio))
-    if steps == 25:
-        for ratio in (0.5, 0.75):
-            name = f"merged below noise level 0.8, ratio {ratio:g}"
-            yield Merging(name, config=_config(ratio, level=0.8))
+    for ratio in (0.5, 0.75):
+        name = f"merged below noise level 0.8, ratio {ratio:g}"
+        yield Merging(name, config=_config(ratio, level=0.8))
     for every in (2, 3) if steps == 25 else (2,):
         level = 0.8 if steps == 25 else 1.0
         where = f"below noise level {level:g}, every {every}" if level < 1 else f"every {every}"

@@ -1,10 +1,12 @@
 """How Sphinx makes the site of the documentation: ``make docs``."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
 
 import toma_fx  # noqa: E402
 
@@ -31,12 +33,23 @@ autodoc_typehints = "description"
 napoleon_use_rtype = False
 # Torch is not described here, and parts of the package that are not public are named in prose.
 nitpicky = False
-suppress_warnings = ["ref.any", "myst.xref_missing"]
+suppress_warnings = ["ref.any"]
 
 
 def setup(app: Any) -> None:
     """Called by Sphinx."""
     app.connect("missing-reference", _as_code)
+    app.connect("source-read", _name_files)
+
+
+def _name_files(app: Any, page: str, source: list[str]) -> None:
+    """Links to files of the repository, which the site does not hold, become names of files."""
+
+    def named(link: re.Match[str]) -> str:
+        text, file = link.groups()
+        return f"{text} (`{file}`)" if (ROOT / file).exists() else link[0]
+
+    source[0] = re.sub(r"\[([^\]]+)\]\(\.\./([^)#]+)(?:#[^)]*)?\)", named, source[0])
 
 
 def _as_code(app: Any, env: Any, node: Any, content: Any) -> Any:

@@ -1,7 +1,7 @@
-"""Flux with as many merged tokens as a given speed-up needs.
+"""Flux with a memory, which is what keeps its images.
 
 python examples/flux.py                                       # a small pipeline of this repository
-python examples/flux.py --model black-forest-labs/FLUX.1-dev --speedup 1.3 --offload
+python examples/flux.py --model black-forest-labs/FLUX.1-dev --every 3 --offload
 """
 
 import argparse
@@ -18,14 +18,14 @@ PROMPT = "a small yellow square on a grainy purple ground under a pink sky"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Draw one picture with a merged model."""
+    """Draw one picture."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--model", default=str(SMALL), help="folder or hub name of a pipeline")
     parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument(
-        "--speedup", type=float, default=1.2, help="how many times less arithmetic (1.2)"
+        "--every", type=int, default=2, help="steps from one full step to the next (2)"
     )
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--size", type=int, help="height and width in pixels (the model's own)")
@@ -36,8 +36,9 @@ def main(arguments: list[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     pipe: Any = diffusers.DiffusionPipeline.from_pretrained(options.model, torch_dtype=dtype)
-    toma_fx.transform(pipe, speedup=options.speedup)
-    print(toma_fx.report(pipe))  # the ratio that was chosen, and what it saves
+    memory = toma_fx.Memory(every=options.every, theta=0)
+    toma_fx.transform(pipe, merge_below=0.8, memory=memory, skip=())
+    print(toma_fx.report(pipe, steps=options.steps))  # what it saves, and what it keeps in memory
     if options.offload:  # after transform
         pipe.enable_model_cpu_offload()
     else:

@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> list[Path]:
     parser.add_argument("--model", default="stabilityai/stable-diffusion-xl-base-1.0")
     parser.add_argument("--prompts", type=Path, required=True, help="a file, a prompt on each line")
     parser.add_argument("--out", type=Path, required=True, help="folder for 0.png, 1.png, ...")
-    parser.add_argument("--ratio", type=float, default=0.5)
+    parser.add_argument("--ratio", type=float, help="merge at every step (none: a memory)")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--size", type=int, default=1024)
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
@@ -37,7 +37,11 @@ def main(arguments: list[str] | None = None) -> list[Path]:
 
     state = PartialState()
     pipeline = load_pipeline(options.model, dtype=options.dtype, device=state.device)
-    toma_fx.transform(pipeline, ratio=options.ratio)
+    if options.ratio is None:  # the advice for 20 steps and more
+        memory = toma_fx.Memory(every=2, theta=0)
+        toma_fx.transform(pipeline, merge_below=0.8, memory=memory, skip=())
+    else:
+        toma_fx.transform(pipeline, ratio=options.ratio)
     if options.compile:
         denoiser: Any = model_of(pipeline)
         denoiser.compile_repeated_blocks(fullgraph=True)

@@ -15,6 +15,7 @@ import pytest
 from tabulate import tabulate
 
 from benchmarks import methods
+from toma_fx.families.flux import FAMILY as FLUX
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -428,3 +429,65 @@ def of_edits() -> str:
 def test_figures_that_a_text_names(page: str, sentence: Callable[[], str]) -> None:
     text = " ".join((ROOT / "docs" / f"{page}.md").read_text().split())
     assert sentence() in text
+
+
+PAIRED = (
+    # scenario, row, other row, measure, the words on the page
+    (
+        "sdxl-25",
+        "memory below noise level 0.8, every 2, theta 0",
+        "18 steps, searched schedule",
+        "psnr",
+        "({:.1f} dB less, {:.1f} to {:.1f})",
+    ),
+    (
+        "second-pass",
+        "6 steps",
+        "memory every 2, theta 0",
+        "psnr",
+        "({:.1f} dB less, {:.1f} to {:.1f})",
+    ),
+    (
+        "sdxl-4",
+        "merged at every step, ratio 0.5",
+        "tomesd, ratio 0.5",
+        "psnr",
+        "(toma_fx {:.1f} dB closer, {:.1f} to {:.1f})",
+    ),
+    (
+        "sdxl-4",
+        "merged at every step, ratio 0.5",
+        "2 steps",
+        "answers",
+        "ratio 0.5 has {:.0f} points ({:.0f} to {:.0f}) more right answers than 2 steps",
+    ),
+    (
+        "sdxl-4",
+        "merged at every step, ratio 0.75",
+        "2 steps",
+        "answers",
+        "ratio 0.75 {:.0f} points ({:.0f} to {:.0f})",
+    ),
+)
+
+
+@pytest.mark.parametrize(("scenario", "row", "other", "measure", "words"), PAIRED)
+def test_paired_differences(scenario: str, row: str, other: str, measure: str, words: str) -> None:
+    found = methods.paired(RESULTS / f"images-{scenario}.csv", row, other, measure)
+    said = words.format(*(each * (100 if measure == "answers" else 1) for each in found))
+    page = " ".join((ROOT / "docs" / "choose.md").read_text().split())
+    assert said in page, said
+
+
+def test_the_warning_of_flux_names_what_was_measured() -> None:
+    rows = {each["row"]: each for each in results("methods-flux-25")}
+    untouched, every, below = (
+        f"{100 * float(rows[name]['answers']):.0f} %"
+        for name in (
+            "untouched",
+            "merged at every step, ratio 0.5",
+            "merged below noise level 0.8, ratio 0.5",
+        )
+    )
+    said = FLUX.regretted
+    assert f"in {every} of cases instead of {untouched}, and in {below} when" in said

@@ -34,7 +34,7 @@ from toma_fx.inputs import weightless
 from toma_fx.transform import model_of, transform, while_transformed
 
 RATIOS = (0.25, 0.5, 0.75, 0.9)
-"""What a part may get, and 0."""
+"""Ratios that a part may get, besides 0."""
 PROBE = 0.5
 """At which parts and noise levels are tried."""
 UNIFORM = (0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9)
@@ -51,7 +51,7 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration(CalibrationFile):
-    """What merging costs a model's images, and what it saves.
+    """The cost of merging to a model's images by block, and its savings.
 
     Errors are squared differences to the untouched images: the mean over an image's values, and of
     those the geometric mean over images, which no single image decides.
@@ -67,7 +67,7 @@ class Calibration(CalibrationFile):
     savings: Mapping[str, Mapping[float, int]]
     """By part and ratio, operations of the drawing's first call that merging it saves."""
     uniform: Mapping[float, int]
-    """What a uniform ratio saves of them, with the blocks skipped that it skips by default."""
+    """Operations that a uniform ratio saves, with the blocks skipped that it skips by default."""
     by_ratio: Mapping[float, float]
     """Error of merging the better half of the parts at a ratio, relative to that at `PROBE`."""
 

@@ -23,7 +23,7 @@ THETAS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 
 @dataclass(frozen=True, kw_only=True)
 class ThetaCalibration(CalibrationFile):
-    """What each value of `toma_fx.Memory.theta` costs a pipeline's images.
+    """The cost of each value of `toma_fx.Memory.theta` to a pipeline's images.
 
     Errors are squared differences to the untouched images, as those of `toma_fx.Calibration`.
     """

@@ -26,10 +26,10 @@ FORMAT = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """What a calibration was made with."""
+    """The model and the run that a calibration was made with."""
 
     name: str
-    """What it is called."""
+    """Name of the calibration."""
     model: str
     """The class of the model, such as ``UNet2DConditionModel``."""
     source: str
@@ -87,7 +87,7 @@ def architecture_hash(model: Any) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationFile:
-    """What calibrations have in common: they are saved, loaded, and checked against a model."""
+    """Base of calibrations: they are saved, loaded, and checked against a model."""
 
     FILE: ClassVar[str]
     """The name of the file in a folder or repository."""
@@ -95,7 +95,7 @@ class CalibrationFile:
     base: MergeConfig
     """The options with which images were drawn, and that are not calibrated."""
     origin: Origin | None = None
-    """What it was made with; ``None`` in one that an older toma_fx saved."""
+    """The model and run of its making; ``None`` in one that an older toma_fx saved."""
 
     def save(self, file: str | Path) -> None:
         """Write it as JSON, for `load`."""
@@ -114,7 +114,7 @@ class CalibrationFile:
 
     @classmethod
     def load(cls, file: str | Path) -> Self:
-        """What `save` wrote.
+        """Read a file that `save` wrote.
 
         Raises:
             ConfigError: when there is no such file, or it holds something else.
@@ -148,7 +148,7 @@ class CalibrationFile:
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
     ) -> Self:
-        """What `save_pretrained` wrote, from a folder or from a repository of the hub.
+        """Read the file that `save_pretrained` wrote, from a folder or a repository of the hub.
 
         Args:
             name: a folder, or a hub name such as ``"owner/name"``.
@@ -242,7 +242,7 @@ class CalibrationFile:
 
 
 class ForeignError(ValueError):
-    """What is wrong with a file, as the middle of a sentence."""
+    """The fault of a file, as the middle of a sentence."""
 
 
 def mapping(name: str, value: object) -> dict[str, Any]:

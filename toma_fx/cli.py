@@ -15,6 +15,7 @@ import toma_fx
 from toma_fx.app.command import add_app
 from toma_fx.bench.cli import add_bench
 from toma_fx.choices import DTYPE_NAMES, MODEL_NAMES, PROMPT
+from toma_fx.early import check_counts, check_out
 from toma_fx.errors import ConfigError, TomaError
 from toma_fx.lab.cli import add_commands
 from toma_fx.parser import Parser
@@ -49,6 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if error.filename is None:
+            raise
+        return _said(f"{error.filename}: {error.strerror}", 1)
     except (MemoryError, RuntimeError) as error:
         if not _is_about_memory(error):
             raise
@@ -152,10 +157,12 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from toma_fx.hub import check_name
+    from toma_fx.hub import check_there
 
+    check_counts(options, "steps")
+    check_out(options.out, folder=True)
     if options.model is not None:
-        check_name(options.model, MODEL_NAMES)
+        check_there(options.model, MODEL_NAMES)
     given = given_in(options)
     config_of(given)  # before loading, which can take minutes
     from toma_fx.demo import demo
@@ -166,9 +173,11 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from toma_fx.hub import check_name
+    from toma_fx.hub import check_there
 
-    check_name(options.model, MODEL_NAMES)
+    check_counts(options, "height", "width", "frames", "batch", "steps")
+    check_out(options.out, folder=False)
+    check_there(options.model, MODEL_NAMES)
     given = given_in(options)
     if options.speedup is not None and {"ratio", "calibration"} & given.keys():
         raise ConfigError(

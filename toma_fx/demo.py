@@ -16,11 +16,13 @@ from toma_fx.build import block_graphs
 from toma_fx.checkpoints import RANDOM, available_memory, load_model
 from toma_fx.choices import PROMPT
 from toma_fx.config import MergeConfig
+from toma_fx.families import family_of
 from toma_fx.passes.readable import readable
 from toma_fx.progress import progress
 from toma_fx.schedule import Memory
 from toma_fx.setting import Given
 from toma_fx.tables import Column, Table, seconds
+from toma_fx.transform import model_of
 from toma_fx.variants import Merging, merging
 
 FLUX_BLOCK_BYTES = 1.24 * 2**30
@@ -44,7 +46,8 @@ def demo(
 
     Args:
         given: how tokens merge, as `toma_fx.setting` has it. Images are drawn with it, at half of
-            its ratio, and with memory as the README advises.
+            its ratio, and with memory as the README advises; without it, with memory alone where
+            merging at every step was measured to ruin them.
         model: only this one: ``"sdxl"``, ``"flux"``, or a folder or hub name of a pipeline. By
             default SDXL's whole UNet, then Flux at full width with as many blocks as memory and ten
             minutes allow; images are drawn by small trained pipelines of the same architectures.
@@ -57,7 +60,7 @@ def demo(
     (ratio,) = variant.ratios([MergeConfig().ratio])
     config = variant.config(ratio)
     for name in ("sdxl", "flux") if model is None else (model,):
-        _draw(name, config, prompt, steps, out)
+        _draw(name, config, prompt, steps, out, asked=bool(given))
         _headline(f"{name}: loading")
         start = time.perf_counter()
         changes = _fitting(name)
@@ -70,7 +73,9 @@ def demo(
     print(f"\nMeasured on {machine()}.")
 
 
-def _draw(name: str, config: MergeConfig, prompt: str, steps: int, out: Path) -> None:
+def _draw(
+    name: str, config: MergeConfig, prompt: str, steps: int, out: Path, *, asked: bool
+) -> None:
     # The lab's imports take seconds, and only this part of the demo needs them.
     from toma_fx.checkpoints import load_pipeline
     from toma_fx.lab.compare import draw_settings, side_by_side_picture
@@ -86,7 +91,11 @@ def _draw(name: str, config: MergeConfig, prompt: str, steps: int, out: Path) ->
         return
     prompts = (Prompt(text=prompt),)
     task = Task(model=folder, prompts=prompts, steps=steps, **own_settings(folder))
-    drawn = draw_settings(load_pipeline(folder), task, _settings(config))
+    with progress(f"load {folder}"):
+        pipeline = load_pipeline(folder)
+    ruined = bool(family_of(model_of(pipeline)).regretted)
+    others = _memory(3) if ruined and not asked else _ratios(config)
+    drawn = draw_settings(pipeline, task, others | _memory(2))
     columns = (
         Column("name", "setting"),
         Column("seconds", "an image", seconds),
@@ -100,13 +109,15 @@ def _draw(name: str, config: MergeConfig, prompt: str, steps: int, out: Path) ->
     print(f"wrote {file}")
 
 
-def _settings(config: MergeConfig) -> dict[str, MergeConfig]:
+def _memory(every: int) -> dict[str, MergeConfig]:
+    """The advice under its name, for another number of steps between full ones."""
+    config = replace(ADVISED, memory=Memory(every=every, theta=0))
+    return {f"memory every {every}, theta 0, below {config.merge_below:g}": config}
+
+
+def _ratios(config: MergeConfig) -> dict[str, MergeConfig]:
     half = replace(config, ratio=config.ratio / 2)
-    return {
-        f"ratio {half.ratio:g}": half,
-        f"ratio {config.ratio:g}": config,
-        "memory every 2, theta 0, below 0.8": ADVISED,
-    }
+    return {f"ratio {half.ratio:g}": half, f"ratio {config.ratio:g}": config}
 
 
 def _show(

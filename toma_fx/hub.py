@@ -14,19 +14,22 @@ PATIENCE = 4.0
 """Seconds that the hub may take for a first answer."""
 
 
-def check_name(name: str, known: Iterable[str] = ()) -> None:
-    """Refuse a name that no model can have. This takes no time, and asks no hub.
+def check_there(name: str, known: Iterable[str] = ()) -> None:
+    """Refuse a model that cannot be loaded, before torch is imported, which takes seconds.
 
     Args:
         name: a folder, ``owner/name`` on the hub, or one of ``known``.
         known: other names that are taken here, one of which could have been meant.
 
     Raises:
-        ModelError: when it is none of the three.
+        ModelError: as `find` raises it.
     """
     known = tuple(known)
-    if name in known or Path(name).is_dir():
-        return
+    if name not in known:
+        find(name, known)
+
+
+def _check_name(name: str, known: Iterable[str]) -> None:
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
         raise ModelError(
             f"no model could be loaded from {name!r}: there is no such folder, and names on the "
@@ -51,9 +54,9 @@ def find(name: str, known: Iterable[str] = ()) -> dict[str, Any]:
         ModelError: when there is no such folder and the name is none of a hub, or the hub cannot be
             reached and nothing of the model is on this machine.
     """
-    check_name(name, known)
     if Path(name).is_dir():
         return {"local_files_only": True}
+    _check_name(name, known)
     from huggingface_hub import constants, try_to_load_from_cache
 
     if constants.HF_HUB_OFFLINE:
@@ -72,7 +75,7 @@ def find(name: str, known: Iterable[str] = ()) -> dict[str, Any]:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
+    """The first line of an error."""
     lines = (line.strip() for line in str(error).splitlines())
     return next(filter(None, lines), type(error).__name__)
 

@@ -25,7 +25,8 @@ class Parser(argparse.ArgumentParser):
         if rest:
             word = rest[0].partition("=")[0]
             known = OPTION.findall(self.format_help()) if word.startswith("-") else []
-            self.error(f"{rest[0]} is nothing that it takes{did_you_mean(word, known)}")
+            kind = "option" if word.startswith("-") else "argument"
+            self.error(f"unknown {kind} {rest[0]}{did_you_mean(word, known)}")
         return found, rest
 
     def error(self, message: str) -> Any:

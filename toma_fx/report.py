@@ -99,7 +99,7 @@ class Report:
         rows: list[tuple[Any, ...]] = [
             (
                 f"{group.path}.{_range(*group.blocks)}",
-                _merged(group),
+                "extrapolated" if self._extrapolates and not group.skipped else _merged(group),
                 _arrow(group.tokens_before, group.tokens_after),
                 _arrow(_tera(group.flops_before), _tera(group.flops_after)),
                 f"{_saved(group.flops_before, group.flops_after):.1%}",
@@ -109,14 +109,14 @@ class Report:
         whole = _arrow(_tera(self.flops_before), _tera(self.flops_after))
         blocks = sum(last - first + 1 for first, last in (each.blocks for each in self.groups))
         rows.append((f"whole model, {blocks} blocks", "", "", whole, f"{self.saved:.1%}"))
-        ratio = f"ratio {self.config.ratio}"
-        if self.config.block_ratios:
+        ratio = "nothing merges" if self._extrapolates else f"ratio {self.config.ratio}"
+        if self.config.block_ratios and not self._extrapolates:
             ratio = f"{ratio}, and {len(self.config.block_ratios)} blocks or groups with their own"
         headers = ("blocks", "merged", "tokens", "TFLOP", "saved")
         lines = (
             f"{self.model}, {self.image}, {ratio}",
             fitted(headers, rows, width),
-            "" if self.theta == 0 else f"plan: {_plan(self.config)}",
+            "" if self._extrapolates else f"plan: {_plan(self.config)}",
             self._of_references(),
             self._video(),
             self._when(),
@@ -125,6 +125,10 @@ class Report:
         )
         screen = [line if "\n" in line else wrapped(line, width) for line in lines if line]
         return "\n".join(screen)
+
+    @property
+    def _extrapolates(self) -> bool:
+        return self.theta == 0
 
     def as_dict(self) -> dict[str, Any]:
         """Every field, and what follows from them, as JSON takes it."""
@@ -152,10 +156,12 @@ class Report:
         below = self.config.merge_below
         if below == 1:
             return ""
-        merging = round((1 - self.shares[UNTOUCHED]) * self.steps)
+        lower = round((1 - self.shares[UNTOUCHED]) * self.steps)
+        what = "extrapolates" if self._extrapolates else "merges"
+        averages = "; arithmetic and savings are averages of a run"
         return (
-            f"merges below a noise level of {below:g}: {merging} of {self.steps} steps; "
-            "arithmetic and savings are averages of a run"
+            f"{what} below a noise level of {below:g}: {lower} of {self.steps} steps"
+            f"{'' if self.kept_bytes else averages}"
         )
 
     def _kept(self) -> str:

@@ -33,7 +33,7 @@ class Option:
     read: Callable[[str], Any] = str
     """The value of a text; raises `ValueError` where it is none."""
     shown: str = ""
-    """What stands for the value in help and in messages."""
+    """Stands for the value in help and in messages."""
     choices: tuple[str, ...] = ()
     several: bool = False
 
@@ -249,7 +249,7 @@ def config_of(given: Given) -> MergeConfig:
     if "memory" in values:
         values["memory"] = Memory(every=values["memory"], **memory)
     elif memory:
-        raise ConfigError(f"{', '.join(memory)} without a memory: give memory too, such as 2")
+        raise ConfigError(f"{', '.join(memory)} needs a memory: give memory too, such as 2")
     file = values.pop("calibration", None)
     if file is None:
         return MergeConfig.preset(values.pop("preset", "default"), **values)

@@ -209,10 +209,11 @@ def _transform_model(
     if speedup is not None:
         scheduler = getattr(pipeline, "scheduler", None)
         config = for_speedup(model, config, speedup, inputs, scheduler, family)
-    if family.regretted and _merges_at_every_step(config):
+    if family.regretted and _merges_without_memory(config):
         warnings.warn(
-            f"merging at every step changes the images of {family.title} much: {family.regretted}. "
-            "Give a memory, which adds only what has changed since a full step: merge_below=0.8, "
+            f"merging without memory changes the images of {family.title} much: "
+            f"{family.regretted}. Give a memory, which adds only what has changed since a full "
+            "step: merge_below=0.8, "
             "memory=toma_fx.Memory(every=2, theta=0), skip=(); or take fewer steps",
             TomaWarning,
             stacklevel=3,
@@ -222,9 +223,9 @@ def _transform_model(
     return copied
 
 
-def _merges_at_every_step(config: MergeConfig) -> bool:
+def _merges_without_memory(config: MergeConfig) -> bool:
     whole = config.tokens == "all" and config.placement != "keys"
-    return whole and config.merges and config.memory is None and config.merge_below == 1
+    return whole and config.merges and config.memory is None
 
 
 def _restore_model(model: nn.Module) -> nn.Module:

@@ -61,23 +61,44 @@ class MergeTokens:
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:  # noqa: N802
         """The node's inputs."""
-        ratio = {"default": 0.5, "min": 0.0, "max": 0.95, "step": 0.05}
+        share = {"min": 0.0, "max": 0.95, "step": 0.05}
         return {
             "required": {
                 "pipeline": (PIPELINE,),
-                "ratio": ("FLOAT", ratio),
+                "ratio": ("FLOAT", {"default": 0.5, **share}),
+                "merge_below": ("FLOAT", {"default": 0.8, "min": 0.05, "max": 1.0, "step": 0.05}),
+                # Every so many steps are full; 0 keeps nothing, and merges at each step.
+                "memory_every": ("INT", {"default": 2, "min": 0, "max": 10}),
+                # With 0, steps between full ones extrapolate, and the ratio is not used.
+                "theta": ("FLOAT", {"default": 0.0, **share}),
                 "preset": (list(PRESETS), {"default": "default"}),
                 "compile_blocks": ("BOOLEAN", {"default": False}),
             }
         }
 
     def merge(
-        self, pipeline: Any, ratio: float, preset: str, compile_blocks: bool
+        self,
+        pipeline: Any,
+        ratio: float,
+        merge_below: float,
+        memory_every: int,
+        theta: float,
+        preset: str,
+        compile_blocks: bool,
     ) -> tuple[Any, str]:
-        """A pipeline that shares all but the denoising model, and the report of the merging."""
+        """A pipeline that shares all but the denoising model, and the report of the merging.
+
+        The presets of the paper keep plans between steps: give them ``merge_below`` 1 and
+        ``memory_every`` 0.
+        """
         # ComfyUI keeps a node's outputs, so the loader's pipeline must stay as it was.
         pipe = copy.copy(pipeline)
-        toma_fx.transform(pipe, toma_fx.MergeConfig.preset(preset, ratio=ratio))
+        options: dict[str, Any] = {"ratio": ratio, "merge_below": merge_below}
+        if memory_every:
+            options["memory"] = toma_fx.Memory(every=memory_every, theta=theta)
+            if theta == 0:  # nothing merges between full steps, so no block has to stay out
+                options["skip"] = ()
+        toma_fx.transform(pipe, toma_fx.MergeConfig.preset(preset, **options))
         report = str(toma_fx.report(pipe))
         if compile_blocks:
             model = pipe.unet if hasattr(pipe, "unet") else pipe.transformer

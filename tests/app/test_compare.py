@@ -228,7 +228,7 @@ def test_a_session_that_waits_can_cancel(sdxl: Studio) -> None:
 def test_what_toma_fx_warns_of_and_leaves_out_is_told(folder: Path) -> None:
     flux = Studio([str(folder / "flux")])
     said = words.sentences(flux.compare(wish(flux, ratio=0.5)))
-    assert any(each.startswith("Warning: merging at every step") for each in said)
+    assert any(each.startswith("Warning: merging without memory") for each in said)
     said = words.sentences(flux.compare(wish(flux, ratio=0.5, merge_below=0.8, memory=2)))
     assert not any(each.startswith("Warning") for each in said)
     assert any("run in full and are remembered, which keeps" in each for each in said)

@@ -113,7 +113,10 @@ def graphs_of(model: Any, setting: Setting) -> int:
 
 def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
-        (["model", "qwen-image", "--blocks", "1", "2"], "its lists are transformer_blocks"),
+        (
+            ["model", "qwen-image", "--blocks", "1", "2"],
+            "the lists of qwen-image are transformer_blocks",
+        ),
         (["model", "flux2-dev", "--blocks", "0"], "at least 1"),
         (["image", "qwen-image", "--blocks", "1"], "not by qwen-image"),
     ):

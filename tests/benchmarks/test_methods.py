@@ -107,6 +107,28 @@ def test_a_scenario_is_drawn_once_and_judged_from_its_files(
     said = capsys.readouterr().out
     assert "3 steps" in said and "merged at every step, ratio 0.5" in said
     assert "75 %" in said and "60 %" in said
+    rows = {row["row"]: row for row in csv.DictReader(first.splitlines())}
+    merged = rows["merged at every step, ratio 0.5"]
+    assert 0 < float(merged["small"]) < 1 and merged["small"] != merged["arithmetic"]
+    assert float(rows["3 steps"]["small"]) == 0.75
+
+
+def test_rows_are_paired_image_by_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = tmp_path / "methods-sdxl-4.csv"
+    results.write_text("row,arithmetic,small,psnr\nuntouched,1,1,\none,1,,2\nother,1,,1\n")
+    values = {"one": (30.0, 40.0, 50.0), "other": (29.0, 38.5, 49.5)}
+    lines = [
+        f"{name},{n},{psnr},{psnr / 100}"
+        for name, each in values.items()
+        for n, psnr in enumerate(each)
+    ]
+    methods.images_file(results).write_text("\n".join(["row,image,psnr,answers", *lines]))
+    mean, low, high = methods.paired(methods.images_file(results), "one", "other", "psnr")
+    # The rows' own intervals overlap widely; their differences are 1, 1.5 and 0.5.
+    assert mean == pytest.approx(1) and (low, high) == (0.5, 1.5)
+    assert "| one | 1.0 (0.5 to 1.5)" in " ".join(methods.differences(results, "other").split())
+    with pytest.raises(SystemExit, match="--against 'none' must be one of 'one', 'other'"):
+        methods.differences(results, "none")
 
 
 def _shorten(monkeypatch: pytest.MonkeyPatch, name: str, steps: int) -> None:
@@ -143,7 +165,7 @@ def test_an_edit_is_drawn_and_only_its_reference_merges(
 ) -> None:
     _shorten(monkeypatch, "kontext-25", steps=3)
     # Five prompts are two calls of the pipeline, which must name a context for each.
-    words = ["kontext-25", "--prompts", "5", "--only", "references merged, ratio 0.5", "every 2"]
+    words = ["kontext-25", "--prompts", "5", "--only", "references merged, ratio 0.5", "Seer"]
     methods.main([*words, "--images", str(tmp_path), "--out", str(tmp_path)])
     with (tmp_path / "methods-kontext-25.csv").open() as file:
         rows = {row["row"]: row for row in csv.DictReader(file)}

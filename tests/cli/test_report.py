@@ -133,7 +133,7 @@ def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         (["reprot"], "did you mean report?"),
         (
             ["report", "sdxl", "--ration", "0.5"],
-            "--ration is nothing that it takes; did you mean --ratio?",
+            "unknown option --ration; did you mean --ratio?",
         ),
         (["report", "sdxl", "--region", "stipe"], "did you mean stripe?"),
         (["bench", "modle", "sdxl"], "did you mean model?"),

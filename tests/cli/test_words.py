@@ -99,7 +99,7 @@ def test_mistakes_name_the_word(text: str, said: str) -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"theta": 0.5}, "theta without a memory"),
+        ({"theta": 0.5}, "theta needs a memory"),
         ({"region": "stipe"}, "did you mean stripe?"),
         ({"preset": "tomo"}, "did you mean toma?"),
         (

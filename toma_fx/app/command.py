@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import threading
 from importlib.util import find_spec
 from typing import Any
 
@@ -44,11 +45,11 @@ def add_app(commands: Any) -> None:
 def _app(options: argparse.Namespace) -> None:
     if find_spec("gradio") is None:
         raise ConfigError("the app needs gradio, which is not here: pip install 'toma-fx[app]'")
-    from toma_fx.hub import check_name
+    from toma_fx.hub import check_there
 
     models = options.model or _small_models()
     for each in models:
-        check_name(each)
+        check_there(each)
     hush_libraries()
     from toma_fx.app.compare import Studio
     from toma_fx.app.page import CSS, THEME, build_page
@@ -66,13 +67,16 @@ def _app(options: argparse.Namespace) -> None:
             theme=THEME,
             css=CSS,
         )
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         raise ConfigError(
             f"no page at host={options.host!r}, port={options.port!r}: {error}; "
             "give others: --host, --port"
         ) from error
     print(f"toma-fx app is at {url} until Ctrl+C", flush=True)
-    page.block_thread()
+    try:
+        threading.Event().wait()  # gradio's own wait takes Ctrl-C for itself
+    finally:
+        page.close(verbose=False)
 
 
 def _small_models() -> list[str]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from toma_fx.choices import DTYPE_NAMES, MODEL_NAMES
+from toma_fx.early import check_counts, check_out
 from toma_fx.setting import add_variants
 
 KINDS = {
@@ -98,9 +99,11 @@ def add_timing(parser: argparse.ArgumentParser) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
-    from toma_fx.hub import check_name
+    from toma_fx.hub import check_there
 
-    check_name(options.model, MODEL_NAMES)  # before torch is imported, which takes seconds
+    check_counts(options, "repeats", "batch", "height", "width", "frames", "steps")
+    check_out(options.out, folder=True)
+    check_there(options.model, MODEL_NAMES)
     from toma_fx.bench.command import run
 
     run(options)

@@ -16,6 +16,7 @@ from toma_fx.bench.levels import blocks, models
 from toma_fx.bench.record import Record, machine
 from toma_fx.bench.timing import CPU, WALL
 from toma_fx.checkpoints import DTYPES
+from toma_fx.early import check_counts
 from toma_fx.errors import ConfigError
 from toma_fx.progress import progress
 from toma_fx.quiet import hush_libraries
@@ -59,11 +60,7 @@ def setting_of(options: argparse.Namespace, **changes: Any) -> Setting:
     Raises:
         ConfigError: when an option holds a value that it cannot take.
     """
-    for name in ("repeats", "batch", "frames", "steps"):
-        given = getattr(options, name, None)
-        numbers = given if isinstance(given, list) else [given]
-        if any(number is not None and number < 1 for number in numbers):
-            raise ConfigError(f"{name}={given} must be at least 1")
+    check_counts(options, "repeats", "batch", "frames", "steps")
     if options.cpu_time and torch.cuda.is_available():
         raise ConfigError("--cpu-time sees nothing of a GPU; leave it out where there is one")
     variants = _variants(options)

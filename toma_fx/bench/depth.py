@@ -25,11 +25,13 @@ def counted(model: str, blocks: Sequence[int]) -> dict[str, Any]:
     """
     fields = _fields(model)
     numbers = tuple(blocks) * (len(fields) if len(blocks) == 1 else 1)
-    if not fields or len(numbers) != len(fields) or min(numbers) < 1:
-        known = f"its lists are {', '.join(fields)}" if fields else "it has no such lists"
+    if not fields:
+        raise ConfigError(f"{model} has no lists of blocks to shorten; leave blocks out")
+    if len(numbers) != len(fields) or min(numbers) < 1:
         raise ConfigError(
             f"blocks={tuple(blocks)} must be a number of at least 1 for each list of blocks of a "
-            f"model with random weights, or one number for all; of {model}, {known}"
+            f"model with random weights, or one number for all; the lists of {model} are "
+            f"{', '.join(fields)}"
         )
     cls, config = model_class(model)
     defaults = {name: each.default for name, each in inspect.signature(cls).parameters.items()}

@@ -354,7 +354,7 @@ class Family:
     never_merged: Mapping[str, str] = field(default_factory=dict)
     """Patterns for the paths of blocks that cannot merge, each with the reason."""
     regretted: str = ""
-    """Measured effect of merging at every step on images, if it deserves a warning."""
+    """Measured effect of merging without memory on images, if it deserves a warning."""
     theta: float = 0.25
     """Default of `toma_fx.Memory.theta`."""
     noise_level: Callable[[float, Any], float]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from toma_fx.choices import DTYPE_NAMES
+from toma_fx.early import check_out
 from toma_fx.errors import ConfigError
 from toma_fx.lab import small_models
 from toma_fx.lab.measures import MEASURES, OF_SMALL_MODELS
@@ -128,10 +129,11 @@ def add_drawing(parser: argparse.ArgumentParser) -> None:
 
 
 def _eval(options: argparse.Namespace) -> None:
-    from toma_fx.hub import check_name
+    from toma_fx.hub import check_there
 
     need_packages("torchmetrics")
-    check_name(options.model)  # before torch is imported, which takes seconds
+    check_out(options.out, folder=True)
+    check_there(options.model)
     from toma_fx.lab.evaluate import evaluate
     from toma_fx.variants import check_ratios, parse_variant
 
@@ -144,9 +146,10 @@ def _eval(options: argparse.Namespace) -> None:
 
 
 def _calibrate(options: argparse.Namespace) -> None:
-    from toma_fx.hub import check_name
+    from toma_fx.hub import check_there
 
-    check_name(options.model)
+    check_out(options.out, folder=False)
+    check_there(options.model)
     from toma_fx.lab.calibration import as_table, calibrate_to_file
 
     given = given_in(options)

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from toma_fx.config import MergeConfig
 from toma_fx.images import pixels, psnr
 from toma_fx.lab.draw import Task, draw
+from toma_fx.progress import progress
 from toma_fx.transform import while_transformed
 
 CELL_PIXELS = 256
@@ -43,13 +44,16 @@ def draw_settings(pipeline: Any, task: Task, settings: Mapping[str, MergeConfig]
     """
     prompt = task.prompts[0]
     draw(pipeline, task, prompt, 0, steps=1)  # the first call of all is slower than the others
-    untouched, seconds = draw(pipeline, task, prompt, 0)
-    drawn = [Drawn(name=UNTOUCHED, image=untouched, seconds=seconds, psnr=math.inf)]
-    for name, config in settings.items():
-        with while_transformed(pipeline, config):
-            image, seconds = draw(pipeline, task, prompt, 0)
-        near = psnr(pixels(image), pixels(untouched))
-        drawn.append(Drawn(name=name, image=image, seconds=seconds, psnr=near))
+    with progress("draw", total=1 + len(settings), unit="image") as bar:
+        untouched, seconds = draw(pipeline, task, prompt, 0)
+        bar.update()
+        drawn = [Drawn(name=UNTOUCHED, image=untouched, seconds=seconds, psnr=math.inf)]
+        for name, config in settings.items():
+            with while_transformed(pipeline, config):
+                image, seconds = draw(pipeline, task, prompt, 0)
+            bar.update()
+            near = psnr(pixels(image), pixels(untouched))
+            drawn.append(Drawn(name=name, image=image, seconds=seconds, psnr=near))
     return drawn
 
 
