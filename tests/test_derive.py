@@ -199,6 +199,7 @@ def test_without_an_order_regions_are_stripes_and_it_is_said() -> None:
     assert merged.toma_recipe.config.region == "stripe"  # type: ignore[union-attr]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "merging without memory")
         toma_fx.transform(model, family=family, region="stripe")
 
 

@@ -13,6 +13,7 @@ import torch
 import toma_fx
 from tests.pipelines import tiny_sdxl_pipeline
 from tests.tiny import flux_inputs, tiny_flux, tiny_sdxl_unet
+from tests.tiny_families import tiny_qwen_image, tiny_wan
 from toma_fx import Memory, MergeConfig
 from toma_fx.errors import ConfigError, ModelError, TomaWarning
 
@@ -97,9 +98,15 @@ def test_the_log_is_silent_unless_asked(capfd: pytest.CaptureFixture[str]) -> No
 def test_what_was_measured_to_ruin_images_is_warned_of() -> None:
     with pytest.warns(
         TomaWarning,
-        match=r"images of FLUX.1 .* much: .*dB.* merge_below=0.8, memory=toma_fx.Memory",
+        match=r"memory ruins images: .* Flux .* %.* merge_below=0.8, memory=toma_fx.Memory",
     ):
         toma_fx.transform(tiny_flux(), ratio=0.25, skip=())
+    with pytest.warns(TomaWarning, match="without memory ruins images"):
+        toma_fx.transform(tiny_flux(), merge_below=0.8)
+    with pytest.warns(TomaWarning, match="without memory ruins videos: .* Wan .* %"):
+        toma_fx.transform(tiny_wan(), skip=())
+    with pytest.warns(TomaWarning, match="Flux and a small Wan; on this one it was not measured"):
+        toma_fx.transform(tiny_qwen_image(), skip=())
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,8 @@ from tabulate import tabulate
 
 from benchmarks import methods
 from toma_fx.families.flux import FAMILY as FLUX
+from toma_fx.families.rows import Family
+from toma_fx.families.wan import FAMILY as WAN
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -305,26 +307,47 @@ def test_figures_that_the_readme_names() -> None:
         {each["row"]: each for each in results(f"methods-{name}")}
         for name in ("second-pass", "sdxl-4", "flux-25", "flux-4", "kontext-25")
     )
+    clips = {each["row"]: each for each in results("methods-video-25")}
     for row, words in (
+        (rows["memory below noise level 0.8, every 2, theta 0"], "PSNR {:.1f} dB at {:.0f} %; in"),
+        (rows["18 steps"], "in 18 steps it is {:.1f} dB at {:.0f} %"),
         (
-            rows["memory below noise level 0.8, every 2, theta 0"],
-            "PSNR to the untouched image {:.1f} dB at {:.0f} %",
+            clips["memory below noise level 0.8, every 2, ratio 0.9"],
+            "PSNR {:.1f} dB at {:.0f} %; 18 steps:",
         ),
-        (rows["18 steps"], "18 steps are at {:.1f} dB at {:.0f} %"),
-        (rows["18 steps, searched schedule"], "and at {:.1f} dB on a searched schedule"),
-        (unet_few["merged at every step, ratio 0.5"], "PSNR {:.1f} dB at {:.0f} %"),
-        (second["6 steps"], "6 of 10 steps are at PSNR {:.1f} dB at {:.0f} %"),
-        (second["memory every 2, theta 0"], "a memory at {:.1f} dB at {:.0f} %"),
-        (unet_few["2 steps"], "2 steps are at {:.1f} dB at {:.0f} %"),
-        (unet_few["3 steps, searched schedule"], "cost more, {:.1f} dB at {:.0f} %"),
-        (flux["memory below noise level 0.8, every 2, theta 0"], "PSNR {:.1f} dB at {:.0f} %"),
-        (flux["18 steps, searched schedule"], "reach {:.1f} dB at {:.0f} %"),
-        (flux["TaylorSeer lite, every 2, order 1"], "TaylorSeer {:.1f} dB at {:.0f} %"),
-        (few["3 steps, searched schedule"], "on a searched schedule are at {:.1f} dB"),
-        (edits["memory below noise level 0.8, every 2, theta 0"], "PSNR {:.1f} dB at {:.0f} %"),
-        (edits["18 steps, searched schedule"], "reach {:.1f} dB at {:.0f} %"),
-        (edits["TaylorSeer lite, every 2, order 1"], "TaylorSeer {:.1f} dB at {:.0f} %"),
-        (edits["references merged, ratio 0.5"], "is far behind, {:.1f} dB"),
+        (clips["18 steps"], "; 18 steps: {:.1f} dB at {:.0f} %"),
+        (
+            clips["first-block cache, threshold 0.1"],
+            "; a first-block cache: {:.1f} dB at {:.0f} % ([figures](docs/choose.md#video",
+        ),
+        (rows["18 steps, searched schedule"], "and {:.1f} dB on a searched schedule"),
+        (unet_few["merged at every step, ratio 0.5"], "PSNR {:.1f} dB at {:.0f} %, and a judge"),
+        (unet_few["2 steps"], "; 2 steps: {:.1f} dB at {:.0f} %"),
+        (
+            unet_few["3 steps, searched schedule"],
+            "; 3 steps on a searched schedule: {:.1f} dB at {:.0f} %",
+        ),
+        (second["6 steps"], "6 of 10 steps: {:.1f} dB at {:.0f} %"),
+        (second["memory every 2, theta 0"], "a memory: {:.1f} dB at {:.0f} %"),
+        (
+            few["3 steps, searched schedule"],
+            "| 3 steps on a searched schedule: {:.1f} dB at {:.0f} %",
+        ),
+        *(
+            (model[row], words)
+            for model in (flux, edits)
+            for row, words in (
+                (
+                    "memory below noise level 0.8, every 2, theta 0",
+                    "PSNR {:.1f} dB at {:.0f} %; 18",
+                ),
+                (
+                    "18 steps, searched schedule",
+                    "; 18 steps on a searched schedule: {:.1f} dB at {:.0f} %",
+                ),
+                ("TaylorSeer lite, every 2, order 1", "; TaylorSeer: {:.1f} dB at {:.0f} %"),
+            )
+        ),
     ):
         said = words.format(float(row["psnr"]), 100 * float(row["arithmetic"]))
         assert said in readme, said
@@ -334,10 +357,10 @@ def test_figures_that_the_readme_names() -> None:
     ]
     assert f"takes {min(longer)} to {max(longer)} % *longer* merged" in readme
     (flux_half,) = (r for r in forwards if "flux" in r["table"] and r["ratio"] == "0.5")
-    assert f"takes {100 / float(flux_half['times']):.0f} % of the time" in readme
+    assert f"ratio 0.5 takes {100 / float(flux_half['times']):.0f} %" in readme
     drawn = results(f"{GPU}-flux-images")
     (memory,) = (each for each in drawn if "theta=0," in each["contender"])
-    assert f"and {100 / float(memory['times']):.0f} % of the time on an H200" in readme
+    assert f"takes {100 / float(memory['times']):.0f} % of the time with memory" in readme
     times = {
         each["ratio"]: f"| {100 / float(each['times']):.0f} % |"
         for each in results("2026-11-27-amd-epyc-sdxl-1024")
@@ -434,6 +457,20 @@ def test_figures_that_a_text_names(page: str, sentence: Callable[[], str]) -> No
 PAIRED = (
     # scenario, row, other row, measure, the words on the page
     (
+        "video-25",
+        "memory below noise level 0.8, every 2, ratio 0.9",
+        "18 steps",
+        "psnr",
+        "({:.1f} dB less, {:.1f} to {:.1f})",
+    ),
+    (
+        "video-25",
+        "memory below noise level 0.8, every 2, ratio 0.9",
+        "memory below noise level 0.8, every 2, theta 0",
+        "psnr",
+        "({:.1f} dB less, {:.1f} to {:.1f})",
+    ),
+    (
         "sdxl-25",
         "memory below noise level 0.8, every 2, theta 0",
         "18 steps, searched schedule",
@@ -479,8 +516,9 @@ def test_paired_differences(scenario: str, row: str, other: str, measure: str, w
     assert said in page, said
 
 
-def test_the_warning_of_flux_names_what_was_measured() -> None:
-    rows = {each["row"]: each for each in results("methods-flux-25")}
+@pytest.mark.parametrize(("model", "family"), [("flux", FLUX), ("video", WAN)])
+def test_a_warning_names_what_was_measured(model: str, family: Family) -> None:
+    rows = {each["row"]: each for each in results(f"methods-{model}-25")}
     untouched, every, below = (
         f"{100 * float(rows[name]['answers']):.0f} %"
         for name in (
@@ -489,5 +527,5 @@ def test_the_warning_of_flux_names_what_was_measured() -> None:
             "merged below noise level 0.8, ratio 0.5",
         )
     )
-    said = FLUX.regretted
-    assert f"in {every} of cases instead of {untouched}, and in {below} when" in said
+    said = f"in {every} of cases instead of {untouched}, and in {below} when"
+    assert said in family.regretted

@@ -245,7 +245,7 @@ def test_shipped_pipelines_draw(kind: Kind) -> None:
     assert through_vae(pipe, true).shape == true.shape
 
 
-@pytest.mark.parametrize("kind", ["sdxl", "flux", "kontext"])
+@pytest.mark.parametrize("kind", ["sdxl", "flux", "kontext", "wan"])
 def test_shipped_models_name_no_folder_of_the_machine_that_made_them(kind: str) -> None:
     for file in (FOLDER / kind).rglob("*.json"):
         path = json.loads(file.read_text()).get("_name_or_path", "")

@@ -34,6 +34,7 @@ from examples.small_models.videos import (
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input:UserWarning")
+WAN = Path(__file__).parent.parent / "examples" / "small_models" / "wan"
 SHAPE = (FRAMES, CLIP_SIZE, CLIP_SIZE, 3)
 
 
@@ -147,3 +148,20 @@ def test_single_frames_come_first_and_the_pipeline_draws_clips(tmp_path: Path) -
     through = through_vae(pipe, drawn)
     assert through.shape == drawn.shape
     assert clip_sheet(drawn, prompts).height == 2 * (CLIP_SIZE + 20)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own
+def test_the_shipped_wan_draws_moving_clips() -> None:
+    assert sum(file.stat().st_size for file in WAN.rglob("*")) < 20e6
+    assert "Apache-2.0" in (WAN / "README.md").read_text()
+    assert json.loads((WAN / "training.json").read_text())["diffusion"]["steps"] >= 800
+    pipe = DiffusionPipeline.from_pretrained(WAN)
+    pipe.set_progress_bar_config(disable=True)
+    drawn = sample(pipe, [caption(scene_of(0))], num_inference_steps=4)
+    assert drawn.shape == (1, *SHAPE)
+    assert drawn.std() > 20
+    moved = np.abs(np.diff(drawn[0].astype(int), axis=0)).mean((1, 2, 3))
+    assert (moved > 0.1).all()
+    true = clips_of(range(20_000_000, 20_000_004))
+    gap = (through_vae(pipe, true).astype(float) - true) / 255
+    assert -10 * np.log10(np.square(gap).mean()) > 23

@@ -25,6 +25,9 @@ from toma_fx.hooks import check_hooks
 from toma_fx.recipe import Recipe
 from toma_fx.speedup import for_speedup
 
+MEASURED_LEVEL = 0.8
+"""Lowest ``merge_below`` at which merging without memory was measured to ruin images."""
+
 Model = TypeVar("Model")
 
 logger = logging.getLogger(__name__)
@@ -211,10 +214,9 @@ def _transform_model(
         config = for_speedup(model, config, speedup, inputs, scheduler, family)
     if family.regretted and _merges_without_memory(config):
         warnings.warn(
-            f"merging without memory changes the images of {family.title} much: "
-            f"{family.regretted}. Give a memory, which adds only what has changed since a full "
-            "step: merge_below=0.8, "
-            "memory=toma_fx.Memory(every=2, theta=0), skip=(); or take fewer steps",
+            f"merging without memory {family.regretted}. Give a memory, which adds only what has "
+            "changed since a full step: merge_below=0.8, memory=toma_fx.Memory(every=2, theta=0), "
+            "skip=(); or take fewer steps",
             TomaWarning,
             stacklevel=3,
         )
@@ -225,7 +227,8 @@ def _transform_model(
 
 def _merges_without_memory(config: MergeConfig) -> bool:
     whole = config.tokens == "all" and config.placement != "keys"
-    return whole and config.merges and config.memory is None
+    early = config.merge_below >= MEASURED_LEVEL
+    return whole and early and config.merges and config.memory is None
 
 
 def _restore_model(model: nn.Module) -> nn.Module:

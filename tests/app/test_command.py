@@ -1,5 +1,6 @@
 """``toma-fx app`` says what it lacks in a sentence."""
 
+import signal
 import socket
 import subprocess
 import sys
@@ -46,4 +47,33 @@ def test_a_port_that_is_taken_is_a_sentence(folder: Path) -> None:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert f"toma-fx: no page at host='127.0.0.1', port={port}: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@needs_gradio
+def test_ctrl_c_ends_it_in_one_line(folder: Path) -> None:
+    command = [sys.executable, "-u", "-m", "toma_fx", "app", "--model", str(folder / "sdxl")]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stdout is not None and server.stderr is not None
+        assert "toma-fx app is at http://" in server.stdout.readline()
+        server.send_signal(signal.SIGINT)
+        rest, errors = server.communicate(timeout=60)
+    assert server.returncode == 130
+    assert rest == ""
+    assert errors.strip().splitlines()[-1] == "toma-fx: interrupted"
+    assert "Traceback" not in errors
+
+
+@needs_gradio
+def test_a_port_that_there_is_not(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "toma_fx", "app", "--port", "999999"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "no page at host='127.0.0.1', port=999999" in done.stderr
     assert "Traceback" not in done.stderr

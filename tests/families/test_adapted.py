@@ -188,6 +188,7 @@ def test_caches_of_attention(name: str, cache: str) -> None:
 def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("error", TomaWarning)
+        warnings.filterwarnings("ignore", "merging without memory")  # of which transformers warn
         yield
 
 

@@ -6,8 +6,11 @@ from typing import Any
 
 from toma_fx.choices import DTYPE_NAMES, MODEL_NAMES
 from toma_fx.early import check_counts, check_out
+from toma_fx.errors import ConfigError
 from toma_fx.setting import add_variants
 
+BLOCK_MODELS = ("sdxl", "flux")
+"""Published models whose blocks can be called alone."""
 KINDS = {
     "model": "Time one forward of a whole model.",
     "block": "Time one block of each kind of SDXL or Flux.",
@@ -33,17 +36,18 @@ def add_bench(commands: Any, model_help: str) -> None:
             each.add_argument(
                 "--steps", type=int, default=4, metavar="N", help="denoising steps (default: 4)"
             )
-        else:
-            how: dict[str, Any] = {"type": int, "nargs": "+", "default": [None], "metavar": "N"}
-            if kind == "model":
-                each.add_argument(
-                    "--cuda-graphs",
-                    action="store_true",
-                    help="replay calls from CUDA graphs, which leaves out the host's work",
-                )
+        elif kind == "model":
+            each.add_argument(
+                "--cuda-graphs",
+                action="store_true",
+                help="replay calls from CUDA graphs, which leaves out the host's work",
+            )
             each.add_argument(
                 "--frames",
-                **how,
+                type=int,
+                nargs="+",
+                default=[None],
+                metavar="N",
                 help="frames of a video, one or more numbers (default: the model's own)",
             )
         each.set_defaults(run=_bench)
@@ -103,6 +107,11 @@ def _bench(options: argparse.Namespace) -> None:
 
     check_counts(options, "repeats", "batch", "height", "width", "frames", "steps")
     check_out(options.out, folder=True)
+    if options.kind == "block" and options.model in set(MODEL_NAMES) - set(BLOCK_MODELS):
+        raise ConfigError(
+            f"blocks of {options.model} run only in a call of their model; time one of each list "
+            "with toma-fx bench model --blocks 1"
+        )
     check_there(options.model, MODEL_NAMES)
     from toma_fx.bench.command import run
 

@@ -175,8 +175,8 @@ FAMILY = Family(
     unmerged_because="spared by default, as in the paper",
     # Measured by benchmarks/methods.py; docs/choose.md has the table.
     regretted=(
-        "at ratio 0.5, a small trained Flux draws what the prompt asks for in 52 % of cases "
-        "instead of 71 %, and in 59 % when it merges below a noise level of 0.8"
+        "ruins images: at ratio 0.5, a small trained Flux draws what the prompt asks for in 52 % "
+        "of cases instead of 71 %, and in 59 % when it merges below a noise level of 0.8"
     ),
     noise_level=noise.level_of_sigma,
     run_levels=_run_levels,

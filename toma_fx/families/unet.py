@@ -214,6 +214,7 @@ def _attention(module: object, hidden_states: Tensor, *args: object, **kwargs: o
 
 FAMILY = Family(
     name="unet",
+    regretted="",
     cls="diffusers.models.unets.unet_2d_condition.UNet2DConditionModel",
     title="Stable Diffusion XL, 2.1 and 1.5",
     blocks=(
