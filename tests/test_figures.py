@@ -327,6 +327,10 @@ def test_figures_that_the_readme_names() -> None:
             unet_few["3 steps, searched schedule"],
             "; 3 steps on a searched schedule: {:.1f} dB at {:.0f} %",
         ),
+        (
+            clips["merged at every step, ratio 0.25"],
+            "Merging without memory is far away: {:.1f} dB at {:.0f} %",
+        ),
         (second["6 steps"], "6 of 10 steps: {:.1f} dB at {:.0f} %"),
         (second["memory every 2, theta 0"], "a memory: {:.1f} dB at {:.0f} %"),
         (
