@@ -161,6 +161,7 @@ class Merging(Row):
         if self.calibrated:
             found = toma_fx.calibrate_theta(bench.pipe, lambda _: bench.draw_others(), config)
             config = found.config
+            print(f"{self.name}: the calibrated theta is {found.theta:g}", flush=True)
         scenario = bench.scenario
         with while_transformed(bench.pipe, config):
             yield {}, lambda: real_share(bench.pipe, scenario.real, config, scenario.steps)

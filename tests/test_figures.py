@@ -497,6 +497,13 @@ PAIRED = (
     ),
     (
         "sdxl-4",
+        "merged at every step, ratios by block for 0.25",
+        "merged at every step, ratio 0.25",
+        "psnr",
+        "are {:.1f} dB closer at the small model's",
+    ),
+    (
+        "sdxl-4",
         "merged at every step, ratio 0.5",
         "2 steps",
         "answers",
