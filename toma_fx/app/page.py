@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 TITLE = "toma_fx: one image, untouched and merged"
 MEMORIES = [("none", 0), ("every 2", 2), ("every 3", 3), ("every 4", 4)]
 SIZES = [
-    ("model's own", 0),
+    ("its own", 0),
     *((f"{side} x {side}", side) for side in (256, 384, 512, 768, 1024, 1536, 2048)),
 ]
 PICTURE_PIXELS = 400
@@ -192,7 +192,7 @@ def _fields(models: Sequence[str]) -> tuple[list[Any], tuple[gr.Button, gr.Butto
         0,
         step=0.05,
         label="Theta",
-        info="With memory. At 0 the steps between only extrapolate, which is closest and cheapest; "
+        info="With memory. At 0 the steps between only extrapolate, and the ratio has no effect; "
         "above 0 they also run on merged tokens.",
         elem_id="theta",
     )
