@@ -94,8 +94,9 @@ def _draw(
     with progress(f"load {folder}"):
         pipeline = load_pipeline(folder)
     ruined = bool(family_of(model_of(pipeline)).regretted)
-    others = _memory(3) if ruined and not asked else _ratios(config)
-    drawn = draw_settings(pipeline, task, others | _memory(2))
+    alone = ruined and not asked
+    settings = _memory(2) | _memory(3) if alone else _ratios(config) | _memory(2)
+    drawn = draw_settings(pipeline, task, settings)
     columns = (
         Column("name", "setting"),
         Column("seconds", "an image", seconds),
