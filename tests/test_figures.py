@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 
 import pytest
 from tabulate import tabulate
@@ -199,6 +199,28 @@ def stack() -> str:
     return markdown((*heads, "image", "merged", "PSNR, dB", "merged"), lines)
 
 
+# Those of docs/memory.md.
+
+THETA_0 = "2026-11-27-amd-epyc-memory-speed-sdxl-512-theta-0"
+
+
+def seconds_of_steps() -> dict[str, list[float]]:
+    return {each["step"]: numbers(each["seconds"]) for each in results(THETA_0)}
+
+
+def theta_0() -> str:
+    steps = seconds_of_steps()
+    lines = [
+        [
+            name,
+            f"{median(each):.2f} ({min(each):.2f} to {max(each):.2f})",
+            f"{median(each) / median(steps['untouched']):.2f}",
+        ]
+        for name, each in steps.items()
+    ]
+    return markdown(("step", "seconds", "relative to untouched"), lines)
+
+
 # Those of docs/measured.md.
 
 
@@ -261,6 +283,7 @@ TABLES: dict[tuple[str, str], Callable[[], str]] = {
     ("speed", "operators"): beside_tomesd,
     ("speed", "growth"): growth,
     ("speed", "stack"): stack,
+    ("memory", "theta 0"): theta_0,
     ("measured", "edits"): edits,
 }
 
@@ -540,3 +563,13 @@ def test_a_warning_names_what_was_measured(model: str, family: Family) -> None:
     )
     said = f"in {every} of cases instead of {untouched}, and in {below} when"
     assert said in family.regretted
+
+
+def test_the_time_of_a_run_with_theta_0() -> None:
+    """Of 25 steps, 5 lie above the noise level; of the others every second one is full."""
+    steps = {name: median(each) for name, each in seconds_of_steps().items()}
+    run = 5 * steps["untouched"] + 10 * steps["full, and remembered"] + 10 * steps["between"]
+    share = f"{100 * run / (25 * steps['untouched']):.0f} %"
+    assert f"takes {share} of the untouched time" in (ROOT / "docs" / "memory.md").read_text()
+    readme = (ROOT / "README.md").read_text()
+    assert f"| 70 % | 40.7 dB | 74 % | {share} (512 x 512, likewise) |" in readme
