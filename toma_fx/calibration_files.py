@@ -241,6 +241,15 @@ class CalibrationFile:
         raise NotImplementedError
 
 
+def kind_of(file: Path) -> str:
+    """The class of the calibration that a file holds; empty where it holds none that can be read."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return ""
+    return str(content.get("kind", "")) if isinstance(content, dict) else ""
+
+
 class ForeignError(ValueError):
     """The fault of a file, as the middle of a sentence."""
 

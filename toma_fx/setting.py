@@ -12,7 +12,7 @@ Several values of one name are parted by ``+``.
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -102,7 +102,8 @@ OPTIONS: dict[str, Option] = {
         about="settings that the other options change (default: default)", choices=tuple(PRESETS)
     ),
     "calibration": Option(
-        about="file of toma-fx calibrate, whose ratios are used at the arithmetic of --ratio",
+        about="file of toma-fx calibrate, whose ratios are used at the arithmetic of --ratio; or "
+        "of toma_fx.calibrate_theta, with its options",
         shown="FILE",
     ),
     **{each.name: _option(each.name, each.type, each.default) for each in fields(MergeConfig)},
@@ -254,11 +255,16 @@ def config_of(given: Given) -> MergeConfig:
     if file is None:
         return MergeConfig.preset(values.pop("preset", "default"), **values)
     from toma_fx.calibrate import Calibration  # which needs torch
+    from toma_fx.calibrate_theta import ThetaCalibration
+    from toma_fx.calibration_files import kind_of
 
-    ratio = values.pop("ratio", MergeConfig().ratio)
+    ratio = values.pop("ratio", None)
     if values:
         raise ConfigError(
             f"{', '.join(values)} cannot be given beside calibration={str(file)!r}, which holds "
             "the options that it was made with; calibrate again with others"
         )
-    return Calibration.load(Path(file)).config(ratio)
+    if kind_of(Path(file)) == ThetaCalibration.__name__:
+        config = ThetaCalibration.load(file).config
+        return config if ratio is None else replace(config, ratio=ratio)
+    return Calibration.load(file).config(MergeConfig().ratio if ratio is None else ratio)

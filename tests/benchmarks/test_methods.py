@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, WanPipeline
+from PIL import Image
 
-from benchmarks import methods, scenarios
+from benchmarks import methods, scenarios, tradeoffs
 from benchmarks.caches import CacheDit, DeepCache, first_block_cache, taylor_seer
 from benchmarks.real_size import RealSize
 from examples.small_models import judge as judge_module
@@ -129,6 +130,23 @@ def test_rows_are_paired_image_by_image(tmp_path: Path, capsys: pytest.CaptureFi
     assert "| one | 1.0 (0.5 to 1.5)" in " ".join(methods.differences(results, "other").split())
     with pytest.raises(SystemExit, match="--against 'none' must be one of 'one', 'other'"):
         methods.differences(results, "none")
+
+
+def test_tradeoffs_are_drawn_and_every_row_has_its_kind(tmp_path: Path) -> None:
+    file = tmp_path / "plot.png"
+    tradeoffs.main([str(file), "sdxl-25", "kontext-25"])
+    with Image.open(file) as picture:
+        width, height = picture.size
+    assert width > height > 300
+    for name, kind in {
+        "memory every 2, theta 0": "memory",
+        "merged at every step, ratio 0.5": "merging",
+        "references merged, ratio 0.5": "merging",
+        "18 steps, searched schedule": "searched schedule",
+        "15 steps": "fewer steps",
+        "DeepCache, every 2": "others' caches and merging",
+    }.items():
+        assert tradeoffs.kind_of(name) == kind
 
 
 def _shorten(monkeypatch: pytest.MonkeyPatch, name: str, steps: int) -> None:

@@ -21,6 +21,7 @@ from tests.tiny import tiny_flux, tiny_sdxl_unet
 from toma_fx import Calibration, Memory, MergeConfig, ThetaCalibration
 from toma_fx.calibration_files import Origin, architecture_hash, origin_of
 from toma_fx.errors import ConfigError, ModelError
+from toma_fx.setting import config_of
 
 ROOT = Path(__file__).parents[2]
 ORIGIN = Origin(
@@ -265,3 +266,20 @@ def test_the_origin_names_no_machine(tmp_path: Path) -> None:
     pipe.register_to_config(_name_or_path="C:\\Users\\me\\model\\")
     assert origin_of(pipe, "").source == "model"
     assert origin_of(tiny_sdxl_pipeline(), "").name == "UNet2DConditionModel"
+
+
+def test_the_command_line_takes_both_kinds(tmp_path: Path) -> None:
+    RATIOS.save(tmp_path / "ratios.json")
+    THETA.save(tmp_path / "theta.json")
+    assert config_of({"calibration": tmp_path / "theta.json"}) == THETA.config
+    assert THETA.config.memory == Memory(theta=0.5)
+    other = config_of({"calibration": tmp_path / "theta.json", "ratio": 0.75})
+    assert other == replace(THETA.config, ratio=0.75)
+    assert config_of({"calibration": tmp_path / "ratios.json", "ratio": 0.25}) == (
+        RATIOS.config(0.25)
+    )
+    with pytest.raises(ConfigError, match="memory cannot be given beside calibration"):
+        config_of({"calibration": tmp_path / "theta.json", "memory": 3})
+    (tmp_path / "broken.json").write_text("[")
+    with pytest.raises(ConfigError, match="is no calibration that toma_fx saved"):
+        config_of({"calibration": tmp_path / "broken.json"})
