@@ -11,16 +11,15 @@ import torch
 from matplotlib import pyplot
 
 import toma_fx
-from toma_fx import Memory, MergeConfig
+from toma_fx import MergeConfig
+from toma_fx.demo import ADVISED
 from toma_fx.lab.small_models import FOLDER, PROMPTS
 
 COLUMNS = {
     "untouched": None,
     "ratio=0.25": MergeConfig(ratio=0.25),
     "ratio=0.5": MergeConfig(ratio=0.5),
-    "memory every 2, theta 0,\nbelow noise level 0.8": MergeConfig(
-        merge_below=0.8, memory=Memory(every=2, theta=0), skip=()
-    ),
+    "memory every 2, theta 0,\nbelow noise level 0.8": ADVISED,
 }
 
 

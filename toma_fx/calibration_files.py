@@ -242,7 +242,7 @@ class CalibrationFile:
 
 
 def kind_of(file: Path) -> str:
-    """The class of the calibration that a file holds; empty where it holds none that can be read."""
+    """The class of the calibration in a file; empty where none can be read."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
